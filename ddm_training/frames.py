@@ -1,0 +1,222 @@
+"""The frame store: RGBD frames as flat arrays of physical values, one folder per scene.
+
+Layout of a store::
+
+    <root>/<scene>/color.npy    uint8    [n, h, w, 3]   sRGB
+                   depth.npy    float16  [n, h, w]      planar depth in metres, 0 where invalid
+                   mask.npy     bool     [n, h, w]      True where depth is valid
+                   scene.json   intrinsics [n][fx, fy, cx, cy] in pixels, frame names, split, source, rejections
+
+Arrays are memory-mapped when read, so a random crop touches only its own pages and a store may be far larger than
+memory. A scene is written into ``<scene>.part`` and renamed when it is whole: a folder without the suffix is complete,
+and one with it is what a killed run left behind (ignored when reading, replaced when written again).
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from ddm_training.errors import InputError
+
+FORMAT = "rgbd-frames-1"
+SCENE_FILE = "scene.json"
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneInfo:
+    """What `scene.json` says."""
+
+    name: str
+    split: Split
+    height: int
+    width: int
+    frames: tuple[str, ...]
+    """Name of each frame, for error messages and provenance."""
+    intrinsics: tuple[tuple[float, float, float, float], ...]
+    """fx, fy, cx, cy of each frame, in pixels of the stored size, the centre of the first pixel at (0.5, 0.5)."""
+    source: str
+    """Data set that the scene comes from, e.g. "hypersim", "rooms", "hololens"."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Number of frames left out, by reason."""
+    format: str = FORMAT
+
+
+class SceneWriter:
+    """Writes one scene frame by frame, in memory that does not grow with the number of frames.
+
+    Args:
+        root: the store; made when absent.
+        name: the scene; an existing scene of that name is replaced on `close`.
+        split: which split it belongs to.
+        source: data set it comes from.
+        max_frames: upper bound of the number of frames; arrays are cut to what was added.
+        height, width: frame size in pixels.
+    """
+
+    def __init__(
+        self, root: Path, name: str, *, split: Split, source: str, max_frames: int, height: int, width: int
+    ) -> None:
+        self.final = root / name
+        self.part = root / f"{name}.part"
+        self._meta = {"name": name, "split": split, "source": source, "height": height, "width": width}
+        self._names: list[str] = []
+        self._intrinsics: list[tuple[float, float, float, float]] = []
+        self._rejected: dict[str, int] = {}
+        if self.part.exists():
+            shutil.rmtree(self.part)
+        self.part.mkdir(parents=True)
+        shape = (max(max_frames, 1), height, width)
+        self._arrays = {
+            "color": np.lib.format.open_memmap(self.part / "color.npy", "w+", np.uint8, (*shape, 3)),
+            "depth": np.lib.format.open_memmap(self.part / "depth.npy", "w+", np.float16, shape),
+            "mask": np.lib.format.open_memmap(self.part / "mask.npy", "w+", np.bool_, shape),
+        }
+
+    def add(
+        self,
+        color: UInt8[np.ndarray, "h w 3"],
+        depth: Float[np.ndarray, "h w"],
+        mask: Bool[np.ndarray, "h w"],
+        *,
+        intrinsics: tuple[float, float, float, float],
+        name: str,
+    ) -> None:
+        """Append a frame: sRGB colour, planar depth in metres, validity; intrinsics fx, fy, cx, cy in pixels."""
+        index = len(self._names)
+        valid = mask & np.isfinite(depth) & (depth > 0)
+        self._arrays["color"][index] = color
+        self._arrays["depth"][index] = np.where(valid, depth, 0.0).astype(np.float16)
+        self._arrays["mask"][index] = valid
+        self._names.append(name)
+        self._intrinsics.append(intrinsics)
+
+    def reject(self, reason: str, count: int = 1) -> None:
+        """Count frames that were left out, by reason."""
+        self._rejected[reason] = self._rejected.get(reason, 0) + count
+
+    def close(self) -> SceneInfo:
+        """Cut the arrays to the frames added, write `scene.json`, and rename the folder into place."""
+        count = len(self._names)
+        for name, array in self._arrays.items():
+            array.flush()
+            if count < len(array):
+                _truncate_npy(self.part / f"{name}.npy", array, count)
+        self._arrays.clear()
+        info = SceneInfo(
+            **self._meta,  # pyright: ignore[reportArgumentType]
+            frames=tuple(self._names),
+            intrinsics=tuple(self._intrinsics),
+            rejected=self._rejected,
+        )
+        (self.part / SCENE_FILE).write_text(json.dumps(asdict(info)))
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        self.part.rename(self.final)
+        return info
+
+
+def _truncate_npy(path: Path, array: np.memmap, count: int) -> None:
+    """Rewrite an .npy file with its first ``count`` rows only, a row at a time."""
+    short = path.with_suffix(".short.npy")
+    shape, dtype = (count, *array.shape[1:]), array.dtype
+    if count == 0:
+        np.save(short, np.empty(shape, dtype))
+    else:
+        target = np.lib.format.open_memmap(short, "w+", dtype, shape)
+        for index in range(count):
+            target[index] = array[index]
+        target.flush()
+    short.rename(path)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene of a store, its arrays memory-mapped."""
+
+    info: SceneInfo
+    color: UInt8[np.ndarray, "n h w 3"]
+    depth: Float[np.ndarray, "n h w"]
+    mask: Bool[np.ndarray, "n h w"]
+
+    def __len__(self) -> int:
+        return len(self.info.frames)
+
+
+def read_scene_info(folder: Path) -> SceneInfo:
+    """Read and check `scene.json`.
+
+    Raises:
+        InputError: missing, unreadable, or of another format.
+    """
+    path = folder / SCENE_FILE
+    try:
+        content = json.loads(path.read_text())
+        found = content.get("format")
+        if found != FORMAT:
+            raise InputError(f"{path} has format {found!r}, this version reads {FORMAT!r}: prepare the scene again.")
+        content["frames"] = tuple(content["frames"])
+        content["intrinsics"] = tuple(tuple(row) for row in content["intrinsics"])
+        return SceneInfo(**content)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete {folder} and prepare the scene again.") from error
+
+
+def open_scene(folder: Path) -> Scene:
+    """Open one scene, memory-mapped.
+
+    Raises:
+        InputError: `scene.json` or an array is missing, damaged, or of another size than `scene.json` says.
+    """
+    info = read_scene_info(folder)
+    shape = (len(info.frames), info.height, info.width)
+    arrays = []
+    for name, expected, dtype in (
+        ("color", (*shape, 3), "uint8"),
+        ("depth", shape, "float16"),
+        ("mask", shape, "bool"),
+    ):
+        path = folder / f"{name}.npy"
+        try:
+            array = np.load(path, mmap_mode="r" if shape[0] else None)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): delete {folder} and prepare it again.") from error
+        if array.shape != expected or array.dtype != np.dtype(dtype):
+            raise InputError(
+                f"{path} holds {array.dtype} {array.shape}, {SCENE_FILE} says {dtype} {expected}: "
+                f"delete {folder} and prepare it again."
+            )
+        arrays.append(array)
+    return Scene(info, *arrays)
+
+
+def open_store(roots: Path | Sequence[Path], split: Split | None = None) -> list[Scene]:
+    """Open all whole scenes of one or several stores, sorted by path, those of ``split`` only if it is given.
+
+    Raises:
+        InputError: a root is no folder, a scene is damaged, or nothing is left.
+    """
+    roots = [roots] if isinstance(roots, Path) else list(roots)
+    scenes: list[Scene] = []
+    seen: dict[str, int] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise InputError(
+                f"{root} is not a folder; expected a frame store as `ddm rooms` or `ddm frames` writes it."
+            )
+        for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.suffix != ".part"):
+            scene = open_scene(folder)
+            seen[scene.info.split] = seen.get(scene.info.split, 0) + 1
+            if len(scene) and (split is None or scene.info.split == split):
+                scenes.append(scene)
+    if not scenes:
+        raise InputError(
+            f"no frames of split {split!r} in {', '.join(map(str, roots))}; scenes found by split: {seen or 'none'}."
+        )
+    return scenes

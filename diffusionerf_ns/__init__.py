@@ -1,0 +1,1 @@
+"""DiffusioNeRF as a nerfstudio method."""

@@ -1,0 +1,1 @@
+"""The benchmark: runs of scenes x views x seeds x variants, and their tables and plots."""

@@ -1,0 +1,1 @@
+"""Data parsers for captures of few views."""

@@ -1,0 +1,25 @@
+"""Fixtures for all tests: where the real data lies, and a skip with the reason where it does not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+DATA_ROOT = Path(os.environ.get("DIFFUSIONERF_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Path of a real data set below the data root, e.g. ``real_data("llff/fern")``; skips where it is absent."""
+
+    def find(name: str) -> Path:
+        path = DATA_ROOT / name
+        if not path.exists():
+            pytest.skip(f"real data {name!r} not found below {DATA_ROOT} (set DIFFUSIONERF_TEST_DATA)")
+        return path
+
+    return find
