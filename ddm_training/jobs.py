@@ -1,0 +1,146 @@
+"""Run a list of independent jobs: here, on the processes of this machine, or as a SLURM array through submitit."""
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from ddm_training.errors import InputError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Engine = Literal["local", "slurm", "submitit-local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Where the jobs run."""
+
+    engine: Engine = "local"
+    """"local": processes of this machine. "slurm": an array of SLURM jobs. "submitit-local": the SLURM path with
+    processes of this machine in place of the cluster, to try it out."""
+    workers: int = 1
+    """Number of processes, or of SLURM jobs at a time."""
+    slurm_partition: str | None = None
+    """Partition of the SLURM jobs."""
+    slurm_minutes: int = 240
+    """Time limit of one SLURM job (one scene)."""
+    slurm_mem_gb: float = 4.0
+    """Memory of one SLURM job."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"workers must be at least 1, found {self.workers}.")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Job, Result]):
+    """What became of a job: its result, or the exception that ended it."""
+
+    job: Job
+    result: Result | None
+    error: BaseException | None
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], config: EngineConfig, log_dir: Path
+) -> Iterator[Outcome[Job, Result]]:
+    """Call ``function`` on each job and yield outcomes as they come, in no fixed order.
+
+    A job that raises, or whose process dies (out of memory, a crash in a library), is an outcome with an error; the
+    others go on. ``function`` and jobs must be picklable.
+
+    Args:
+        function: a module-level function.
+        jobs: its arguments.
+        config: where to run.
+        log_dir: for submitit's scripts and logs; not used by the local engine.
+    """
+    if config.engine != "local":
+        return _run_submitit(function, jobs, config, log_dir)
+    if config.workers == 1 or len(jobs) == 1:
+        return (_call(function, job) for job in jobs)
+    return _run_pool(function, jobs, config.workers)
+
+
+def _call(function: Callable[[Job], Result], job: Job) -> Outcome[Job, Result]:
+    try:
+        return Outcome(job, function(job), None)
+    except Exception as error:
+        return Outcome(job, None, error)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: forking a process that has threads (progress bar, torch) can deadlock
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _run_pool(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Outcome[Job, Result]]:
+    """At most ``workers`` jobs are in flight, so that when a process dies the suspects are few: each is run again
+    in a process of its own, which tells the guilty one."""
+    queue = iter(jobs)
+    pool = _pool(workers)
+    flying: dict[Future[Result], Job] = {}
+    try:
+        while True:
+            while len(flying) < workers and (job := next(queue, None)) is not None:
+                flying[pool.submit(function, job)] = job
+            if not flying:
+                return
+            done, _ = wait(flying, return_when=FIRST_COMPLETED)
+            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+                pool.shutdown(wait=True)
+                suspects, pool = list(flying.items()), _pool(workers)
+                flying.clear()
+                yield from (_rerun_alone(function, job, future) for future, job in suspects)
+                continue
+            for future in done:
+                job, error = flying.pop(future), future.exception()
+                yield Outcome(job, None if error else future.result(), error)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _rerun_alone(function: Callable[[Job], Result], job: Job, future: Future[Result]) -> Outcome[Job, Result]:
+    if future.done() and future.exception() is None:
+        return Outcome(job, future.result(), None)
+    with _pool(1) as pool:
+        alone = pool.submit(function, job)
+        error = alone.exception()
+    if isinstance(error, BrokenProcessPool):
+        error = RuntimeError("the process died (killed, out of memory, or a crash in a library)")
+    return Outcome(job, None if error else alone.result(), error)
+
+
+def _run_submitit(
+    function: Callable[[Job], Result], jobs: Sequence[Job], config: EngineConfig, log_dir: Path
+) -> Iterator[Outcome[Job, Result]]:
+    try:
+        import submitit
+    except ImportError as error:
+        raise InputError(
+            f"--engine {config.engine} needs the package submitit: pip install 'diffusionerf-ns[cluster]'."
+        ) from error
+    log_dir.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(log_dir, cluster="slurm" if config.engine == "slurm" else "local")
+    executor.update_parameters(timeout_min=config.slurm_minutes, mem_gb=config.slurm_mem_gb, cpus_per_task=1)
+    if config.engine == "slurm":
+        executor.update_parameters(
+            slurm_array_parallelism=config.workers,
+            slurm_job_name="ddm",
+            **({"slurm_partition": config.slurm_partition} if config.slurm_partition else {}),
+        )
+        yield from _collect(dict(zip(executor.map_array(function, jobs), jobs)), submitit)
+        return
+    for start in range(0, len(jobs), config.workers):  # the local executor starts all it gets at once
+        batch = jobs[start : start + config.workers]
+        yield from _collect({executor.submit(function, job): job for job in batch}, submitit)
+
+
+def _collect(flying: dict[Any, Job], submitit: Any) -> Iterator[Outcome[Job, Any]]:
+    for handle in submitit.helpers.as_completed(list(flying), poll_frequency=0.2):
+        error = handle.exception()
+        yield Outcome(flying[handle], None if error else handle.result(), error)
