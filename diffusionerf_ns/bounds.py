@@ -1,0 +1,62 @@
+"""Where the scene lies along the rays, and how many metres a scene unit is.
+
+Notation
+    near, far   distances that bracket the scene's surfaces, scene units
+    s           metric scale, metres per scene unit
+    q           a quantile of disparity 1/z over the prior's training patches, 1/metres
+"""
+
+import math
+
+import torch
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.model_components.scene_colliders import SceneCollider
+
+from ddm_training.rgbd import RgbdSpec
+
+
+class BoundsCollider(SceneCollider):
+    """Clips all rays to [near, far], in training and after it.
+
+    nerfstudio's own collider moves the near plane to 0 after training. With few views nothing ever trained the space in
+    front of the near plane, and its initial fog would be rendered.
+
+    Args:
+        near: scene units.
+        far: scene units.
+    """
+
+    bounds: torch.Tensor
+
+    def __init__(self, near: float, far: float) -> None:
+        super().__init__()
+        # In checkpoints: the bounds may come from the training images, which rendering a finished run need not load.
+        self.register_buffer("bounds", torch.tensor([near, far], dtype=torch.float32))
+
+    def set_nears_and_fars(self, ray_bundle: RayBundle) -> RayBundle:
+        """Give every ray the same near and far."""
+        ones = torch.ones_like(ray_bundle.origins[..., :1])
+        ray_bundle.nears = ones * self.bounds[0]
+        ray_bundle.fars = ones * self.bounds[1]
+        return ray_bundle
+
+
+def metric_scale_from_bounds(near: float, far: float, spec: RgbdSpec) -> float:
+    """s such that the scene's span of depth lies where most of the prior's training depth does.
+
+    In log depth, the middle of [near, far] is put on the middle of the prior's 5 % to 95 % range of disparity:
+    s sqrt(near far) = 1 / sqrt(q05 q95). Far is held below 20 near first: a patch of sky or a far wall seen through a
+    window moves the far bound by orders of magnitude and the surfaces in front of it not at all.
+    """
+    middle = math.sqrt(near * min(far, 20.0 * near))
+    return 1.0 / (middle * math.sqrt(_quantile(spec, "0.05", 0.15) * _quantile(spec, "0.95", 1.2)))
+
+
+def metric_scale_from_disparity(median_disparity: float, spec: RgbdSpec) -> float:
+    """s that gives the scene's median disparity (1 / scene units) the prior's median: s = median_disparity / q50."""
+    return median_disparity / _quantile(spec, "0.50", 0.4)
+
+
+def _quantile(spec: RgbdSpec, name: str, otherwise: float) -> float:
+    """A disparity quantile of the prior; the typical value of indoor scenes where its folder does not tell."""
+    return spec.disparity_quantiles.get(name, otherwise)

@@ -1,0 +1,100 @@
+"""Method and data parser specifications: what the entry points name.
+
+nerfstudio loads this module in every one of its commands, so it must stay light and must not fail: nothing here imports
+diffusers, and a prior is only looked for when a model is built.
+"""
+
+from dataclasses import replace
+
+import torch
+from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from nerfstudio.plugins.registry_dataparser import DataParserSpecification
+from nerfstudio.plugins.types import MethodSpecification
+
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
+from diffusionerf_ns.dataparsers.llff import LLFFFewViewDataParserConfig
+from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
+from diffusionerf_ns.model import DiffusioNeRFModelConfig
+from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
+
+
+def _optimizers(steps: int) -> dict:
+    """Adam from 1e-2 to 1e-3 over the run (the paper's), after a short warm-up."""
+    return {
+        name: {
+            "optimizer": FusedAdamConfig(lr=1e-2),
+            "scheduler": ExponentialDecayConfig(lr_final=1e-3, warmup_steps=steps // 100, max_steps=steps),
+        }
+        for name in ("proposal_networks", "fields")
+    }
+
+
+_FULL_STEPS = 10_000
+
+diffusionerf = MethodSpecification(
+    config=TrainerConfig(
+        method_name="diffusionerf",
+        max_num_iterations=_FULL_STEPS,
+        steps_per_save=1000,
+        steps_per_eval_batch=500,
+        steps_per_eval_image=1000,
+        steps_per_eval_all_images=_FULL_STEPS,
+        # Off, as the scores reach below what float16 resolves; the prior itself runs in bfloat16 where that pays.
+        mixed_precision=False,
+        machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
+        pipeline=VanillaPipelineConfig(
+            datamanager=DiffusioNeRFDataManagerConfig(
+                dataparser=FewViewDataParserConfig(), train_num_rays_per_batch=1024, eval_num_rays_per_batch=1024
+            ),
+            model=DiffusioNeRFModelConfig(eval_num_rays_per_chunk=1 << 14),
+        ),
+        optimizers=_optimizers(_FULL_STEPS),
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 14),
+        vis="viewer+tensorboard",
+    ),
+    description="DiffusioNeRF: few-view NeRF with a diffusion prior of RGBD patches.",
+)
+
+_TINY_STEPS = 1000
+
+diffusionerf_tiny = MethodSpecification(
+    config=replace(
+        diffusionerf.config,
+        method_name="diffusionerf-tiny",
+        max_num_iterations=_TINY_STEPS,
+        steps_per_save=500,
+        steps_per_eval_image=_TINY_STEPS,
+        steps_per_eval_all_images=10 * _TINY_STEPS,
+        pipeline=replace(
+            diffusionerf.config.pipeline,
+            datamanager=replace(diffusionerf.config.pipeline.datamanager),
+            model=replace(
+                diffusionerf.config.pipeline.model,
+                num_levels=12,
+                log2_hashmap_size=15,
+                num_proposal_iterations=1,
+                num_proposal_samples_per_ray=(64,),
+                num_nerf_samples_per_ray=32,
+                proposal_net_args_list=[
+                    {"hidden_dim": 16, "log2_hashmap_size": 15, "num_levels": 5, "max_res": 128, "use_linear": False}
+                ],
+                proposal_warmup=500,
+                implementation="torch",
+                eval_num_rays_per_chunk=1 << 12,
+            ),
+        ),
+        optimizers=_optimizers(_TINY_STEPS),
+        viewer=ViewerConfig(num_rays_per_chunk=1 << 12),
+    ),
+    description="DiffusioNeRF with small tables and few samples: laptops, CI, a first look in minutes without a GPU.",
+)
+
+few_view_data = DataParserSpecification(
+    config=FewViewDataParserConfig(), description="Few-view captures: finds out whether a folder is LLFF or nerfstudio."
+)
+
+llff_few_view_data = DataParserSpecification(
+    config=LLFFFewViewDataParserConfig(), description="LLFF captures (poses_bounds.npy) with the few-view splits."
+)

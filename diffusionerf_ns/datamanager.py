@@ -1,0 +1,163 @@
+"""One training step is one ray bundle: N pixel rays of the training views, then the rays of the patches."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.rays import RayBundle
+from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from torch import Tensor
+
+from ddm_training.rgbd import RgbdSpec
+from diffusionerf_ns import patches
+from diffusionerf_ns.dataset import FewViewDataset
+from diffusionerf_ns.errors import InputError, show_input_errors_plainly
+
+
+@dataclass(frozen=True)
+class PatchBatch:
+    """What the model needs to know of the patches at the end of a ray bundle."""
+
+    first_ray: int
+    """Rays before this one are pixel rays."""
+    size: int
+    """P: each patch has P * P rays, row by row."""
+    rgb: list[Float[Tensor, "p p 3"] | None]
+    """Per patch, the colours in [0, 1] of a training image, or None where the patch's colours are rendered."""
+    cameras: list[int]
+    """Per patch, the training camera that it comes from or is near to."""
+    poses: list[Float[Tensor, "3 4"]]
+    """Per patch, camera-to-world of its camera."""
+
+    def __len__(self) -> int:
+        return len(self.rgb)
+
+
+@dataclass(frozen=True)
+class PatchRequest:
+    """What the model wants of the next step's patches."""
+
+    spec: RgbdSpec
+    count: int
+    metric_scale: float
+    """Metres per scene unit."""
+
+
+@dataclass
+class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
+    """Pixel rays as nerfstudio draws them, plus patches for the prior."""
+
+    _target: type = field(default_factory=lambda: DiffusioNeRFDataManager)
+    image_patch_share: float = 0.25
+    """Share of patches whose colours come from a training image; the others are rendered from perturbed training poses.
+    The paper's value."""
+    center_jitter: float = 0.2
+    """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned into
+    scene units by the metric scale."""
+    max_rotation: float = 0.1 * math.pi
+    """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.image_patch_share <= 1.0:
+            raise InputError(
+                f"--pipeline.datamanager.image-patch-share must be in [0, 1], found {self.image_patch_share}."
+            )
+
+
+class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
+    """See `DiffusioNeRFDataManagerConfig`.
+
+    The trainer's callbacks tie it to the model, which says before each step how many patches it wants: none while the
+    prior is off, and then none are drawn.
+    """
+
+    config: DiffusioNeRFDataManagerConfig
+    train_dataset: FewViewDataset
+    eval_dataset: FewViewDataset
+
+    def __init__(
+        self,
+        config: DiffusioNeRFDataManagerConfig,
+        device: torch.device | str = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        world_size: int = 1,
+        local_rank: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        show_input_errors_plainly()
+        self._request: Callable[[], PatchRequest | None] = lambda: None
+        super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
+        # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
+        self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
+
+    @property
+    def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Data set class, also when the data parser is nerfstudio's own."""
+        return FewViewDataset
+
+    def set_patch_source(self, request: Callable[[], PatchRequest | None]) -> None:
+        """Say which patches the next steps shall bring; ``request`` is called once a step and may return None."""
+        self._request = request
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Tie the model's wish for patches to this data manager, and leave the split in the run's folder."""
+        attributes = training_callback_attributes
+        pipeline, trainer = attributes.pipeline, attributes.trainer
+        if pipeline is not None:
+            self.set_patch_source(pipeline.model.patch_request)  # pyright: ignore[reportArgumentType]
+
+        def write_split(step: int) -> None:
+            split = self.train_dataset.metadata.get("split")
+            if trainer is not None and split is not None:
+                path = Path(trainer.base_dir) / "split.json"
+                path.write_text(json.dumps(split, indent=2) + "\n")
+
+        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN], write_split)]
+
+    def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
+        """Pixel rays with their colours in ``batch["image"]``; patch rays behind them, described in ``batch["patches"]``.
+
+        The batch's "image" and "indices" have one row a pixel ray, fewer than the bundle has rays.
+        """
+        rays, batch = super().next_train(step)
+        request = self._request()
+        if request is None or request.count == 0:
+            return rays, batch
+        drawn = [self._draw(request) for _ in range(request.count)]
+        batch["patches"] = PatchBatch(
+            first_ray=len(rays),
+            size=request.spec.patch_size,
+            rgb=[p.rgb for p in drawn],
+            cameras=[p.camera for p in drawn],
+            poses=[p.pose for p in drawn],
+        )
+        return patches.concatenate_rays([rays, *(p.rays.to(self.device) for p in drawn)]), batch
+
+    def _draw(self, request: PatchRequest) -> patches.Patch:
+        cameras = self.train_ray_generator.cameras
+        if torch.rand(()) < self.config.image_patch_share:
+            return patches.sample_image_patch(cameras, self._train_images(request.spec), request.spec)
+        return patches.sample_rendered_patch(
+            cameras,
+            request.spec,
+            jitter=self.config.center_jitter / request.metric_scale,
+            max_angle=self.config.max_rotation,
+        )
+
+    def _train_images(self, spec: RgbdSpec) -> list[Float[Tensor, "_h _w 3"]]:
+        """All training images in the order of the cameras, on the device; checked once that patches fit."""
+        if not hasattr(self, "_images"):
+            patches.check_image_patches_fit(self.train_dataset.cameras, spec)
+            self._images = [
+                self.train_dataset.get_image_float32(i)[..., :3].to(self.device) for i in range(len(self.train_dataset))
+            ]
+        return self._images

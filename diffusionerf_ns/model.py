@@ -1,0 +1,341 @@
+"""DiffusioNeRFModel: nerfacto plus the score of an RGBD prior and the paper's geometric terms.
+
+Start reading at `get_loss_dict`. The maths is in `regularizers`, the shape of the schedules in `schedules`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.model_components.losses import interlevel_loss
+from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from nerfstudio.utils.external import TCNN_EXISTS
+from nerfstudio.utils.rich_utils import CONSOLE
+from torch import Tensor
+
+from ddm_training import rgbd
+from diffusionerf_ns import regularizers, schedules
+from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
+from diffusionerf_ns.datamanager import PatchBatch, PatchRequest
+from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.visibility import TrainingFrusta
+
+
+@dataclass
+class DiffusioNeRFModelConfig(NerfactoModelConfig):
+    """nerfacto's options, and those of the prior and the geometric terms.
+
+    A term whose weight is 0 is not computed. Weights are for means over rays; the paper sums over 1,024 rays, so its
+    weights are given multiplied by 1,024. Moments of schedules are fractions of the run.
+    """
+
+    _target: type = field(default_factory=lambda: DiffusioNeRFModel)
+
+    # The prior
+    prior: str = "builtin"
+    """RGBD prior: a built-in name, a prior folder, or a Hugging Face hub id."""
+    prior_revision: str | None = None
+    """Revision of a hub id."""
+    score_weight: float = 1.0
+    """Overall factor of the score term; 0 switches the prior off: it is then neither loaded nor are patches rendered."""
+    score_depth_weight: float = 4e-7
+    """Weight of the depth channel of the score, which is also multiplied by depth in metres. The authors' 0.2 x 2e-6."""
+    score_rgb_weight: float = 2e-10
+    """Weight of the colour channels of the score. The authors' 0.2 x 1e-9."""
+    score_rgb_norm: float | None = 3000.0
+    """The colour score of a patch is rescaled to this norm (authors' code); None leaves it as it is."""
+    score_max_depth: float = 20.0
+    """Depth in metres at which the factor of the depth score stops growing; none in the paper, whose scenes are bounded."""
+    score_start: float = 0.0
+    """Fraction of the run before which the prior is off. The paper's value."""
+    score_fade_start: float = 1.0
+    """Fraction of the run from which the prior's weight falls, to reach `score_final` at the end; 1 keeps it, as the
+    paper does."""
+    score_final: float = 0.0
+    """Factor of the prior's weight at the end of the run, where it is faded."""
+    patches_per_step: int = 1
+    """Patches a step. The paper's value."""
+    tau_start: float = 0.1
+    """Noise level of the prior at the start. The paper's value."""
+    tau_end: float = 0.0
+    """Noise level of the prior at the end. The paper's value."""
+    tau_until: float = 0.25
+    """Fraction of the run at which `tau_end` is reached. The paper: step 2,500 of 10,000."""
+    metric_scale: float | None = None
+    """Metres per scene unit; None finds it from the scene's bounds, or else from the depth of the first steps."""
+    metric_scale_warmup: float = 0.05
+    """Where the scene's bounds are unknown: fraction of the run without prior, after which the scale is read off the
+    rendered depth."""
+
+    # The geometric terms
+    frustum_weight: float = 1e-5 * 1024
+    """Weight of density that fewer than two training views see (patch rays: none), in the first steps. The paper's."""
+    frustum_boost_steps: int = 100
+    """Steps with the full frustum weight. The authors' value."""
+    frustum_after: float = 0.01
+    """Factor of the frustum weight after those steps. The authors' value."""
+    foreground_weight: float = 1e-3 * 1024
+    """Weight of rays that meet no surface. The paper's."""
+    distortion_weight: float = 1.5e-5 * 1024
+    """Weight of the distortion term divided by depth. The paper's."""
+    distortion_start: float = 0.3
+    """Fraction of the run at which the distortion term sets in. The paper: step 3,000 of 10,000."""
+    distortion_full: float = 0.8
+    """Fraction of the run at which it has its full weight. The paper: step 8,000."""
+    distortion_loss_mult: float = 0.0
+    """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
+
+    # Where the rays begin and end
+    near_margin: float = 0.75
+    """Where the scene's near bound is known, rays begin at this times it; else at `near_plane`."""
+    far_margin: float = 1.25
+    """Where the scene's far bound is known, rays end at this times it; else at `far_plane`."""
+
+    # Deviations of the backbone from nerfacto's defaults
+    camera_optimizer: CameraOptimizerConfig = field(default_factory=lambda: CameraOptimizerConfig(mode="off"))
+    """Off: three views do not determine poses and a scene at once."""
+    use_appearance_embedding: bool = False
+    """Off: patches at new poses have no image, and three images do not tell appearance from geometry."""
+    average_init_density: float = 0.01
+    """As nerfstudio's own nerfacto preset has it."""
+
+
+class DiffusioNeRFModel(NerfactoModel):
+    """See `DiffusioNeRFModelConfig`."""
+
+    config: DiffusioNeRFModelConfig
+    metric_scale: Float[Tensor, ""]
+
+    def populate_modules(self) -> None:
+        """nerfacto's modules, the training frusta, the bounds, and (outside the module tree) the prior."""
+        self._choose_implementation()
+        # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
+        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", lambda **_: None):
+            super().populate_modules()
+        metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
+        near, far = metadata.get("near"), metadata.get("far")
+        self.collider = BoundsCollider(
+            self.config.near_plane if near is None else self.config.near_margin * near,
+            self.config.far_plane if far is None else self.config.far_margin * far,
+        )
+        cameras = metadata.get("train_cameras")
+        self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
+        self.total_steps = 1
+        self._held_prior: PatchPrior | None = None
+        scale = self.config.metric_scale
+        if scale is None and near is not None and far is not None:
+            scale = metric_scale_from_bounds(near, far, self._prior_spec())
+        # NaN: not known yet, to be read off the rendered depth.
+        self.register_buffer("metric_scale", torch.tensor(float("nan") if scale is None else float(scale)))
+        self.last_patch: dict[str, Tensor] = {}
+
+    def _choose_implementation(self) -> None:
+        """tinycudann where it imports and the device is CUDA, else torch; the change is said in one line."""
+        on_cuda = torch.device(self.kwargs.get("device", "cpu")).type == "cuda"
+        if self.config.implementation == "tcnn" and not (TCNN_EXISTS and on_cuda):
+            why = "tinycudann is not installed" if on_cuda else "no CUDA device"
+            CONSOLE.print(f"[yellow]Hash grids run in plain torch: {why}.")
+            self.config.implementation = "torch"
+
+    # The prior
+
+    def _prior_spec(self) -> rgbd.RgbdSpec:
+        from diffusionerf_ns.prior import find_prior
+
+        if self._held_prior is not None:
+            return self._held_prior.spec
+        return rgbd.RgbdSpec.load(find_prior(self.config.prior, self.config.prior_revision))
+
+    @property
+    def prior(self) -> PatchPrior:
+        """The prior, loaded when it is first used: evaluation and rendering never need it."""
+        if self._held_prior is None:
+            self._held_prior = PatchPrior.load(
+                self.config.prior, revision=self.config.prior_revision, device=self.device
+            )
+        return self._held_prior
+
+    def set_prior(self, prior: PatchPrior) -> None:
+        """Use this prior instead of the one that the configuration names."""
+        self._held_prior = prior
+
+    @property
+    def score_factor(self) -> float:
+        """Weight of the score term at this step; 0 while the prior is off."""
+        c = self.config
+        if c.score_weight == 0.0 or schedules.fraction(self.step, self.total_steps) < c.score_start:
+            return 0.0
+        fade = schedules.fade_out(self.step, self.total_steps, start=c.score_fade_start, end=1.0, final=c.score_final)
+        return c.score_weight * fade
+
+    @property
+    def tau(self) -> float:
+        """Noise level of the prior at this step."""
+        c = self.config
+        return schedules.tau(self.step, self.total_steps, start=c.tau_start, end=c.tau_end, until=c.tau_until)
+
+    def patch_request(self) -> PatchRequest | None:
+        """Which patches the next step needs; None while the prior is off."""
+        if self.score_factor == 0.0:
+            return None
+        if bool(self.metric_scale.isnan()):
+            return None
+        return PatchRequest(self.prior.spec, self.config.patches_per_step, float(self.metric_scale))
+
+    # Training
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """nerfacto's, and keeping the step and the length of the run."""
+        trainer = training_callback_attributes.trainer
+        if trainer is not None:
+            self.total_steps = trainer.config.max_num_iterations
+
+        def set_step(step: int) -> None:
+            self.step = step
+
+        if self.config.score_weight != 0.0:
+            self.prior  # noqa: B018  a bad prior shall be found before the first step
+        return [
+            *super().get_training_callbacks(training_callback_attributes),
+            TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], set_step, update_every_num_iters=1),
+        ]
+
+    def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
+        """nerfacto's outputs and `planar_depth` in metres: differentiable, along the optical axis.
+
+        `depth` is the median, for people; `expected_depth` its differentiable sibling. Both are distances along the ray
+        in scene units.
+        """
+        outputs = super().get_outputs(ray_bundle)
+        scale = torch.nan_to_num(self.metric_scale, nan=1.0)
+        outputs["planar_depth"] = outputs["expected_depth"] / ray_bundle.metadata["directions_norm"] * scale
+        return outputs
+
+    def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """PSNR of the pixel rays; `get_loss_dict` adds the unweighted terms in training."""
+        image = self.renderer_rgb.blend_background(batch["image"].to(self.device))
+        metrics = {"psnr": self.psnr(outputs["rgb"][: image.shape[0]], image)}
+        self.camera_optimizer.get_metrics_dict(metrics)
+        return metrics
+
+    def get_loss_dict(
+        self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """All loss terms, weighted. Rays up to ``batch["image"]``'s length are pixel rays, the others patches.
+
+        Raises:
+            NonFiniteLossError: names the step and the terms. Nothing of that step reaches the weights.
+        """
+        metrics = {} if metrics_dict is None else metrics_dict
+        image = batch["image"].to(self.device)
+        count = image.shape[0]
+        rgb, image = self.renderer_rgb.blend_background_for_loss_computation(
+            pred_image=outputs["rgb"][:count], pred_accumulation=outputs["accumulation"][:count], gt_image=image
+        )
+        losses = {"rgb_loss": self.rgb_loss(image, rgb)}
+        if self.training:
+            losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
+                outputs["weights_list"], outputs["ray_samples_list"]
+            )
+            losses.update(self._geometric_losses(outputs, count, metrics))
+            patches: PatchBatch | None = batch.get("patches")
+            if patches is not None:
+                losses["score_loss"] = self._score_loss(outputs, patches, metrics)
+            self._find_metric_scale(outputs)
+            self.camera_optimizer.get_loss_dict(losses)
+        _check_finite(losses, self.step)
+        return losses
+
+    def _geometric_losses(self, outputs: dict[str, Any], pixel_rays: int, metrics: dict[str, Any]) -> dict[str, Tensor]:
+        """Frustum, foreground and distortion terms on all rays; a term whose weight is 0 is not computed."""
+        c = self.config
+        weights: Tensor = outputs["weights_list"][-1][..., 0]
+        samples: RaySamples = outputs["ray_samples_list"][-1]
+        losses: dict[str, Tensor] = {}
+
+        frustum_weight = c.frustum_weight * schedules.boost(
+            self.step, steps=c.frustum_boost_steps, after=c.frustum_after
+        )
+        if frustum_weight > 0.0 and self.frusta is not None:
+            required = torch.full((weights.shape[0],), min(2, len(self.frusta)), device=weights.device)
+            required[pixel_rays:] = 1
+            seen = self.frusta.count(samples.frustums.get_positions().detach())
+            metrics["frustum"] = regularizers.frustum(weights, seen, required)
+            losses["frustum_loss"] = frustum_weight * metrics["frustum"]
+        if c.foreground_weight > 0.0:
+            metrics["foreground"] = regularizers.foreground(weights)
+            losses["foreground_loss"] = c.foreground_weight * metrics["foreground"]
+        distortion_weight = c.distortion_weight * schedules.ramp(
+            self.step, self.total_steps, start=c.distortion_start, end=c.distortion_full
+        )
+        if distortion_weight > 0.0:
+            starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
+            metrics["distortion"] = regularizers.distortion(
+                weights,
+                torch.cat([starts, ends[:, -1:]], dim=-1),
+                outputs["expected_depth"][:, 0],
+                far=float(self.collider.bounds[1]),
+            )
+            losses["distortion_loss"] = distortion_weight * metrics["distortion"]
+        return losses
+
+    def _score_loss(self, outputs: dict[str, Any], patches: PatchBatch, metrics: dict[str, Any]) -> Tensor:
+        """The pseudo-loss whose gradient with respect to the patches is minus the weighted score."""
+        c = self.config
+        x, z = self._patch_of(outputs, patches)
+        tau, factor = self.tau, self.score_factor
+        score = self.prior.score(x, tau)
+        weighted = regularizers.weigh_score(
+            score,
+            z,
+            depth_weight=factor * c.score_depth_weight,
+            rgb_weight=factor * c.score_rgb_weight,
+            rgb_norm=c.score_rgb_norm,
+            max_depth=c.score_max_depth,
+        )
+        self.last_patch = {"x": x.detach(), "score": score}
+        metrics["score_depth_rms"] = score[:, 3].square().mean().sqrt()
+        metrics["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
+        metrics["tau"] = torch.tensor(tau)
+        metrics["metric_scale"] = self.metric_scale.clone()
+        return regularizers.score_pseudo_loss(x, weighted)
+
+    def _patch_of(
+        self, outputs: dict[str, Any], patches: PatchBatch
+    ) -> tuple[Float[Tensor, "b 4 p p"], Float[Tensor, "b p p"]]:
+        """The patches as the prior sees them, and their planar depth in metres."""
+        shape = (len(patches), patches.size, patches.size)
+        z = outputs["planar_depth"][patches.first_ray :, 0].reshape(shape)
+        rgb = outputs["rgb"][patches.first_ray :].reshape(*shape, 3).permute(0, 3, 1, 2)
+        known = [None if c is None else c.permute(2, 0, 1) for c in patches.rgb]
+        # Colours of a training image replace the rendered ones: no gradient reaches the NeRF's colours then.
+        rgb = torch.stack([rendered if c is None else c.to(rendered) for rendered, c in zip(rgb, known)])
+        return rgbd.encode(rgb, z, self.prior.spec.near), z
+
+    @torch.no_grad()
+    def _find_metric_scale(self, outputs: dict[str, Any]) -> None:
+        """At the end of the warm-up, put the median disparity of the rendered rays on the prior's."""
+        if self.config.score_weight == 0.0 or not bool(self.metric_scale.isnan()):
+            return
+        if schedules.fraction(self.step, self.total_steps) >= self.config.metric_scale_warmup:
+            disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
+            self.metric_scale.fill_(metric_scale_from_disparity(disparity, self.prior.spec))
+            CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
+
+
+def _check_finite(losses: dict[str, Tensor], step: int) -> None:
+    """Raise where a term is NaN or infinite; one synchronisation with the device for all terms."""
+    if not bool(torch.stack([v.detach().reshape(()) for v in losses.values()]).isfinite().all()):
+        bad = {name: float(v) for name, v in losses.items() if not bool(v.isfinite())}
+        raise NonFiniteLossError(
+            f"training stopped at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}. The last checkpoint "
+            "is untouched. Lower the learning rate or that term's weight, then resume with --load-dir."
+        )

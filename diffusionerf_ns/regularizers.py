@@ -1,0 +1,102 @@
+"""The terms that DiffusioNeRF adds to the photometric loss: pure functions, tensors in, tensors out.
+
+Notation
+    w      rendering weight of a sample along its ray              [rays, samples], >= 0, sum <= 1
+    t      distance along the ray, of interval edges t[i], t[i+1]  [rays, samples + 1], scene units
+    n      number of training frusta that see a sample             [rays, samples], integers
+    x      RGBD patch as the prior sees it                         [patches, 4, P, P], in [-1, 1]
+    s      score of the prior, grad log p(x)                       as x
+    z      planar depth in metres                                  [patches, P, P]
+
+Every term is a mean over rays (the paper sums over its 1,024), so weights do not change with the batch size.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def score_pseudo_loss(x: Float[Tensor, "b 4 p p"], weighted_score: Float[Tensor, "b 4 p p"]) -> Float[Tensor, ""]:
+    """L = -sum(weighted_score * x) / b with the score held constant, so that dL/dx = -weighted_score / b exactly.
+
+    The value means nothing; only its gradient does (paper eq. 7).
+    """
+    return -(weighted_score.detach() * x).sum() / x.shape[0]
+
+
+def weigh_score(
+    score: Float[Tensor, "b 4 p p"],
+    z: Float[Tensor, "b p p"],
+    *,
+    depth_weight: float,
+    rgb_weight: float,
+    rgb_norm: float | None,
+    max_depth: float,
+) -> Float[Tensor, "b 4 p p"]:
+    """The weights of the authors' code, applied to a score.
+
+    Args:
+        score: as the prior gives it.
+        z: planar depth in metres; the depth channel is multiplied by it, since inverse depth starves far surfaces.
+        depth_weight: weight of the depth channel.
+        rgb_weight: weight of the colour channels.
+        rgb_norm: the colour score of each patch is rescaled to this L2 norm; None leaves it as it is.
+        max_depth: z is held below this, metres: beyond it the encoding is flat and the product only noise.
+    """
+    depth = depth_weight * score[:, 3:] * z.detach().clamp_max(max_depth).unsqueeze(1)
+    if rgb_weight == 0.0:
+        return torch.cat([torch.zeros_like(score[:, :3]), depth], dim=1)
+    rgb = score[:, :3]
+    if rgb_norm is not None:
+        rgb = rgb * (rgb_norm / rgb.flatten(1).norm(dim=1).clamp_min(1e-8))[:, None, None, None]
+    return torch.cat([rgb_weight * rgb, depth], dim=1)
+
+
+def foreground(w: Float[Tensor, "rays samples"]) -> Float[Tensor, ""]:
+    """Mean over rays of (1 - sum_i w_i)^2: every ray must meet a surface (paper eq. 4)."""
+    return (1.0 - w.sum(-1)).square().mean()
+
+
+def frustum(
+    w: Float[Tensor, "rays samples"], n: Int[Tensor, "rays samples"], required: Int[Tensor, " rays"] | int
+) -> Float[Tensor, ""]:
+    """Mean over rays of sum_i w_i max(required - n_i, 0): density that too few training views see costs.
+
+    Authors' code: ``required`` is 2 on the pixel rays of training views and 1 on patch rays, which look elsewhere. The
+    paper's text (eq. 3) has the indicator n <= 1 instead of the difference.
+    """
+    need = required[:, None] if isinstance(required, Tensor) else required
+    return (w * (need - n).clamp_min(0).to(w.dtype)).sum(-1).mean()
+
+
+def distortion_per_ray(w: Float[Tensor, "rays samples"], t: Float[Tensor, "rays edges"]) -> Float[Tensor, " rays"]:
+    """sum_ij w_i w_j |m_i - m_j| + 1/3 sum_i w_i^2 (t_{i+1} - t_i), m the midpoints (mip-NeRF 360 eq. 15).
+
+    In linear time: the midpoints are sorted, so sum_ij w_i w_j |m_i - m_j| = 2 sum_i w_i (m_i W_i - M_i) with the
+    prefix sums W_i = sum_{j<i} w_j, M_i = sum_{j<i} w_j m_j. The authors' code drops the second term by accident.
+    """
+    m = 0.5 * (t[:, 1:] + t[:, :-1])
+    wm = w * m
+    before = w.cumsum(-1) - w
+    before_m = wm.cumsum(-1) - wm
+    between = 2.0 * (wm * before - w * before_m).sum(-1)
+    within = (w.square() * (t[:, 1:] - t[:, :-1])).sum(-1) / 3.0
+    return between + within
+
+
+def distortion(
+    w: Float[Tensor, "rays samples"],
+    t: Float[Tensor, "rays edges"],
+    expected_depth: Float[Tensor, " rays"],
+    far: float,
+) -> Float[Tensor, ""]:
+    """Mean over rays of the distortion divided by the ray's (constant) expected depth: free of scene units.
+
+    Args:
+        w: weights.
+        t: interval edges, scene units.
+        expected_depth: distance along the ray, scene units.
+        far: edges are held below this: behind the scene's far bound intervals grow without limit and a trace of weight
+            there would outweigh everything else.
+    """
+    return (distortion_per_ray(w, t.clamp_max(far)) / expected_depth.detach().clamp_min(1e-6)).mean()
