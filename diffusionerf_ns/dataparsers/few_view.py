@@ -1,0 +1,65 @@
+"""The default data parser: finds out what a folder holds and hands over to the parser of that layout."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
+from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
+from diffusionerf_ns.dataparsers.transforms import FILE as TRANSFORMS_FILE
+from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
+
+Layout = Literal["llff", "transforms", "dtu"]
+
+
+@dataclass
+class FewViewDataParserConfig(FewViewBaseConfig):
+    """Captures of few views: LLFF, nerfstudio's transforms.json, DTU; found by what the folder holds."""
+
+    _target: type = field(default_factory=lambda: FewViewDataParser)
+    """target class to instantiate"""
+    layout: Literal["auto", "llff", "transforms", "dtu"] = "auto"
+    """What the folder holds; "auto" looks."""
+    depth_unit_scale_factor: float = 1e-3
+    """Metres per stored unit of depth files of transforms.json."""
+
+
+class FewViewDataParser(FewViewBaseParser):
+    """Reads any of the known layouts."""
+
+    config: FewViewDataParserConfig
+
+    def read_capture(self) -> Capture:
+        """The capture as the parser of its layout reads it."""
+        return delegate_config(self.config).setup().read_capture()
+
+
+def detect_layout(data: Path) -> Layout:
+    """The layout of a folder, by the files that only it has.
+
+    Raises:
+        InputError: no such folder, an empty one, or none of the layouts.
+    """
+    check_folder(data)
+    if data.suffix == ".json" or (data / TRANSFORMS_FILE).is_file():
+        return "transforms"
+    if (data / POSES_FILE).is_file():
+        return "llff"
+    found = sorted(p.name for p in data.iterdir())
+    raise InputError(
+        f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
+        f"{TRANSFORMS_FILE} (nerfstudio; ns-process-data makes it from photographs). "
+        f"Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
+    )
+
+
+def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:
+    """The config of the parser for the layout of ``config.data``, with the same flags."""
+    layout = detect_layout(config.data) if config.layout == "auto" else config.layout
+    kind: type[FewViewBaseConfig] = {
+        "llff": LLFFFewViewDataParserConfig,
+        "transforms": TransformsFewViewDataParserConfig,
+    }[layout]
+    mine = {f.name for f in fields(config)} - {"_target", "layout"}
+    return kind(**{f.name: getattr(config, f.name) for f in fields(kind) if f.name in mine})

@@ -1,0 +1,189 @@
+"""Image files: listing, checking, and a cache of downscaled copies.
+
+A cache folder is written under another name and renamed when it is whole, so a killed run leaves nothing that is later
+trusted, and two runs at once do no harm. It holds `cache.json`, which says what it was made from; a folder without that
+file belongs to the user and is never written to.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nerfstudio.utils.rich_utils import CONSOLE
+from PIL import Image
+
+from ddm_training.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+CACHE_FILE = "cache.json"
+STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed runs left behind
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder, sorted by name; hidden files and other kinds are left out."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as the file's header says them.
+
+    Raises:
+        InputError: no such file, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def check_readable(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """Decode every image wholly and give their sizes (width, height).
+
+    Raises:
+        InputError: a file is missing, truncated, or not an image.
+    """
+    sizes = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.load()
+                sizes.append(image.size)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read as an image: {error}. The file is damaged or cut short: fetch it again, or "
+                "choose other images with --train-ids and --test-ids."
+            ) from error
+    return sizes
+
+
+def check_same_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises InputError where the images are not all of one size, naming the first that differs."""
+    for path, size in zip(paths, sizes):
+        if size != sizes[0]:
+            raise InputError(
+                f"images differ in size: {paths[0].name} is {sizes[0][0]} x {sizes[0][1]}, {path.name} is "
+                f"{size[0]} x {size[1]}. All images of a scene must have the same size."
+            )
+
+
+def shrink(image: Image.Image, factor: int) -> Image.Image:
+    """Area average over factor x factor pixels; the size is rounded down where it does not divide."""
+    if image.mode not in ("L", "RGB", "RGBA"):
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "PA") else "RGB")
+    width, height = image.size
+    size = (width // factor, height // factor)
+    if min(size) < 1:
+        raise InputError(f"an image of {width} x {height} pixels cannot be reduced by {factor}.")
+    return image.resize(size, Image.Resampling.BOX)
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/diffusionerf_ns`, by default `~/.cache/diffusionerf_ns`."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "diffusionerf_ns"
+
+
+def downscaled(sources: Sequence[Path], factor: int, folder: Path) -> list[Path]:
+    """Copies of ``sources`` reduced by ``factor``, made once.
+
+    Args:
+        sources: images, each name once.
+        factor: area average over factor x factor pixels; 1 gives the sources themselves.
+        folder: where the copies go, e.g. `images_8` beside `images`; where that cannot be written, or holds files
+            that this function has not made, a folder of the user's cache is taken instead.
+
+    Returns:
+        The path of each copy, in the order of ``sources``: PNG, so nothing is lost.
+
+    Raises:
+        InputError: a source is damaged, or nowhere can be written.
+    """
+    if factor == 1:
+        return list(sources)
+    names = _names(sources)
+    origin = {
+        "made_by": "diffusionerf-ns",
+        "factor": factor,
+        "sources": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources],
+    }
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    places = [folder, user_cache() / "images" / f"{folder.parent.name}-{folder.name}-{digest}"]
+    problems = []
+    for place in places:
+        if place.exists() and not (place / CACHE_FILE).is_file():
+            problems.append(f"{place} exists and was not made here")
+            continue
+        try:
+            if not _is_made_from(place, origin):
+                _make(place, sources, names, factor, origin)
+            return [place / name for name in names]
+        except OSError as error:
+            problems.append(f"{place}: {error.strerror or error}")
+    raise InputError(
+        f"the images must be reduced by {factor}, but there is nowhere to write them: {'; '.join(problems)}. "
+        "Set XDG_CACHE_HOME to a folder that can be written, or give images of the wanted size."
+    )
+
+
+def _names(sources: Sequence[Path]) -> list[str]:
+    """A PNG name for each source; the old suffix is kept in it where two sources differ in nothing else."""
+    stems = [p.stem for p in sources]
+    names = [f"{p.stem if stems.count(p.stem) == 1 else p.name}.png" for p in sources]
+    if len(set(names)) < len(names):
+        raise InputError(f"image names are not unique: {sorted({n for n in names if names.count(n) > 1})[:5]}.")
+    return names
+
+
+def _is_made_from(place: Path, origin: dict) -> bool:
+    try:
+        return json.loads((place / CACHE_FILE).read_text()) == origin
+    except (OSError, ValueError):
+        return False
+
+
+def _make(place: Path, sources: Sequence[Path], names: Sequence[str], factor: int, origin: dict) -> None:
+    """Write a cache folder under another name and rename it into place. OSError where that is not possible."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(place)
+    part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=place.parent))
+    try:
+        part.chmod(0o755)  # mkdtemp gives 0700; others who share the data may read the copies
+        CONSOLE.print(f"reducing {len(sources)} images by {factor} into {place} (once)")
+        for source, name in zip(sources, names):
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+            check_readable([source])
+            with Image.open(source) as image:
+                shrink(image, factor).save(part / name, compress_level=4)
+        (part / CACHE_FILE).write_text(json.dumps(origin))
+        _move_into_place(part, place, origin)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _move_into_place(part: Path, place: Path, origin: dict) -> None:
+    """Rename; an older cache is moved aside first. The second of two runs at once keeps the first's copies."""
+    if (place / CACHE_FILE).is_file() and not _is_made_from(place, origin):
+        old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old-", dir=place.parent))
+        place.rename(old / place.name)
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        part.rename(place)
+    except OSError:
+        if not _is_made_from(place, origin):
+            raise
+
+
+def _sweep(place: Path) -> None:
+    """Remove what killed runs left beside a cache folder."""
+    for kind in ("part", "old"):
+        for left in place.parent.glob(f".{place.name}.{kind}-*"):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)

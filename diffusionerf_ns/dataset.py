@@ -1,0 +1,109 @@
+"""Images of a few-view capture, with planar depth and masks where the capture has them."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from PIL import Image
+from torch import Tensor
+
+from ddm_training.errors import InputError
+
+
+class FewViewDataset(InputDataset):
+    """nerfstudio's dataset, and in each item:
+
+    * "depth_image" [h, w, 1], planar depth in metres, 0 where unknown: where the data parser knows depth files.
+      Times ``metadata["scene_units_per_metre"]`` it is in scene units.
+    * "mask" [h, w, 1], bool: from ``mask_filenames`` (training pixels are drawn by it too), else from
+      ``metadata["eval_mask_filenames"]`` (which data parsers give for test images only).
+    """
+
+    exclude_batch_keys_from_device: list[str] = [  # noqa: RUF012 - nerfstudio reads it as a class attribute
+        *InputDataset.exclude_batch_keys_from_device,
+        "depth_image",
+    ]
+
+    def get_numpy_image(self, image_idx: int) -> np.ndarray:
+        """The image as uint8 [h, w, 3 or 4]; palette, grey and 16-bit images become RGB."""
+        with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
+            if image.mode not in ("RGB", "RGBA"):
+                alpha = image.mode in ("LA", "PA") or "transparency" in image.info
+                image = image.convert("RGBA" if alpha else "RGB")
+            if self.scale_factor != 1.0:
+                width, height = image.size
+                size = (int(width * self.scale_factor), int(height * self.scale_factor))
+                image = image.resize(size, Image.Resampling.BOX)
+            return np.array(image, dtype=np.uint8)
+
+    def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
+        """Item ``image_idx``: "image_idx", "image" and, where known, "mask" and "depth_image"."""
+        image = self.get_image_float32(image_idx) if image_type == "float32" else self.get_image_uint8(image_idx)
+        height, width = image.shape[:2]
+        data: dict[str, Any] = {"image_idx": image_idx, "image": image}
+        masks = self._dataparser_outputs.mask_filenames or self.metadata.get("eval_mask_filenames")
+        if masks:
+            data["mask"] = load_mask(masks[image_idx], height, width)
+        depths = self.metadata.get("depth_filenames")
+        if depths and any(depth is not None for depth in depths):
+            path = depths[image_idx]
+            data["depth_image"] = (
+                torch.zeros(height, width, 1)
+                if path is None
+                else load_depth(path, height, width, float(self.metadata["depth_unit_scale_factor"]))
+            )
+        data.update(self.get_metadata(data))
+        return data
+
+
+def load_mask(path: Path, height: int, width: int) -> Bool[Tensor, "{height} {width} 1"]:
+    """A mask at image size: True where the area average of the file is at least one half.
+
+    Raises:
+        InputError: not an image, or its shape is not that of the image.
+    """
+    try:
+        with Image.open(path) as file:
+            mask = file.convert("L")
+    except OSError as error:
+        raise InputError(f"mask {path} cannot be read: {error}.") from error
+    _check_shape("mask", path, mask.size, height, width)
+    if mask.size != (width, height):
+        mask = mask.resize((width, height), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(mask) >= 128)[..., None]
+
+
+def load_depth(path: Path, height: int, width: int, unit: float) -> Float[Tensor, "{height} {width} 1"]:
+    """Planar depth in metres at image size (nearest pixel, so that edges stay sharp), 0 where unknown.
+
+    Args:
+        path: 16-bit or 32-bit image, or `.npy`.
+        unit: metres per stored unit.
+
+    Raises:
+        InputError: not readable, or its shape is not that of the image.
+    """
+    try:
+        if path.suffix == ".npy":
+            stored = np.load(path, allow_pickle=False).squeeze()
+        else:
+            with Image.open(path) as file:
+                stored = np.array(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"depth {path} cannot be read: {error}.") from error
+    if stored.ndim != 2:
+        raise InputError(f"depth {path} has shape {stored.shape}; expected one channel.")
+    _check_shape("depth", path, (stored.shape[1], stored.shape[0]), height, width)
+    depth = np.nan_to_num(stored.astype(np.float32) * unit, nan=0.0, posinf=0.0, neginf=0.0)
+    rows = ((np.arange(height) + 0.5) * stored.shape[0] / height).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * stored.shape[1] / width).astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(depth[rows][:, columns, None]))
+
+
+def _check_shape(kind: str, path: Path, size: tuple[int, int], height: int, width: int) -> None:
+    """A file may be larger than the image, but must have its shape but for rounding."""
+    if abs(size[0] * height / (size[1] * width) - 1.0) * max(height, width) > 2.0:
+        raise InputError(f"{kind} {path} is {size[0]} x {size[1]}, its image is {width} x {height}: another shape.")
