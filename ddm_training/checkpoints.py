@@ -1,0 +1,140 @@
+"""Training checkpoints: folders `checkpoint-<step>` that are either whole or not there.
+
+A checkpoint is written to `checkpoint-<step>.part`, flushed to disk and renamed; older ones are removed only after
+that. A run killed at any moment so leaves at least the checkpoint before, and perhaps a `.part` folder, which the next
+run removes.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddm_training.errors import InputError
+
+STATE_FILE, CONFIG_FILE = "state.pt", "config.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+IDENTITY = ("preset", "patch_size")  # settings without which the saved weights mean nothing
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Whole checkpoints of an output folder as (step, path), oldest first."""
+    if not folder.is_dir():
+        return []
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for path in folder.glob("checkpoint-*.part"):
+        shutil.rmtree(path)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any], *, limit: int) -> Path:
+    """Write a checkpoint, then remove the oldest ones beyond ``limit``.
+
+    Args:
+        folder: output folder of the run.
+        step: optimiser steps done.
+        state: tensors, numbers and containers of them; read back with `weights_only=True`.
+        config: settings of the run, plain JSON values.
+        limit: number of checkpoints kept, this one included.
+
+    Raises:
+        InputError: it could not be written (disk full, say); what was there before is untouched.
+    """
+    final, part = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.part"
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        torch.save({"step": step, **state}, part / STATE_FILE)
+        (part / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        for path in (part / STATE_FILE, part / CONFIG_FILE, part):
+            _sync(path)
+        if final.exists():
+            _discard(final)
+        part.rename(final)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(
+            f"checkpoint {final} could not be written ({error}). Earlier checkpoints are untouched: make room and run "
+            "the same command again."
+        ) from error
+    for _, path in list_checkpoints(folder)[:-limit]:
+        _discard(path)
+    return final
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint such that it is never seen half removed."""
+    doomed = path.with_name(f"{path.name}.old.part")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def load_checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """Read a checkpoint for a run with settings ``config``.
+
+    Returns:
+        The state, and the settings that differ as name -> (saved, now).
+
+    Raises:
+        InputError: it is missing or damaged, or belongs to another network.
+    """
+    try:
+        saved = json.loads((path / CONFIG_FILE).read_text())
+        state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True, mmap=False)
+        assert isinstance(saved, dict)
+        assert isinstance(state, dict)
+    except (OSError, ValueError, RuntimeError, EOFError, AssertionError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before, or give "
+            "--resume-from-checkpoint another folder."
+        ) from error
+    differing = {key: (saved.get(key), value) for key, value in config.items() if saved.get(key) != value}
+    if wrong := [key for key in IDENTITY if key in differing]:
+        said = ", ".join(f"--{key.replace('_', '-')} {differing[key][0]} (now {differing[key][1]})" for key in wrong)
+        raise InputError(
+            f"{path} was trained with {said}: its weights do not fit. Use those settings, or another --output-dir."
+        )
+    return state, differing
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint to resume from: ``wanted`` is "latest", "none", a folder's path, or its name in ``folder``.
+
+    Raises:
+        InputError: a named checkpoint does not exist, or "none" was asked for beside existing checkpoints.
+    """
+    existing = list_checkpoints(folder)
+    if wanted == "latest":
+        return existing[-1][1] if existing else None
+    if wanted == "none":
+        if existing:
+            raise InputError(
+                f"{folder} holds {existing[-1][1].name}; starting anew would mix two runs. Choose another --output-dir "
+                "or remove the folder."
+            )
+        return None
+    for path in (Path(wanted), folder / wanted):
+        if _NAME.fullmatch(path.name) and path.is_dir():
+            return path
+    raise InputError(
+        f"--resume-from-checkpoint {wanted} was not found; {folder} holds {[p.name for _, p in existing] or 'none'}."
+    )

@@ -1,0 +1,117 @@
+"""`ddm sample`: unconditional samples of a prior, as a sheet of colour and depth."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ddm_training.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+SamplerName = Literal["ddim", "ddpm"]
+
+
+@torch.no_grad()
+def draw_samples(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    scheduler: "DDPMScheduler",
+    noise: Float[Tensor, "n 4 h w"],
+    *,
+    sampler: SamplerName = "ddim",
+    steps: int = 50,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "n 4 h w"]:
+    """Patches drawn from a prior, starting from unit noise.
+
+    Args:
+        denoise: (x_t, t [n]) -> noise.
+        scheduler: noise schedule of the prior.
+        noise: start, standard normal.
+        sampler: "ddim" (deterministic) or "ddpm" (ancestral).
+        steps: number of network evaluations.
+        generator: source of the noise that DDPM adds.
+    """
+    if sampler == "ddim":
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+        stepper = DDIMScheduler.from_config(scheduler.config)
+    else:
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        stepper = DDPMScheduler.from_config(scheduler.config)
+    stepper.set_timesteps(steps)
+    x = noise
+    for t in stepper.timesteps:
+        predicted = denoise(x, t.to(x.device).expand(len(x)))
+        x = stepper.step(predicted, int(t), x, generator=generator).prev_sample
+    return x
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """CUDA where there is one, unless told otherwise.
+
+    Raises:
+        InputError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but torch finds no CUDA device here.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draw unconditional samples from a prior and write them as a sheet of colour and depth."""
+
+    prior: Path
+    """Prior folder, e.g. the `prior` folder of a training run."""
+    output: Path = Path("samples.png")
+    """Picture to write."""
+    num_samples: int = 32
+    """Number of patches."""
+    sampler: SamplerName = "ddim"
+    """DDIM (deterministic) or DDPM (ancestral)."""
+    num_inference_steps: int = 50
+    """Network evaluations per patch."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch_size: int = 32
+    """Patches at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}.")
+
+    def main(self) -> None:
+        """Load, draw, write."""
+        from ddm_training.rgbd import RgbdSpec
+        from ddm_training.sheets import patch_sheet, save_picture
+        from ddm_training.unet import load_scheduler, load_unet
+
+        spec = RgbdSpec.load(self.prior)
+        device = choose_device(self.device)
+        network, scheduler = load_unet(self.prior).to(device), load_scheduler(self.prior)
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(self.num_samples, 4, spec.patch_size, spec.patch_size, generator=generator)
+        batches = [
+            draw_samples(
+                network,
+                scheduler,
+                part.to(device),
+                sampler=self.sampler,
+                steps=self.num_inference_steps,
+                generator=torch.Generator(device).manual_seed(self.seed + index),
+            ).cpu()
+            for index, part in enumerate(noise.split(self.batch_size))
+        ]
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(self.output, patch_sheet(torch.cat(batches), near=spec.near))
+        print(f"{self.num_samples} samples of {self.prior} -> {self.output}")

@@ -1,0 +1,407 @@
+"""`ddm train`: training of the noise predictor. Running the same command again goes on where the last run ended.
+
+Notation
+    x, m       patches [b, 4, P, P] in [-1, 1] and their depth validity [b, P, P]
+    eps, t     noise [b, 4, P, P] and timesteps [b]
+    theta      weights; their moving average is what is validated and exported
+
+The state of a training is tensors and one integer: samples, noise and learning rate are functions of the step alone.
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ddm_training.errors import InputError
+from ddm_training.unet import Preset
+
+if TYPE_CHECKING:
+    from ddm_training.patches import PatchConfig, PatchSampler
+
+LossType = Literal["l1", "l2"]
+LEVELS = (3, 20, 49, 99, 250, 500, 900)  # timesteps of validation; a NeRF uses 3 ... 99
+IMAGE_SIZE = (256, 192)  # pseudo image of the paper that a patch is a window of
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train an RGBD patch diffusion model on frame stores. Run the same command again to go on.
+
+    On several devices: `accelerate launch -m ddm_training.cli train ...` or `torchrun -m ddm_training.cli train ...`.
+    """
+
+    data: tuple[Path, ...]
+    """Frame stores, as `ddm rooms`, `ddm frames` and `ddm hypersim prepare` write them."""
+    data_weights: tuple[float, ...] | None = None
+    """Share of patches from each store; by default every frame is equally likely."""
+    output_dir: Path
+    """Checkpoints, log.jsonl, TensorBoard, and the exported `prior` folder go here."""
+
+    preset: Preset = "tiny"
+    """Network: prototype 1.8 M, tiny (ships in the wheel), small, paper (about 36 M parameters)."""
+    patch_size: int = 48
+    """Side of a patch in pixels, a multiple of 8."""
+    focal: float = 175.0
+    """Nominal focal length in pixels: patches are 48 x 48 windows of a 256 x 192 image with f = 175 in the paper."""
+    focal_range: tuple[float, float] = (120.0, 260.0)
+    """Patches are brought to a focal length drawn log-uniformly from this range (not published by the paper)."""
+    depth_scale_jitter: float = 1.5
+    """Depth is multiplied by a log-uniform factor in [1 / this, this], so that metres need not be known exactly."""
+    min_valid: float = 0.7
+    """Smallest share of valid depth in a patch."""
+
+    train_batch_size: int = 32
+    """Patches per step and process."""
+    max_train_steps: int = 20_000
+    """Optimiser steps in all. May be raised to train a finished run further."""
+    max_train_minutes: float | None = None
+    """Stop with a checkpoint after this time; the same command goes on."""
+    learning_rate: float = 5e-4
+    """Peak learning rate; 1e-4 in the authors' code, whose batch is the same but whose run is 650,000 steps."""
+    lr_scheduler: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: cosine to zero at the last step, or constant."""
+    lr_warmup_steps: int = 200
+    """Steps of linear warm-up."""
+    adam_beta1: float = 0.9
+    """AdamW."""
+    adam_beta2: float = 0.99
+    """AdamW; .99 in the authors' code."""
+    adam_weight_decay: float = 0.0
+    """AdamW; none in the authors' code."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.999
+    """Decay per step of the weights' moving average, reached by (1 + n) / (10 + n)."""
+    loss_type: LossType = "l2"
+    """L1 in the authors' code; L2 by default, because the score is the mean of the noise, not its median."""
+    depth_loss_weight: float = 3.0
+    """Weight of the depth channel's loss; 1 in the paper. At 3, depth counts as much as the three colours together:
+    a NeRF follows the depth score almost alone."""
+    timestep_bias: float = 0.5
+    """Share of samples with t log-uniform in [3, 199), the range a NeRF uses; the rest is uniform over 1000."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Precision inside the network; noise, target and data are always fp32."""
+    torch_compile: bool = False
+    """Compile the network (a minute at the start)."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes an accelerator where there is one."""
+    dataloader_num_workers: int = 1
+    """Processes that prepare patches; 0 prepares them in the loop. The samples do not depend on it."""
+    seed: int = 0
+    """Seed of weights, samples and noise."""
+
+    checkpointing_steps: int = 1000
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int = 2
+    """Checkpoints kept; an old one goes only when the new one is whole."""
+    resume_from_checkpoint: str = "latest"
+    """latest (also right for a first run), none, or a checkpoint's name or path."""
+    validation_steps: int = 1000
+    """Steps between validations, each of which renews the prior folder."""
+    validation_patches: int = 64
+    """Held-out patches, the same every time."""
+    num_validation_samples: int = 16
+    """Unconditional samples on the sheet; 0 for none."""
+    logging_steps: int = 50
+    """Steps between lines of log.jsonl."""
+    export_dtype: Literal["fp16", "fp32"] = "fp16"
+    """Precision of the exported weights."""
+    license: str = "unknown"
+    """Licence of the weights, written to the model card."""
+    push_to_hub: bool = False
+    """Upload the prior folder at the end."""
+    hub_model_id: str | None = None
+    """Where to upload it, e.g. name/rgbd-prior."""
+    hub_private: bool = False
+    """Make the uploaded repository private."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+                     "validation_steps", "validation_patches", "logging_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}.")
+        if not 0 <= self.timestep_bias <= 1:
+            raise InputError(f"--timestep-bias must lie in [0, 1], found {self.timestep_bias}.")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
+        if not self.learning_rate > 0:
+            raise InputError(f"--learning-rate must be positive, found {self.learning_rate}.")
+        if not self.focal_range[0] <= self.focal <= self.focal_range[1]:
+            raise InputError(f"--focal {self.focal:g} must lie within --focal-range {self.focal_range}.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise InputError("--push-to-hub needs --hub-model-id, e.g. name/rgbd-prior.")
+        self.patch_config()
+
+    def patch_config(self) -> "PatchConfig":
+        """How training patches are cut."""
+        from ddm_training.patches import PatchConfig
+
+        return PatchConfig(
+            patch_size=self.patch_size,
+            focal_range=self.focal_range,
+            depth_scale_jitter=self.depth_scale_jitter,
+            min_valid=self.min_valid,
+        )
+
+    def main(self) -> None:
+        """Train."""
+        train(self)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of a step, counted from 0: linear warm-up, then cosine to 0 at the last step, or constant."""
+    warm = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
+    if config.lr_scheduler == "constant":
+        return config.learning_rate * warm
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.max_train_steps))
+
+
+def noise_loss(
+    predicted: Float[Tensor, "b 4 h w"],
+    noise: Float[Tensor, "b 4 h w"],
+    mask: Bool[Tensor, "b h w"],
+    *,
+    kind: LossType,
+    depth_weight: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Error of the predicted noise, zero where depth is invalid, over all elements.
+
+    The divisor does not depend on the mask, so that the mean over processes is the mean over their joint batch.
+    """
+    difference = predicted - noise
+    error = difference.abs() if kind == "l1" else difference.square()
+    color = error[:, :3].sum(dim=1)
+    depth = error[:, 3] * mask
+    return (color + depth_weight * depth).mean() / (3.0 + depth_weight)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
+    """theta' <- theta' + (1 - decay_n) (theta - theta') with decay_n = min(decay, (1 + n) / (10 + n))."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - decay)
+
+
+class StopRequest:
+    """True once the time is over or the process was asked to end (SIGTERM, SIGINT, as clusters and people do)."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._signal = False
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        else:
+            self._previous = {}
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._signal:  # asked twice: do not wait for the step to end
+            raise KeyboardInterrupt
+        self._signal = True
+
+    def __bool__(self) -> bool:
+        return self._signal or time.monotonic() > self._end
+
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def make_loader(config: TrainConfig, sampler: "PatchSampler", *, start: int, rank: int, world: int) -> Iterator[Any]:
+    """Batches from step ``start`` on, prepared ahead by worker processes."""
+    from torch.utils.data import DataLoader
+
+    from ddm_training.patches import PatchBatches
+
+    batches = PatchBatches(
+        sampler,
+        seed=config.seed,
+        steps=config.max_train_steps,
+        batch_size=config.train_batch_size,
+        rank=rank,
+        world=world,
+        bias=config.timestep_bias,
+    )
+    workers = config.dataloader_num_workers
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(start, config.max_train_steps),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available() and config.device == "auto",
+        )
+    )
+
+
+def train(config: TrainConfig) -> None:
+    """Train, validate, checkpoint and export as ``config`` says.
+
+    Raises:
+        InputError: bad stores or settings, a checkpoint that does not fit, a full disk, or a loss that is not finite.
+    """
+    from accelerate import Accelerator
+
+    from ddm_training.checkpoints import find_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
+    from ddm_training.patches import open_sampler
+    from ddm_training.progress import Journal
+    from ddm_training.unet import NoisePredictor, add_noise, make_scheduler, make_unet
+    from ddm_training.validation import Validation
+
+    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    device, chief, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
+    sampler = open_sampler(config.data, "train", config.patch_config(), weights=config.data_weights)
+    validation = Validation(config, sampler, device=device, world=world) if chief else None
+
+    torch.manual_seed(config.seed)
+    network = make_unet(config.preset, patch_size=config.patch_size).to(device)
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        fused=True,
+    )
+    start, notes = 0, [f"{len(sampler):,} frames, {world} process(es) on {device.type}"]
+    if chief:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(config.output_dir)
+    if found := find_checkpoint(config.output_dir, config.resume_from_checkpoint):
+        state, differing = load_checkpoint(found, settings(config))
+        network.load_state_dict(state["model"])
+        average.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = int(state["step"])
+        notes.append(f"resuming from {found.name}")
+        notes += [f"--{k.replace('_', '-')} is {now}, was {was}" for k, (was, now) in sorted(differing.items())]
+
+    forward = torch.compile(network) if config.torch_compile else network
+    model = accelerator.prepare(NoisePredictor(forward, bf16=config.mixed_precision == "bf16"))
+    abar = make_scheduler().alphas_cumprod.to(device)
+    journal = Journal(config, start=start, patches_per_step=config.train_batch_size * world) if chief else None
+    for note in notes if journal else []:
+        journal.say(note)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def save(step: int) -> None:
+        if chief:
+            state = {"model": network.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()}
+            limit = config.checkpoints_total_limit
+            save_checkpoint(config.output_dir, step, state, settings(config), limit=limit)
+        accelerator.wait_for_everyone()
+
+    stop = StopRequest(config.max_train_minutes)
+    step, saved = start, start
+    pending: list[Tensor] = []
+    try:
+        loader = make_loader(config, sampler, start=start, rank=accelerator.process_index, world=world)
+        waited = 0.0
+        while step < config.max_train_steps:
+            before = time.perf_counter()
+            batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
+            waited += time.perf_counter() - before
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            x_t = add_noise(batch["x"], batch["noise"], abar[batch["t"]])
+            predicted = model(x_t, batch["t"])
+            loss = noise_loss(
+                predicted, batch["noise"], batch["mask"], kind=config.loss_type, depth_weight=config.depth_loss_weight
+            )
+            accelerator.backward(loss)
+            norm = nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            update_average(average, network, step, config.ema_decay)
+            pending.append(torch.stack([loss.detach(), norm]))
+            step += 1
+
+            ends = step == config.max_train_steps or agreed(stop, step, accelerator)
+            checkpoint = ends or step % config.checkpointing_steps == 0
+            validate = step % config.validation_steps == 0 or step == config.max_train_steps
+            if checkpoint or validate or step % config.logging_steps == 0:
+                statistics = reduce_statistics(pending, step, accelerator)
+                if journal:
+                    journal.tick(step, **statistics, lr=learning_rate(step - 1, config), waited=waited, stop=stop)
+                pending, waited = [], 0.0
+            if checkpoint:
+                save(step)
+                saved = step
+            if validate:
+                if validation and journal:
+                    journal.validation(step, validation.run(average, step))
+                accelerator.wait_for_everyone()
+            if ends:
+                break
+        if validation and journal:
+            if step == start or (step % config.validation_steps and step < config.max_train_steps):
+                journal.validation(step, validation.run(average, step))
+            done = step >= config.max_train_steps
+            journal.say(
+                f"{'finished' if done else 'stopped'} at step {step}, checkpoint-{saved}, prior in {config.output_dir}"
+                + ("" if done else "; run the same command again to go on")
+            )
+            if config.push_to_hub and done:
+                validation.push()
+    finally:
+        stop.restore()
+        if journal:
+            journal.close()
+        accelerator.end_training()
+
+
+def agreed(stop: StopRequest, step: int, accelerator: Any) -> bool:
+    """Whether to end after this step, the same answer in every process; several of them ask each other seldom."""
+    if accelerator.num_processes == 1:
+        return bool(stop)
+    if step % 10:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device), "sum") > 0)
+
+
+def reduce_statistics(pending: list[Tensor], step: int, accelerator: Any) -> dict[str, float]:
+    """Mean loss and gradient norm of the steps since the last call, over all processes.
+
+    Raises:
+        InputError: one of them is not finite; called before each checkpoint, so that none holds such weights.
+    """
+    rows = torch.stack(pending).float()
+    if accelerator.num_processes > 1:
+        rows = accelerator.reduce(rows, "mean")
+    finite = torch.isfinite(rows).all(dim=1)
+    if not finite.all():
+        bad = step - len(pending) + int((~finite).nonzero()[0])
+        raise InputError(
+            f"loss {rows[bad - step, 0]:g}, gradient norm {rows[bad - step, 1]:g} at step {bad + 1}: training stopped; "
+            "the last checkpoint is from before it. Lower --learning-rate or use --mixed-precision no, and run again."
+        )
+    loss, norm = rows.mean(dim=0).tolist()
+    return {"loss": loss, "grad_norm": norm}
+
+
+def is_terminal() -> bool:
+    """Whether progress is watched by a person."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

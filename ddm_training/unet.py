@@ -1,0 +1,192 @@
+"""The networks: presets of diffusers' `UNet2DModel`, the noise schedule, and loading from a prior folder.
+
+Notation
+    x_t    noisy patch, sqrt(abar_t) x + sqrt(1 - abar_t) eps      [b, 4, h, w]
+    t      timestep, 0 ... 999                                     [b]
+    abar   cumulative signal power of the cosine schedule          [1000]
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ddm_training.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+Preset = Literal["prototype", "tiny", "small", "paper"]
+TIMESTEPS = 1000
+UNET_FOLDER, SCHEDULER_FOLDER = "unet", "scheduler"
+
+# Widths of the levels, residual layers per level, and whether a level has attention. What they cost: see the README.
+_PRESETS: dict[str, tuple[tuple[int, ...], int, tuple[bool, ...]]] = {
+    "prototype": ((32, 64, 96), 1, (False, False, True)),
+    "tiny": ((32, 64, 96, 128), 1, (False, False, False, True)),
+    "small": ((64, 128, 192, 256), 2, (False, False, True, True)),
+    "paper": ((64, 128, 256, 384), 2, (False, False, True, True)),
+}
+
+
+def unet_arguments(preset: Preset, patch_size: int) -> dict[str, Any]:
+    """Arguments of `UNet2DModel` for a preset."""
+    widths, layers, attention = _PRESETS[preset]
+    return {
+        "sample_size": patch_size,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        "norm_num_groups": 8 if preset in ("prototype", "tiny") else 32,
+        "attention_head_dim": 32,
+    }
+
+
+def make_unet(preset: Preset, *, patch_size: int = 48) -> "UNet2DModel":
+    """A freshly initialised network; call inside a seeded context for reproducible weights."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    return UNet2DModel(**unet_arguments(preset, patch_size))
+
+
+def make_scheduler() -> "DDPMScheduler":
+    """Cosine schedule (s = .008), 1000 steps, noise prediction (paper, section 3.1). Samples are held in [-1, 1]."""
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon", clip_sample=True
+    )
+
+
+def add_noise(
+    x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], abar: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """x_t = sqrt(abar) x + sqrt(1 - abar) eps."""
+    abar = abar[:, None, None, None]
+    return abar.sqrt() * x + (1 - abar).sqrt() * noise
+
+
+def predict_clean(
+    x_t: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], abar: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """x = (x_t - sqrt(1 - abar) eps) / sqrt(abar), not clipped."""
+    abar = abar[:, None, None, None]
+    return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
+
+
+class NoisePredictor(nn.Module):
+    """A network as a function (x_t, t) -> eps in fp32, computed under bf16 autocast if so asked.
+
+    Autocast ends at the network's border: noise, target and data stay fp32.
+    """
+
+    def __init__(self, unet: nn.Module, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.unet = unet
+        self.bf16 = bf16
+
+    def forward(self, x_t: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            noise = self.unet(x_t, t)
+        return (noise if isinstance(noise, Tensor) else noise.sample).float()
+
+
+class _Plain(nn.Module):
+    """`UNet2DModel` as (x, t) -> noise, in the weights' own precision."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
+        return self.unet(x_t, t).sample
+
+
+def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if config.get("in_channels") != 4 or config.get("out_channels") != 4:
+        raise InputError(
+            f"{folder} predicts {config.get('out_channels')} from {config.get('in_channels')} channels; "
+            "an RGBD prior needs 4 and 4."
+        )
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: weights are read from safetensors only, never from pickled files.")
+    try:
+        state = load_file(path)
+        unet = UNet2DModel.from_config(config)
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} cannot be read ({error}): the file is truncated or damaged.") from error
+    assert isinstance(unet, UNet2DModel)
+    own = unet.state_dict()
+    wrong = sorted(key for key in own.keys() | state.keys() if key not in own or key not in state)
+    wrong += sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    if wrong:
+        raise InputError(
+            f"the weights of {path} do not fit config.json: {len(wrong)} entries missing, unknown or of another shape: "
+            f"{', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
+        )
+    unet.load_state_dict(state)
+    return _Plain(unet.to(dtype))
+
+
+def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network of a prior folder in evaluation mode, called as f(x [b, 4, h, w], t [b]) -> noise [b, 4, h, w].
+
+    Args:
+        folder: a prior folder; its `unet/config.json` says which class the network is.
+        dtype: precision of the loaded weights, whatever that of the file.
+
+    Raises:
+        InputError: files are missing or damaged, the class is unknown, or the weights do not fit the config.
+    """
+    unet = folder / UNET_FOLDER
+    try:
+        config = json.loads((unet / "config.json").read_text())
+        name = config.get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{unet}/config.json cannot be read ({error}): expected a prior folder.") from error
+    if name == "UNet2DModel":
+        network = _load_diffusers(unet, config, dtype)
+    elif name == "RgbdPatchUNet":
+        from ddm_training.authors_unet import RgbdPatchUNet  # pyright: ignore[reportMissingImports]
+
+        network = RgbdPatchUNet.load(unet).to(dtype)
+    else:
+        raise InputError(f"{unet}/config.json names network {name!r}; known are 'UNet2DModel' and 'RgbdPatchUNet'.")
+    return network.eval().requires_grad_(False)
+
+
+def load_scheduler(folder: Path) -> "DDPMScheduler":
+    """The noise schedule of a prior folder.
+
+    Raises:
+        InputError: it is missing or damaged, or the network does not predict noise.
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    path = folder / SCHEDULER_FOLDER / "scheduler_config.json"
+    try:
+        scheduler = DDPMScheduler.from_config(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise InputError(f"{path} cannot be read ({error}): expected a scheduler as diffusers saves it.") from error
+    assert isinstance(scheduler, DDPMScheduler)
+    if scheduler.config["prediction_type"] != "epsilon":
+        raise InputError(
+            f"{path}: prediction_type is {scheduler.config['prediction_type']!r}; a prior predicts 'epsilon'."
+        )
+    return scheduler
+
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]

@@ -1,0 +1,143 @@
+"""Validation within a training: losses per noise level on held-out patches, samples, and the exported prior."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ddm_training.errors import InputError
+from ddm_training.export import export_prior, model_card, parameter_count, push_prior
+from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
+from ddm_training.rgbd import RgbdSpec
+from ddm_training.sample import draw_samples
+from ddm_training.unet import NoisePredictor, add_noise, make_scheduler
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    from ddm_training.train import TrainConfig
+
+BATCH = 32
+
+
+@torch.no_grad()
+def noise_losses(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "n 4 h w"],
+    mask: Bool[Tensor, "n h w"],
+    noise: Float[Tensor, "n 4 h w"],
+    *,
+    levels: Sequence[int],
+    abar: Float[Tensor, " t"],
+    batch: int = BATCH,
+) -> dict[str, dict[str, float]]:
+    """Mean squared error of the predicted noise per timestep: of all channels and of depth, valid pixels only.
+
+    Predicting zero gives 1.0 (up to the draw of the noise).
+    """
+    result = {}
+    for level in levels:
+        color, depth = 0.0, 0.0
+        for part in torch.arange(len(x)).split(batch):
+            t = torch.full((len(part),), level, device=x.device)
+            eps = noise[part]
+            error = (denoise(add_noise(x[part], eps, abar[t]), t) - eps).square()
+            color += error[:, :3].double().sum().item()
+            depth += (error[:, 3] * mask[part]).double().sum().item()
+        colors, depths = 3 * mask.numel(), int(mask.sum())
+        result[str(level)] = {"all": (color + depth) / (colors + depths), "depth": depth / max(depths, 1)}
+    return result
+
+
+def held_out(config: "TrainConfig") -> PatchSampler:
+    """Sampler of held-out patches: the training's focal lengths, no other augmentation.
+
+    Raises:
+        InputError: none of the stores has frames of split val.
+    """
+    from ddm_training.frames import open_store
+
+    stores = []
+    for root in config.data:
+        try:
+            stores.append(open_store(root, "val"))
+        except InputError as error:
+            warnings.warn(f"not validated on {root}: {error}", stacklevel=2)
+    if not stores:
+        raise InputError(f"none of {', '.join(map(str, config.data))} has scenes of split 'val': add held-out scenes.")
+    patches = PatchConfig(
+        patch_size=config.patch_size,
+        focal_range=config.focal_range,
+        depth_scale_jitter=1.0,
+        min_valid=config.min_valid,
+        augment=False,
+    )
+    return PatchSampler(stores, patches, weights=[1.0] * len(stores))
+
+
+class Validation:
+    """Held-out patches and the facts about the training data, prepared once."""
+
+    def __init__(self, config: "TrainConfig", sampler: PatchSampler, *, device: torch.device, world: int) -> None:
+        self.config, self.device = config, device
+        data = held_out(config).batch(
+            seed=config.seed, stream=Stream.VALIDATION, step=0, first=0, count=config.validation_patches
+        )
+        self.x, self.mask, self.noise = (data[key].to(device) for key in ("x", "mask", "noise"))
+        self.scheduler = make_scheduler()
+        self.abar = self.scheduler.alphas_cumprod.to(device)
+        self._global_batch = config.train_batch_size * world
+        self._frames = len(sampler)
+        self._spec: dict[str, Any] = {
+            "patch_size": config.patch_size,
+            "focal": config.focal,
+            "focal_range": config.focal_range,
+            "disparity_quantiles": disparity_quantiles(sampler, seed=config.seed),
+            "depth_scale_jitter": config.depth_scale_jitter,
+            "trained_on": tuple(sorted({scene.info.source for scene in sampler.scenes})),
+            "license": config.license,
+        }
+
+    @property
+    def folder(self):
+        """The exported prior."""
+        return self.config.output_dir / "prior"
+
+    def run(self, average: "UNet2DModel", step: int) -> dict[str, Any]:
+        """Validate the averaged weights and export them; returns losses and the sheet of samples."""
+        from ddm_training.sheets import patch_sheet
+        from ddm_training.train import LEVELS
+
+        model = NoisePredictor(average, bf16=self.config.mixed_precision == "bf16").eval()
+        losses = noise_losses(model, self.x, self.mask, self.noise, levels=LEVELS, abar=self.abar)
+        count, sheet = self.config.num_validation_samples, None
+        if count:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            noise = torch.randn(count, *self.x.shape[1:], generator=generator).to(self.device)
+            sheet = patch_sheet(draw_samples(model, self.scheduler, noise, steps=25), columns=min(count, 8))
+        measured = {
+            "val_loss": sum(level["all"] for level in losses.values()) / len(losses),
+            "val": losses,
+            "frames": self._frames,
+            "global_batch": self._global_batch,
+        }
+        spec = RgbdSpec(steps=step, **self._spec)
+        card = model_card(spec, config=vars(self.config), parameters=parameter_count(average), measured=measured)
+        export_prior(
+            self.folder,
+            unet=average,
+            scheduler=self.scheduler,
+            spec=spec,
+            card=card,
+            sheet=sheet,
+            dtype=self.config.export_dtype,
+        )
+        return {**measured, "sheet": sheet}
+
+    def push(self) -> None:
+        """Upload the prior folder."""
+        assert self.config.hub_model_id is not None
+        push_prior(self.folder, self.config.hub_model_id, private=self.config.hub_private)
