@@ -1,0 +1,375 @@
+"""A random room: shell with openings, what lies behind them, furniture, lights, and cameras that look at something.
+
+Everything is a function of (seed, room); no state is shared between rooms, so rooms may be made in any order and by any
+number of processes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from ddm_training.rooms.furniture import MAKERS, Looks
+from ddm_training.rooms.render import Camera, ShadowMap, look_at, shade, shadow_map, trace
+from ddm_training.rooms.shapes import Light, Place, Scene, SceneBuilder
+
+WALL = 0.16  # metres
+PROBE = (48, 36)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Where furniture stands: a rectangle on the floor with a height."""
+
+    low: Float[np.ndarray, " 2"]
+    high: Float[np.ndarray, " 2"]
+    height: float
+
+    def near(self, low: np.ndarray, high: np.ndarray, gap: float) -> bool:
+        return bool((self.low < high + gap).all() and (low < self.high + gap).all())
+
+
+@dataclass(frozen=True)
+class Room:
+    """A scene with its shadow maps, and what cameras have to know."""
+
+    scene: Scene
+    shadows: list[ShadowMap]
+    size: Float[np.ndarray, " 3"]
+    footprints: tuple[Footprint, ...]
+    seed: tuple[int, int, int]
+
+    def rng(self, purpose: int) -> np.random.Generator:
+        """Random numbers for one purpose (cameras, noise, ...), independent of each other."""
+        return np.random.default_rng([*self.seed, purpose])
+
+
+def make_room(seed: int, index: int, attempt: int = 0) -> Room:
+    """Room number ``index`` of ``seed``; another one for each ``attempt``, where no camera found a view."""
+    rng = np.random.default_rng([seed, index, attempt, 0])
+    builder, looks = SceneBuilder(rng), Looks(rng)
+    size = np.array([rng.uniform(3.0, 7.5), rng.uniform(3.0, 6.5), rng.uniform(2.3, 3.2)])
+    openings = _shell(builder, looks, size)
+    footprints = _furnish(builder, looks, size, openings)
+    _pictures(builder, looks, size, openings)
+    _lamps(builder, looks, size, openings)
+    warmth = np.array([1.0, rng.uniform(0.85, 1.0), rng.uniform(0.7, 1.0)])
+    level = rng.uniform(0.25, 0.8)
+    scene = builder.build(
+        sky=(rng.uniform(1.0, 4.0) * np.array([0.8, 0.9, 1.0])).astype(np.float32),
+        ambient_above=(level * warmth).astype(np.float32),
+        ambient_below=(level * rng.uniform(0.6, 1.0) * warmth * [1.0, 0.95, 0.9]).astype(np.float32),
+    )
+    return Room(scene, [shadow_map(scene, light) for light in scene.lights], size, tuple(footprints), (seed, index, attempt))
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A hole in wall ``side`` (0: x = 0, 1: x = width, 2: y = 0, 3: y = depth), from ``low`` to ``high`` = (along, z)."""
+
+    side: int
+    low: tuple[float, float]
+    high: tuple[float, float]
+    door: bool
+
+
+def _wall_box(size: np.ndarray, side: int, a0: float, a1: float, z0: float, z1: float, near: float, far: float):
+    """Corners of a box along wall ``side``, between distances ``near`` and ``far`` outside its inner face."""
+    axis = side // 2
+    out = (size[axis] + near, size[axis] + far) if side % 2 else (-far, -near)
+    low, high = np.array([a0, a0, z0]), np.array([a1, a1, z1])
+    low[axis], high[axis] = out
+    return low, high
+
+
+def _shell(builder: SceneBuilder, looks: Looks, size: np.ndarray) -> list[Opening]:
+    rng = looks.rng
+    paint, floor, ceiling = looks.wall(), looks.floor(), looks.paint((0.75, 1.0))
+    accent = looks.wall() if rng.uniform() < 0.35 else paint
+    builder.wall((-WALL, -WALL, -0.2), (size[0] + WALL, size[1] + WALL, 0), floor, builder.new_entity())
+    builder.wall((-WALL, -WALL, size[2]), (size[0] + WALL, size[1] + WALL, size[2] + 0.2), ceiling, builder.new_entity())
+    openings, skirting, trim = [], looks.surface(), looks.surface()
+    accented = rng.integers(4)
+    for side in range(4):
+        length = size[1 - side // 2]
+        opening = _random_opening(rng, side, length, size[2]) if rng.uniform() < 0.5 else None
+        skin, entity = accent if side == accented else paint, builder.new_entity()
+
+        def panel(a0, a1, z0, z1, near=0.0, far=WALL, skin=skin, entity=entity, side=side):
+            builder.wall(*_wall_box(size, side, a0, a1, z0, z1, near, far), skin, entity)
+
+        if opening is None:
+            panel(-WALL, length + WALL, 0, size[2])
+        else:
+            (a0, z0), (a1, z1) = opening.low, opening.high
+            panel(-WALL, a0, 0, size[2])
+            panel(a1, length + WALL, 0, size[2])
+            panel(a0, a1, 0, z0)
+            panel(a0, a1, z1, size[2])
+            openings.append(opening)
+            _frame(builder, looks, size, opening, trim)
+            (_next_room if opening.door or rng.uniform() < 0.3 else _outside)(builder, looks, size, opening)
+        if rng.uniform() < 0.6:
+            ends = [(0.0, length)]
+            if opening is not None and opening.door:
+                ends = [(0.0, opening.low[0] - 0.06), (opening.high[0] + 0.06, length)]
+            for a0, a1 in ends:
+                panel(a0, a1, 0.0, 0.08, -0.015, 0.0, skirting)
+    return openings
+
+
+def _random_opening(rng: np.random.Generator, side: int, length: float, height: float) -> Opening:
+    door = bool(rng.uniform() < 0.5)
+    wide = rng.uniform(0.8, 1.0) if door and rng.uniform() < 0.7 else rng.uniform(0.7, min(2.4, length - 1.0))
+    start = rng.uniform(0.3, length - wide - 0.3)
+    low, high = (0.0, rng.uniform(1.95, 2.15)) if door else (rng.uniform(0.3, 1.1), rng.uniform(1.7, height - 0.15))
+    return Opening(side, (start, low), (start + wide, high), door)
+
+
+def _frame(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening, skin) -> None:
+    """Frame, glazing bars of a window, sometimes curtains."""
+    rng, entity = looks.rng, builder.new_entity()
+    (a0, z0), (a1, z1) = o.low, o.high
+
+    def bar(b0, b1, y0, y1, near, far, skin=skin, entity=entity):
+        builder.wall(*_wall_box(size, o.side, b0, b1, y0, y1, near, far), skin, entity)
+
+    bar(a0 - 0.06, a0, max(z0 - 0.06, 0), z1 + 0.06, -0.02, 0.0)
+    bar(a1, a1 + 0.06, max(z0 - 0.06, 0), z1 + 0.06, -0.02, 0.0)
+    bar(a0 - 0.06, a1 + 0.06, z1, z1 + 0.06, -0.02, 0.0)
+    if o.door:
+        if rng.uniform() < 0.35:  # the door's leaf, standing open against the wall of the next room
+            hinge = builder.new_entity()
+            bar(a0 - 0.02, a0 + 0.03, 0, z1, WALL, WALL + 0.8, looks.surface(), hinge)
+        return
+    bar(a0 - 0.1, a1 + 0.1, z0 - 0.04, z0, -rng.uniform(0.03, 0.2), 0.1)
+    for x in np.linspace(a0, a1, rng.integers(2, 5)):
+        bar(x - 0.025, x + 0.025, z0, z1, 0.06, 0.1)
+    for z in np.linspace(z0, z1, rng.integers(2, 4)):
+        bar(a0, a1, z - 0.025, z + 0.025, 0.06, 0.1)
+    if rng.uniform() < 0.4:
+        cloth, entity, wide = looks.fabric(), builder.new_entity(), rng.uniform(0.2, 0.5)
+        for b in (a0 - wide * 0.6, a1 - wide * 0.4):
+            folds = np.linspace(b, b + wide, 6)
+            for i in range(5):
+                bar(folds[i], folds[i + 1], 0.05, z1 + 0.15, -0.1 - 0.03 * (i % 2), -0.07, cloth, entity)
+
+
+def _next_room(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) -> None:
+    """A corridor or room behind the opening, with a thing or two in it."""
+    rng, entity = looks.rng, builder.new_entity()
+    middle, reach = (o.low[0] + o.high[0]) / 2, rng.uniform(1.2, 5.0)
+    a0, a1, top = middle - rng.uniform(0.8, 3.0), middle + rng.uniform(0.8, 3.0), size[2]
+    paint, floor = looks.wall(), looks.floor()
+
+    def box(b0, b1, y0, y1, near, far, skin):
+        builder.wall(*_wall_box(size, o.side, b0, b1, y0, y1, near, far), skin, entity)
+
+    box(a0, a1, -0.2, 0, WALL, reach, floor)
+    box(a0, a1, top, top + 0.2, WALL, reach, paint)
+    box(a0 - 0.1, a1 + 0.1, 0, top, reach, reach + 0.1, paint)
+    box(a0 - 0.1, a0, 0, top, WALL, reach, paint)
+    box(a1, a1 + 0.1, 0, top, WALL, reach, paint)
+    maker, width, depth, height, _, _ = MAKERS[str(rng.choice(["shelf", "cupboard", "plant", "table"]))]
+    low, high = _wall_box(size, o.side, middle, middle, 0, 0, reach - 0.35, reach - 0.35)
+    maker(
+        Place(builder, np.array([low[0], low[1], 0.0]), _yaw_of(o.side), builder.new_entity()),
+        looks, rng.uniform(*width), min(rng.uniform(*depth), 0.6), rng.uniform(*height),
+    )  # fmt: skip
+    at = np.array(_wall_box(size, o.side, middle, middle, top - 0.3, top - 0.3, reach / 2, reach / 2)[0])
+    builder.lights.append(Light(at, np.array([1.0, 0.9, 0.75]) * rng.uniform(1, 5)))
+
+
+def _outside(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) -> None:
+    """Behind a window: ground and a house across the street, or only the sky; and daylight that comes in."""
+    rng, entity = looks.rng, builder.new_entity()
+    middle, reach = (o.low[0] + o.high[0]) / 2, rng.uniform(2.5, 9.0)
+    if rng.uniform() < 0.7:
+        ground = rng.choice([-0.3, -3.0])
+        skin = looks.skin("grain", looks.shades(looks.color((0.2, 0.6)), 0.5), (1.0, 3.0))
+        builder.wall(*_wall_box(size, o.side, middle - 15, middle + 15, ground - 0.1, ground, WALL, reach), skin, entity)
+        top = rng.choice([rng.uniform(1.0, 3.0), 12.0])
+        skin = looks.skin("bricks tiles grain planks", looks.shades(looks.color((0.3, 0.9)), 0.5), (1.0, 4.0))
+        builder.wall(*_wall_box(size, o.side, middle - 15, middle + 15, ground, top, reach, reach + 0.2), skin, entity)
+    if rng.uniform() < 0.8:
+        z = (o.low[1] + o.high[1]) / 2
+        window = np.array(_wall_box(size, o.side, middle, middle, z, z, 0, 0)[0])
+        away = 2.2
+        swing, rise = rng.uniform(-1.2, 1.2), rng.uniform(0.5, 2.2)
+        sun = np.array(_wall_box(size, o.side, middle + swing, middle + swing, z + rise, z + rise, away, away)[0])
+        color = np.array([1.0, 0.93, 0.82]) * rng.uniform(0.8, 4.0)
+        wide = np.hypot(o.high[0] - o.low[0], o.high[1] - o.low[1]) / 2 / np.hypot(away, rise) * 1.3
+        builder.lights.append(Light(sun, color, window, float(np.clip(wide, 0.3, 1.2)), softness=1.0))
+
+
+def _yaw_of(side: int) -> float:
+    """Yaw of an object whose back (+y) is towards wall ``side``."""
+    return {0: np.pi / 2, 1: -np.pi / 2, 2: np.pi, 3: 0.0}[side]
+
+
+def _furnish(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> list[Footprint]:
+    rng = looks.rng
+    placed: list[Footprint] = []
+    names = list(MAKERS)
+    common = np.array([MAKERS[n][5] for n in names])
+    area = size[0] * size[1]
+    if rng.uniform() < 0.5:
+        w, d = rng.uniform(0.4, 0.8, 2) * size[:2]
+        rug = Place(builder, np.append(rng.uniform(0.35, 0.65, 2) * size[:2], 0), 0.0, builder.new_entity())
+        rug.box((-w / 2, -d / 2, 0), (w / 2, d / 2, 0.012), looks.picture() if rng.uniform() < 0.3 else looks.fabric())
+    for _ in range(rng.poisson(4 + 0.45 * area)):
+        maker, width, depth, height, against, _ = MAKERS[str(rng.choice(names, p=common / common.sum()))]
+        w, d = rng.uniform(*width), rng.uniform(*depth)
+        h = min(rng.uniform(*height), size[2] - 0.1)
+        for _ in range(6):
+            if against and rng.uniform() < 0.9:
+                side = int(rng.integers(4))
+                yaw, axis = _yaw_of(side), side // 2
+                half = np.array([d, w] if axis == 0 else [w, d]) / 2
+                along = rng.uniform(half[1 - axis], max(size[1 - axis] - half[1 - axis], half[1 - axis] + 0.01))
+                centre = np.empty(2)
+                gap = d / 2 + rng.uniform(0.01, 0.06)
+                centre[1 - axis], centre[axis] = along, size[axis] - gap if side % 2 else gap
+                blocked = any(
+                    o.side == side and (o.door or h > o.low[1])
+                    and o.low[0] < along + w / 2 and along - w / 2 < o.high[0]
+                    for o in openings
+                )  # fmt: skip
+            else:
+                yaw = rng.choice([0, 0.5, 1, 1.5]) * np.pi + (rng.normal(0, 0.3) if rng.uniform() < 0.4 else 0.0)
+                c, s = abs(np.cos(yaw)), abs(np.sin(yaw))
+                half = np.array([c * w + s * d, s * w + c * d]) / 2
+                centre = rng.uniform(half, np.maximum(size[:2] - half, half + 0.01))
+                blocked = False
+            low, high = centre - half, centre + half
+            inside = (low > 0).all() and (high < size[:2]).all()
+            if inside and not blocked and not any(f.near(low, high, 0.04) for f in placed):
+                maker(Place(builder, np.append(centre, 0.0), float(yaw), builder.new_entity()), looks, w, d, h)
+                placed.append(Footprint(low, high, 4.0 if maker.__name__ == "column" else h + 0.3))
+                break
+    return placed
+
+
+def _pictures(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> None:
+    """Framed pictures, mirrors without reflection, switches and radiators' like on the walls."""
+    rng = looks.rng
+    for _ in range(rng.integers(2, 9)):
+        side = int(rng.integers(4))
+        length = size[1 - side // 2]
+        w, h = rng.uniform(0.2, 1.2), rng.uniform(0.2, 0.9)
+        a, z = rng.uniform(w / 2 + 0.1, length - w / 2 - 0.1), rng.uniform(1.2, 1.8)
+        if z + h / 2 > size[2] - 0.1 or any(
+            o.side == side and o.low[0] - 0.1 < a + w / 2 and a - w / 2 < o.high[0] + 0.1 for o in openings
+        ):
+            continue
+        entity, thick, rim = builder.new_entity(), rng.uniform(0.01, 0.04), rng.choice([0.0, 0.015, 0.04])
+        if rim:
+            box = _wall_box(size, side, a - w / 2 - rim, a + w / 2 + rim, z - h / 2 - rim, z + h / 2 + rim, -thick, 0)
+            builder.wall(*box, looks.surface(), entity)
+        low, high = _wall_box(size, side, a - w / 2, a + w / 2, z - h / 2, z + h / 2, -thick - 0.004, 0)
+        builder.wall(low, high, looks.picture(), entity)
+
+
+def _lamps(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> None:
+    """One to three lamps under the ceiling, hanging or flat."""
+    rng = looks.rng
+    count = rng.integers(1, 3)
+    warm = np.array([1.0, rng.uniform(0.7, 1.0), rng.uniform(0.45, 1.05)])
+    for _ in range(count):
+        xy = rng.uniform(0.25, 0.75, 2) * size[:2]
+        place = Place(builder, np.append(xy, size[2]), 0.0, builder.new_entity())
+        if rng.uniform() < 0.5:
+            drop = rng.uniform(0.25, 0.8)
+            place.cylinder((0, 0, -drop), 0.006, drop, looks.metal())
+            if rng.uniform() < 0.5:
+                place.ball((0, 0, -drop), (0.12,) * 3, looks.glow(3.0))
+            else:
+                place.cylinder((0, 0, -drop - 0.1), 0.17, 0.2, looks.glow(2.0), taper=-rng.uniform(0.1, 0.6))
+            at = place.point((0, 0, -drop - 0.05))
+        else:
+            place.box((-0.25, -0.12, -0.05), (0.25, 0.12, 0), looks.glow(3.0))
+            at = place.point((0, 0, -0.15))
+        builder.lights.append(Light(at, warm * rng.uniform(2.0, 6.0) * area_factor(size) / count, softness=rng.uniform(1, 2.5)))
+
+
+def area_factor(size: np.ndarray) -> float:
+    """Larger rooms have stronger lamps."""
+    return float(size[0] * size[1] / 15.0)
+
+
+# Cameras
+
+
+def free(room: Room, position: Float[np.ndarray, " 3"], gap: float = 0.25) -> bool:
+    """Whether a camera may stand there: inside the room, not in or close to furniture."""
+    margin = 0.35
+    if not ((position > margin).all() and (position < room.size - 0.2).all()):
+        return False
+    xy = position[:2]
+    return not any(position[2] < f.height + gap and f.near(xy, xy, gap) for f in room.footprints)
+
+
+def view_quality(room: Room, camera: Camera) -> bool:
+    """Whether a view shows a room: nothing very close, not one bare wall, not only far away."""
+    small = camera.scaled(PROBE[0], round(PROBE[0] * camera.height / camera.width))
+    hits = trace(room.scene, small)
+    q = hits.inverse_depth
+    entities = len(np.unique(np.where(hits.surface >= 0, room.scene.entity[hits.surface // 6], -1)))
+    median = np.median(q)
+    return bool(
+        q.max() < 1 / 0.4 and 1 / 6.0 < median < 1 / 1.1 and entities >= 5 and (hits.surface < 0).mean() < 0.2
+        and np.quantile(q, 0.95) > 1.3 * np.quantile(q, 0.05)
+    )  # fmt: skip
+
+
+def random_camera(room: Room, rng: np.random.Generator, *, focal: float, width: int, height: int) -> Camera:
+    """A camera at eye, hand or tripod height that looks at furniture or across the room."""
+    camera = None
+    for attempt in range(60):
+        xy = rng.uniform(0.4, np.maximum(room.size[:2] - 0.4, 0.5))
+        position = np.append(xy, np.clip(rng.normal(1.4, 0.3), 0.6, min(1.9, room.size[2] - 0.3)))
+        if room.footprints and rng.uniform() < 0.7:
+            f = room.footprints[rng.integers(len(room.footprints))]
+            target = np.append(rng.uniform(f.low, f.high), rng.uniform(0.2, 1.3))
+        else:
+            target = rng.uniform([0.0, 0.0, 0.3], room.size * [1, 1, 0.7])
+        offset = target - position
+        flat = np.hypot(offset[0], offset[1])
+        if flat < 0.8 or abs(offset[2]) > 0.7 * flat:
+            continue
+        camera = look_at(position, target, focal=focal, width=width, height=height, roll=rng.normal(0, 0.03))
+        if free(room, position) and view_quality(room, camera):
+            return camera
+    raise NoView(f"room {room.seed} has no place for a camera after 60 tries")
+
+
+class NoView(RuntimeError):
+    """A room in which no camera finds a view; `room_with_views` takes another."""
+
+
+T = TypeVar("T")
+
+
+def room_with_views(seed: int, index: int, find: Callable[[Room], T]) -> tuple[Room, T]:
+    """The first attempt at room ``index`` in which ``find`` succeeds, and what it found."""
+    for attempt in range(20):
+        room = make_room(seed, index, attempt)
+        try:
+            return room, find(room)
+        except NoView:
+            continue
+    raise NoView(f"no view in 20 attempts at room {index} of seed {seed}")
+
+
+def exposure(room: Room, cameras: list[Camera], level: float = 0.6) -> float:
+    """Factor for linear colour such that the 80th percentile of brightness over all views becomes ``level``."""
+    values = []
+    for camera in cameras:
+        small = camera.scaled(PROBE[0], round(PROBE[0] * camera.height / camera.width))
+        hits = trace(room.scene, small)
+        x, y = np.meshgrid(hits.x, hits.y)
+        color = shade(room.scene, room.shadows, small, hits.surface.ravel(), hits.inverse_depth.ravel(), x.ravel(), y.ravel())
+        values.append(color @ np.array([0.3, 0.59, 0.11], np.float32))
+    return float(level / max(np.quantile(np.concatenate(values), 0.8), 1e-4))
