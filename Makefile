@@ -1,0 +1,41 @@
+# make demo    a NeRF from three images of a made room, with and without the prior: a table and a picture sheet
+# make test    lint and tests
+#
+# make demo DATA=my/photos STEPS=3000 NUM_VIEWS=3 uses a capture of yours.
+
+PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+DATA ?=
+STEPS ?=
+NUM_VIEWS ?= 3
+METHOD ?= diffusionerf-tiny
+OUTPUT ?= demo
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m diffusionerf_ns.demo --output "$(OUTPUT)" --method $(METHOD) --num-views $(NUM_VIEWS) \
+		$(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps $(STEPS))
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf demo build dist *.egg-info
