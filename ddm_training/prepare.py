@@ -1,265 +1,196 @@
 """`ddm frames` and `ddm hypersim prepare`: raw RGBD data into the frame store, one job per scene of the store.
 
-Whole scenes are skipped, so running the same command again continues after a kill, a full disk or a repaired file.
+Whole scenes are skipped, so running the same command again continues after a kill, a full disk or a longer download.
 """
 
-import errno
-import json
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from ddm_training.errors import InputError
-from ddm_training.frames import SceneWriter, Split, read_scene_info
-from ddm_training.jobs import EngineConfig, run_jobs
-from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame, folder_bytes
+from ddm_training.frames import Split
+from ddm_training.hypersim import (
+    CAMERA_FILE,
+    KNOWN_BAD_CAMERAS,
+    SPLIT_FILE,
+    ColorSource,
+    Pinhole,
+    SceneCamera,
+    frame_files,
+    pinhole_from_uv,
+    read_camera_file,
+    read_frame,
+)
+from ddm_training.hypersim_split import PublicScene, read_split_csv
+from ddm_training.jobs import EngineConfig
+from ddm_training.rejection import FrameRejected, RejectionLimits
+from ddm_training.report import SceneResult
+from ddm_training.resize import check_size
 from ddm_training.rgbd_folder import Intrinsics, Pair, image_size, list_pairs, read_intrinsics, read_pair
-
-REPORT_FILE = "report.json"
-Frame = tuple[np.ndarray, np.ndarray, np.ndarray, Intrinsics]
-"""Colour uint8 [h, w, 3], planar depth float32 [h, w] in metres, validity bool [h, w], fx fy cx cy."""
+from ddm_training.scene_jobs import Frame, SceneJob, prepare, write_scene
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneResult:
-    """What a job did; `skipped` when the scene was whole already (its counts then come from the store)."""
+class HypersimJob(SceneJob):
+    """The frames of one camera of a Hypersim scene."""
 
-    name: str
-    split: str
-    frames: int
-    rejected: dict[str, int]
-    bytes: int
-    seconds: float = 0.0
-    skipped: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneSpec:
-    """Where a scene goes and what is judged about its frames."""
-
-    root: Path
-    name: str
-    split: Split
-    source: str
-    width: int
-    height: int
-    limits: RejectionLimits
+    images: Path
+    """`<scene>/images`."""
+    camera_name: str
+    camera: SceneCamera | None
+    """None where the table of cameras has no such scene."""
+    color: ColorSource
+    max_shear: float
 
 
-def scene_result(folder: Path, *, seconds: float = 0.0, skipped: bool = False) -> SceneResult:
-    """Counts of a whole scene of the store."""
-    info = read_scene_info(folder)
-    return SceneResult(
-        name=info.name,
-        split=info.split,
-        frames=len(info.frames),
-        rejected=dict(info.rejected),
-        bytes=folder_bytes(folder),
-        seconds=seconds,
-        skipped=skipped,
-    )
-
-
-def write_scene(
-    spec: SceneSpec, frames: Sequence[tuple[str, Callable[[], Frame]]], rejected: dict[str, int]
-) -> SceneResult:
-    """Write one scene of the store, in memory of one frame.
-
-    Args:
-        spec: where and how.
-        frames: name of each frame and what reads it; `FrameRejected` raised by the reader is counted.
-        rejected: frames that are missing already, by reason.
-
-    Raises:
-        OSError: the disk is full, or something else about the store; what was half written is removed.
-    """
-    start = time.perf_counter()
-    writer = SceneWriter(
-        spec.root,
-        spec.name,
-        split=spec.split,
-        source=spec.source,
-        max_frames=len(frames),
-        height=spec.height,
-        width=spec.width,
-    )
+def write_hypersim_scene(job: HypersimJob) -> SceneResult:
+    """Do a `HypersimJob`."""
     try:
-        _reserve(writer.part)
-        for reason, count in rejected.items():
-            writer.reject(reason, count)
-        for name, read in frames:
-            try:
-                color, depth, mask, intrinsics = read()
-                check_frame(color, depth, mask, spec.limits)
-            except FrameRejected as reason:
-                writer.reject(str(reason))
-                continue
-            writer.add(color, depth, mask, intrinsics=intrinsics, name=name)
-        writer.close()
-    except BaseException:
-        shutil.rmtree(writer.part, ignore_errors=True)
-        raise
-    return scene_result(spec.root / spec.name, seconds=time.perf_counter() - start)
+        pinhole = _usable_camera(job)
+    except FrameRejected as reason:
+        return write_scene(job, _never, unreadable=str(reason))
+
+    def read(frame: int) -> tuple[str, Frame]:
+        files = frame_files(job.images, job.camera_name, frame, job.color)
+        return f"frame.{frame:04d}", (*read_frame(files, pinhole), pinhole.intrinsics)
+
+    return write_scene(job, read)
 
 
-def _reserve(folder: Path) -> None:
-    """Claim the disk space of the arrays now: writing into a sparse memory map on a full disk ends the process with
-    SIGBUS, while claiming it raises OSError."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    for path in folder.glob("*.npy"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+def _usable_camera(job: HypersimJob) -> Pinhole:
+    if (job.images.parent.name, job.camera_name) in KNOWN_BAD_CAMERAS:
+        raise FrameRejected("known bad camera")
+    if job.camera is None:
+        raise FrameRejected("scene not in the table of cameras")
+    pinhole = pinhole_from_uv(job.camera)
+    if abs(pinhole.shear) > job.max_shear:
+        raise FrameRejected(f"camera sheared by more than {100 * job.max_shear:g} %")
+    return pinhole
 
 
-def prepare(
-    store: Path,
-    command: str,
-    options: dict[str, Any],
-    jobs: Sequence[Any],
-    work: Callable[[Any], SceneResult],
-    engine: EngineConfig,
-) -> dict[str, Any]:
-    """Run the jobs of scenes that the store does not have yet, show a table, and write `report.json`.
-
-    Args:
-        store: the frame store.
-        command: name for messages and for the options file.
-        options: what decides the content of the frames; a store that was begun with others is refused.
-        jobs: each with a `spec` of type `SceneSpec`.
-        work: what does a job.
-        engine: where.
-
-    Returns:
-        The report.
-
-    Raises:
-        InputError: other options, a damaged scene in the store, a full disk, or scenes that failed.
-    """
-    store.mkdir(parents=True, exist_ok=True)
-    _check_options(store / f"{command}.options.json", options)
-    results, failed = [], {}
-    todo = []
-    for job in jobs:
-        folder = store / job.spec.name
-        if folder.exists():
-            results.append(scene_result(folder, skipped=True))
-        else:
-            todo.append(job)
-    start = time.perf_counter()
-    full: OSError | None = None
-    for outcome in _progress(run_jobs(work, todo, engine, store / "submitit.part"), command, len(todo)):
-        if outcome.error is None:
-            results.append(outcome.result)
-            continue
-        failed[outcome.job.spec.name] = f"{type(outcome.error).__name__}: {outcome.error}"
-        if isinstance(outcome.error, OSError) and outcome.error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = outcome.error
-            break
-    report = make_report(command, results, failed, time.perf_counter() - start)
-    (store / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-    show_report(report, store)
-    _raise_for(report, store, full)
-    return report
-
-
-def _raise_for(report: dict[str, Any], store: Path, full: OSError | None) -> None:
-    if full is not None:
-        free = shutil.disk_usage(store).free
-        raise InputError(
-            f"the disk of {store} is full ({free / 1e9:.2f} GB free): free some space and run the same command again; "
-            f"the {report['scenes']} whole scenes are kept."
-        ) from full
-    if report["failed"]:
-        name, why = next(iter(report["failed"].items()))
-        raise InputError(
-            f"{len(report['failed'])} scenes failed, the first: {name}: {why}. All of them are in "
-            f"{store / REPORT_FILE}; the others are whole. Mend the input and run the same command again."
-        )
-    if report["frames"] == 0:
-        raise InputError(f"no frame was kept; rejected by reason: {report['rejected'] or 'none'}.")
-
-
-def _check_options(path: Path, options: dict[str, Any]) -> None:
-    options = json.loads(json.dumps(options, default=str))
-    if path.exists():
-        try:
-            begun = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged ({error}): delete it, or the store, and run again.") from error
-        differs = {
-            k: (begun.get(k), options.get(k)) for k in begun.keys() | options.keys() if begun.get(k) != options.get(k)
-        }
-        if differs:
-            what = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in sorted(differs.items()))
-            raise InputError(f"{path.parent} was begun with other options ({what}): use them, or another --output.")
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(options, indent=2) + "\n")
-    part.rename(path)
-
-
-def make_report(command: str, results: Sequence[SceneResult], failed: dict[str, str], seconds: float) -> dict[str, Any]:
-    """Totals over scenes; `frames_per_second` is of this run alone and counts read frames, kept or not."""
-    rejected: dict[str, int] = {}
-    splits: dict[str, int] = {}
-    for result in results:
-        splits[result.split] = splits.get(result.split, 0) + result.frames
-        for reason, count in result.rejected.items():
-            rejected[reason] = rejected.get(reason, 0) + count
-    read = sum(r.frames + sum(r.rejected.values()) for r in results if not r.skipped)
-    return {
-        "command": command,
-        "scenes": len(results),
-        "scenes_skipped": sum(r.skipped for r in results),
-        "frames": sum(r.frames for r in results),
-        "frames_by_split": splits,
-        "rejected": dict(sorted(rejected.items(), key=lambda item: -item[1])),
-        "bytes": sum(r.bytes for r in results),
-        "seconds": round(seconds, 3),
-        "frames_per_second": round(read / seconds, 2) if seconds > 0 else 0.0,
-        "failed": failed,
-        "by_scene": [asdict(r) for r in sorted(results, key=lambda r: r.name)],
-    }
-
-
-def show_report(report: dict[str, Any], store: Path) -> None:
-    """Print the report as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{report['command']}: {store}", show_header=False)
-    table.add_row("scenes", f"{report['scenes']} ({report['scenes_skipped']} were there already)")
-    for split, count in report["frames_by_split"].items():
-        table.add_row(f"frames kept, {split}", str(count))
-    for reason, count in report["rejected"].items():
-        table.add_row(f"rejected: {reason}", str(count))
-    for name, why in report["failed"].items():
-        table.add_row(f"[red]failed: {name}[/red]", why)
-    table.add_row("frames/s (this run)", f"{report['frames_per_second']:.1f}")
-    table.add_row("size", f"{report['bytes'] / 1e9:.3f} GB")
-    Console().print(table)
-
-
-def _progress(outcomes: Iterable[Any], command: str, total: int) -> Iterable[Any]:
-    from rich.progress import track
-
-    return track(outcomes, description=f"{command} (scenes)", total=total, disable=total == 0)
+def _never(frame: Any) -> tuple[str, Frame]:
+    raise AssertionError(f"frame {frame} of an unusable camera was read")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderJob:
-    """A run of frames of an RGBD folder that becomes one scene."""
+class HypersimPrepareConfig:
+    """Make a frame store of Hypersim scenes as `ddm hypersim download` fetches them.
 
-    spec: SceneSpec
-    pairs: tuple[Pair, ...]
-    missing: dict[str, int]
+    Colour is tone-mapped, distance becomes planar depth, pixels without depth are masked, bad cameras and frames are
+    left out and counted. Each camera of a scene becomes a scene of the store.
+    """
+
+    data: Path
+    """Folder with the scenes: `ai_001_001/images/scene_cam_00_final_hdf5/...`."""
+    output: Path
+    """The frame store; made when absent."""
+    split_csv: Path | None = None
+    """`metadata_images_split_scene_v1.csv`; in `data` when not given."""
+    camera_csv: Path | None = None
+    """`metadata_camera_parameters.csv`; in `data` when not given."""
+    camera: Literal["table", "plain"] = "table"
+    """The scene's own camera from that table, or the plain one (f = 886.81) for all: wrong in every second scene."""
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    """Splits to prepare; each scene keeps its split in the store."""
+    scenes: tuple[str, ...] = ()
+    """These scenes only; all that are on disk when empty."""
+    color: ColorSource = "hdr"
+    """"hdr": tone-map the HDR colour. "preview": the ready JPEG (`ddm hypersim download --preview`)."""
+    width: int = 256
+    height: int = 192
+    """Size of the stored frames; the paper renders its patches in an image of 256 x 192."""
+    max_shear: float = 0.02
+    """Largest shear of a camera, as a share of the focal length. Intrinsics have no shear, so it is neglected: the
+    published scenes have 0.019 at most (one degree), and 459 of 482 below .001."""
+    limits: RejectionLimits = field(default_factory=RejectionLimits)
+    """Which frames are left out; judged at the stored size."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Where the work is done."""
+    redo: bool = False
+    """Make whole scenes again, e.g. after a damaged file was replaced."""
+
+    def jobs(self) -> list[HypersimJob]:
+        """One job per camera of each scene on disk.
+
+        Raises:
+            InputError: a table cannot be read, or nothing is left to do.
+        """
+        if not self.data.is_dir():
+            raise InputError(f"{self.data} is not a folder; expected Hypersim scenes (ai_001_001, ...) in it.")
+        table = read_split_csv(self.split_csv or self.data / SPLIT_FILE)
+        cameras = read_camera_file(self.camera_csv or self.data / CAMERA_FILE) if self.camera == "table" else None
+        chosen = self._chosen(table)
+        jobs = []
+        for scene in chosen:
+            camera = SceneCamera() if cameras is None else cameras.get(scene.name)
+            if camera is not None:
+                check_size((camera.width, camera.height), (self.width, self.height))
+            names = sorted({name for name, _ in scene.frames})
+            jobs += [self._job(scene, name, camera) for name in names]
+        return jobs
+
+    def _chosen(self, table: dict[str, PublicScene]) -> list[PublicScene]:
+        on_disk = {path.parent.name for path in self.data.glob("*/images")}
+        if unknown := set(self.scenes) - on_disk:
+            raise InputError(f"scenes {sorted(unknown)} are not in {self.data}; on disk are {len(on_disk)} scenes.")
+        if strangers := sorted(on_disk - table.keys()):
+            print(f"left out: {len(strangers)} folders that the split file does not know, e.g. {strangers[0]}")
+        wanted = set(self.scenes) or on_disk
+        chosen = [scene for name, scene in sorted(table.items()) if name in wanted and scene.split in self.splits]
+        if not chosen:
+            found = {split: sum(table[n].split == split for n in wanted & table.keys()) for split in self.splits}
+            raise InputError(
+                f"nothing to prepare: of the {len(on_disk)} scenes on disk in {self.data}, none is in the split file "
+                f"with public frames of the splits asked for {found}; the split file has {len(table)} scenes."
+            )
+        return chosen
+
+    def _job(self, scene: PublicScene, camera_name: str, camera: SceneCamera | None) -> HypersimJob:
+        images = self.data / scene.name / "images"
+        frames = [number for name, number in scene.frames if name == camera_name]
+        present = _files_by_folder(images, camera_name)
+        here = tuple(
+            number
+            for number in frames
+            if any(path.name in present for path in frame_files(images, camera_name, number, self.color).values())
+        )
+        absent = len(frames) - len(here)
+        return HypersimJob(
+            root=self.output,
+            name=f"{scene.name}_{camera_name}",
+            split=scene.split,  # pyright: ignore[reportArgumentType]
+            source="hypersim",
+            width=self.width,
+            height=self.height,
+            limits=self.limits,
+            frames=here,
+            missing={"not on disk": absent} if absent else {},
+            images=images,
+            camera_name=camera_name,
+            camera=camera,
+            color=self.color,
+            max_shear=self.max_shear,
+        )
+
+    def main(self) -> None:
+        """Write the store."""
+        jobs = self.jobs()
+        left_out = ("output", "engine", "redo", "scenes", "splits", "split_csv")  # which scenes, not what is in them
+        options = {k: v for k, v in asdict(self).items() if k not in left_out}
+        options |= {"data": str(self.data.resolve()), "camera_csv": str(self.camera_csv or "")}
+        prepare(self.output, "hypersim", options, jobs, write_hypersim_scene, self.engine, redo=self.redo)
+
+
+def _files_by_folder(images: Path, camera_name: str) -> set[str]:
+    """Names of the files of a camera: three listings in place of three look-ups per frame."""
+    folders = [images / f"scene_{camera_name}_{kind}" for kind in ("geometry_hdf5", "final_hdf5", "final_preview")]
+    return {path.name for folder in folders if folder.is_dir() for path in folder.iterdir()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderJob(SceneJob):
+    """A run of frames of an RGBD folder; `frames` are of type `Pair`."""
+
     source_size: tuple[int, int]
     intrinsics: Intrinsics
     metres_per_unit: float
@@ -268,10 +199,13 @@ class FolderJob:
 def write_folder_scene(job: FolderJob) -> SceneResult:
     """Do a `FolderJob`."""
 
-    def read(pair: Pair) -> Frame:
-        return (*read_pair(pair, *job.source_size, metres_per_unit=job.metres_per_unit), job.intrinsics)
+    def read(pair: Pair) -> tuple[str, Frame]:
+        return pair.name, (
+            *read_pair(pair, *job.source_size, metres_per_unit=job.metres_per_unit),
+            job.intrinsics,
+        )
 
-    return write_scene(job.spec, [(pair.name, partial(read, pair)) for pair in job.pairs], job.missing)
+    return write_scene(job, read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +236,8 @@ class FramesConfig:
     """Share of the frames, the last of the sequence, that becomes split `val`; 0 for none."""
     val_gap: int = 10
     """Frames left out between `train` and `val`, since neighbours in a video are nearly the same."""
+    size: tuple[int, int] | None = None
+    """Width and height of the stored frames, in the aspect ratio of the images; their own size when not given."""
     limits: RejectionLimits = field(
         # depth sensors leave a third of the pixels without depth; they are masked
         default_factory=lambda: RejectionLimits(max_invalid=0.8, min_depth_range=0.1)
@@ -309,6 +245,8 @@ class FramesConfig:
     """Which frames are left out."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Where the work is done."""
+    redo: bool = False
+    """Make whole scenes again, e.g. after a damaged file was replaced."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
@@ -326,6 +264,8 @@ class FramesConfig:
         """
         pairs, missing = list_pairs(self.data / self.color_dir, self.data / self.depth_dir)
         size = image_size(pairs)
+        width, height = self.size or size
+        check_size(size, (width, height))
         intrinsics = read_intrinsics(self.data / self.intrinsics, *size, pixel_centre=float(self.pixel_centre))
         name = self.name or self.data.resolve().name
         val = round(self.val_fraction * len(pairs))
@@ -341,16 +281,14 @@ class FramesConfig:
             splits.append(("val", pairs[-val:], {}))
         return [
             FolderJob(
-                spec=SceneSpec(
-                    root=self.output,
-                    name=f"{name}_{split}",
-                    split=split,
-                    source=name,
-                    width=size[0],
-                    height=size[1],
-                    limits=self.limits,
-                ),
-                pairs=tuple(part),
+                root=self.output,
+                name=f"{name}_{split}",
+                split=split,
+                source=name,
+                width=width,
+                height=height,
+                limits=self.limits,
+                frames=tuple(part),
                 missing=left_out,
                 source_size=size,
                 intrinsics=intrinsics,
@@ -362,6 +300,6 @@ class FramesConfig:
     def main(self) -> None:
         """Write the store."""
         jobs = self.jobs()
-        options = {k: v for k, v in asdict(self).items() if k not in ("output", "engine")}
+        options = {k: v for k, v in asdict(self).items() if k not in ("output", "engine", "redo")}
         options["data"] = str(self.data.resolve())
-        prepare(self.output, f"frames-{jobs[0].spec.source}", options, jobs, write_folder_scene, self.engine)
+        prepare(self.output, f"frames-{jobs[0].source}", options, jobs, write_folder_scene, self.engine, redo=self.redo)

@@ -1,7 +1,7 @@
 """Which frames are not worth training on, and why."""
 
+import errno
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -58,6 +58,14 @@ def check_frame(
         raise FrameRejected(f"colour range under {limits.min_color_range:g} of 255")
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes on disk of the files directly in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+MACHINE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENOMEM})
+
+
+def rejected_file(what: str, error: Exception) -> Exception:
+    """The exception for a file that could not be read: `FrameRejected` where the file is to blame; the error itself
+    where the machine is (a lost network disk, no permission), since every frame would be rejected then."""
+    if isinstance(error, FileNotFoundError):
+        return FrameRejected(f"no {what} file")
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        return error
+    return FrameRejected(f"{what} file damaged")

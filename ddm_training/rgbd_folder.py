@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from ddm_training.errors import InputError
-from ddm_training.rejection import FrameRejected
+from ddm_training.rejection import FrameRejected, rejected_file
 
 COLOR_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
 DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pgm")
@@ -129,4 +129,4 @@ def _read_image(path: Path, what: str) -> Image.Image:
             image.load()
             return image
     except (OSError, SyntaxError) as error:  # PIL: truncated, not an image, broken PNG
-        raise FrameRejected(f"{what} file damaged") from error
+        raise rejected_file(what, error) from error

@@ -1,0 +1,214 @@
+"""Jobs that write one scene of a frame store each: skipped when the scene is whole, counted, reported."""
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddm_training.errors import InputError
+from ddm_training.frames import SceneWriter, Split, read_scene_info
+from ddm_training.jobs import EngineConfig, run_jobs
+from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame
+from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
+from ddm_training.resize import resize_color, resize_depth, scale_intrinsics
+
+Frame = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float, float]]
+"""Colour uint8 [h, w, 3], planar depth float32 [h, w] in metres, validity bool [h, w], fx fy cx cy in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneJob:
+    """One scene of the store to be written."""
+
+    root: Path
+    """The store."""
+    name: str
+    split: Split
+    source: str
+    width: int
+    height: int
+    """Size of the stored frames in pixels."""
+    limits: RejectionLimits
+    frames: tuple[Any, ...]
+    """What there is to read."""
+    missing: dict[str, int]
+    """Frames that cannot be read or are not wanted, by reason: counted as rejected."""
+
+    def is_whole(self) -> bool:
+        """Whether the store has this scene, made of as many frames as there are now (a later download may have
+        brought more)."""
+        if not (self.root / self.name).exists():
+            return False
+        info = read_scene_info(self.root / self.name)
+        same = all(info.rejected.get(reason, 0) == count for reason, count in self.missing.items())
+        known = len(info.frames) + sum(info.rejected.values())
+        return same and known == len(self.frames) + sum(self.missing.values())
+
+
+def write_scene(
+    job: SceneJob, read: Callable[[Any], tuple[str, Frame]], *, unreadable: str | None = None
+) -> SceneResult:
+    """Write one scene of the store, in memory of one frame.
+
+    Args:
+        job: where, and the frames.
+        read: name and content, at its own size, of a frame; `FrameRejected` is counted.
+        unreadable: reason that rejects all frames without reading them.
+
+    Raises:
+        OSError: the disk is full, or is broken; what was half written is removed.
+    """
+    start = time.perf_counter()
+    writer = SceneWriter(
+        job.root,
+        job.name,
+        split=job.split,
+        source=job.source,
+        max_frames=0 if unreadable else len(job.frames),
+        height=job.height,
+        width=job.width,
+    )
+    try:
+        _reserve(writer.part)
+        for reason, count in job.missing.items():
+            writer.reject(reason, count)
+        if unreadable and job.frames:
+            writer.reject(unreadable, len(job.frames))
+        kept = 0
+        for frame in () if unreadable else job.frames:
+            try:
+                name, content = read(frame)
+                color, depth, mask, intrinsics = _resized(content, job.width, job.height)
+                check_frame(color, depth, mask, job.limits)
+            except FrameRejected as reason:
+                writer.reject(str(reason))
+                continue
+            writer.add(color, depth, mask, intrinsics=intrinsics, name=name)
+            kept += 1
+        if kept < len(job.frames):  # the writer then copies what was kept
+            _check_room(writer.part, kept * job.width * job.height * 6)
+        writer.close()
+    except BaseException:
+        shutil.rmtree(writer.part, ignore_errors=True)
+        raise
+    return scene_result(job.root / job.name, seconds=time.perf_counter() - start)
+
+
+def _resized(frame: Frame, width: int, height: int) -> Frame:
+    color, depth, mask, intrinsics = frame
+    source = (depth.shape[1], depth.shape[0])
+    depth, mask = resize_depth(depth, mask, width, height)
+    return resize_color(color, width, height), depth, mask, scale_intrinsics(intrinsics, source, (width, height))
+
+
+def _reserve(folder: Path) -> None:
+    """Claim the disk space of the arrays now: writing into a sparse memory map on a full disk ends the process with
+    SIGBUS, while claiming it raises OSError."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    for path in folder.glob("*.npy"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _check_room(folder: Path, size: int) -> None:
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def prepare(
+    store: Path,
+    command: str,
+    options: dict[str, Any],
+    jobs: Sequence[SceneJob],
+    work: Callable[[Any], SceneResult],
+    engine: EngineConfig,
+    *,
+    redo: bool = False,
+) -> dict[str, Any]:
+    """Run the jobs of scenes that the store does not have yet, show a table, and write `report.json`.
+
+    Args:
+        store: the frame store.
+        command: name for messages and for the options file.
+        options: what decides the content of the frames; a store that was begun with others is refused.
+        jobs: the scenes.
+        work: what does a job; a module-level function.
+        engine: where.
+        redo: make whole scenes again as well.
+
+    Returns:
+        The report.
+
+    Raises:
+        InputError: other options, a damaged scene in the store, a full disk, or scenes that failed.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    _check_options(store / f"{command}.options.json", options)
+    todo = [job for job in jobs if redo or not job.is_whole()]
+    names = {job.name for job in todo}
+    results = [scene_result(store / job.name, skipped=True) for job in jobs if job.name not in names]
+    failed: dict[str, str] = {}
+    full: OSError | None = None
+    start = time.perf_counter()
+    outcomes = run_jobs(work, todo, engine, store / f"{command}-submitit.part")
+    for outcome in _progress(outcomes, command, len(todo)):
+        if outcome.error is None:
+            results.append(outcome.result)
+            continue
+        failed[outcome.job.name] = f"{type(outcome.error).__name__}: {outcome.error}"
+        if _is_full(outcome.error):
+            full = outcome.error
+            break
+    report = make_report(command, results, failed, time.perf_counter() - start)
+    show_report(report, store)
+    if full is not None:
+        raise InputError(
+            f"the disk of {store} is full ({shutil.disk_usage(store).free / 1e9:.2f} GB free): free some space and run "
+            f"the same command again; the {len(results)} whole scenes are kept."
+        ) from full
+    (store / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise InputError(
+            f"{len(failed)} scenes failed, the first: {name}: {why}. All of them are in {store / REPORT_FILE}; the "
+            "others are whole. Mend the cause and run the same command again."
+        )
+    if report["frames"] == 0:
+        raise InputError(f"no frame was kept; rejected by reason: {report['rejected'] or 'none'}.")
+    return report
+
+
+def _is_full(error: BaseException) -> bool:
+    number = getattr(error, "errno", None)
+    # submitit hands on an exception of a job as text
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _check_options(path: Path, options: dict[str, Any]) -> None:
+    options = json.loads(json.dumps(options, default=str))
+    if path.exists():
+        try:
+            begun = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged ({error}): delete it, or the store, and run again.") from error
+        differs = sorted(k for k in begun.keys() | options.keys() if begun.get(k) != options.get(k))
+        if differs:
+            what = "; ".join(f"{k} was {begun.get(k)}, is now {options.get(k)}" for k in differs)
+            raise InputError(f"{path.parent} was begun with other options ({what}): use those, or another --output.")
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(options, indent=2) + "\n")
+    part.rename(path)
+
+
+def _progress(outcomes: Any, command: str, total: int) -> Any:
+    from rich.progress import track
+
+    return track(outcomes, description=f"{command} (scenes)", total=total, disable=total == 0)
