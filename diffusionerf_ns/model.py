@@ -43,15 +43,16 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     prior_revision: str | None = None
     """Revision of a hub id."""
     score_weight: float = 1.0
-    """Overall factor of the score term; 0 switches the prior off: it is then neither loaded nor are patches rendered."""
+    """Overall factor of the score term; 0 switches the prior off: it is then not loaded, and no patch is rendered."""
     score_depth_weight: float = 4e-7
-    """Weight of the depth channel of the score, which is also multiplied by depth in metres. The authors' 0.2 x 2e-6."""
+    """Weight of the depth channel of the score, which is also multiplied by depth in metres. Authors': 0.2 x 2e-6."""
     score_rgb_weight: float = 2e-10
     """Weight of the colour channels of the score. The authors' 0.2 x 1e-9."""
     score_rgb_norm: float | None = 3000.0
     """The colour score of a patch is rescaled to this norm (authors' code); None leaves it as it is."""
     score_max_depth: float = 20.0
-    """Depth in metres at which the factor of the depth score stops growing; none in the paper, whose scenes are bounded."""
+    """Depth in metres at which the factor of the depth score stops growing. The paper, with bounded scenes, has no such
+    limit."""
     score_start: float = 0.0
     """Fraction of the run before which the prior is off. The paper's value."""
     score_fade_start: float = 1.0
@@ -116,7 +117,7 @@ class DiffusioNeRFModel(NerfactoModel):
         """nerfacto's modules, the training frusta, the bounds, and (outside the module tree) the prior."""
         self._choose_implementation()
         # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
-        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", lambda **_: None):
+        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
             super().populate_modules()
         metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
         near, far = metadata.get("near"), metadata.get("far")

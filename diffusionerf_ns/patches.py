@@ -95,7 +95,7 @@ def sample_rendered_patch(
 ) -> Patch:
     """A patch seen from near a training camera (paper section 3.4).
 
-    The window lies anywhere in the prior's pseudo image and may run half a patch over its edge, as in the authors' code.
+    The window lies anywhere in the prior's pseudo image and may run half a patch over its edge (authors' code).
 
     Args:
         cameras: training cameras.
@@ -132,12 +132,12 @@ def check_image_patches_fit(cameras: Cameras, spec: RgbdSpec) -> None:
     for index in range(len(cameras)):
         side = _window_side(cameras, index, spec)
         width, height = int(cameras.width[index]), int(cameras.height[index])
-        if max(side) > min(width, height):
+        if side[0] > width or side[1] > height:
             raise InputError(
                 f"a patch of the prior ({spec.patch_size} pixels at a focal length of {spec.focal:g}) covers "
                 f"{side[0]:.0f} x {side[1]:.0f} pixels of training image {index}, which has only {width} x {height}: "
-                "give larger images or a wider field of view, a prior with smaller patches, or switch patches of images "
-                "off with --pipeline.datamanager.image-patch-share 0."
+                "give larger images or a wider field of view, a prior with smaller patches, or switch patches of "
+                "images off with --pipeline.datamanager.image-patch-share 0."
             )
 
 
