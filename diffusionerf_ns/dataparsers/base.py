@@ -124,7 +124,8 @@ class FewViewBaseParser(DataParser):
         ``metadata`` holds: "near", "far" (scene units; absent where unknown), "split" (``{"train": [{"id", "name"}],
         "test": [...]}``), "source", "protocol", "depth_filenames" (planar depth, a path or None per image),
         "depth_unit_scale_factor" (metres per stored unit), "scene_units_per_metre" (absent where the capture is not
-        metric), "eval_mask_filenames" (a path per image, or None), "downscale_factor".
+        metric), "eval_mask_filenames" (a path per test image; None for "train" and where there
+        are none), "downscale_factor" (to a whole number).
 
         Raises:
             InputError: the folder does not hold what it should, or the flags ask for what it cannot give.
@@ -164,7 +165,7 @@ class FewViewBaseParser(DataParser):
             dataparser_transform=(
                 scene.transform if capture.applied is None else scene_poses.compose(capture.applied, scene.transform)
             ),
-            metadata=self._metadata(capture, ids, scene.scale, scale)
+            metadata=self._metadata(capture, ids, split, scene.scale, scale)
             | {"downscale_factor": _reduced_by(capture, ids, width)},
         )
 
@@ -177,7 +178,9 @@ class FewViewBaseParser(DataParser):
         by_id = dict(zip(made, paths))
         return [by_id[i] for i in ids]
 
-    def _metadata(self, capture: Capture, ids: list[int], pose_scale: float, scale: float) -> dict[str, Any]:
+    def _metadata(
+        self, capture: Capture, ids: list[int], split: str, pose_scale: float, scale: float
+    ) -> dict[str, Any]:
         def listed(chosen: tuple[int, ...]) -> list[dict[str, Any]]:
             return [{"id": i, "name": capture.names[i]} for i in chosen]
 
@@ -187,7 +190,9 @@ class FewViewBaseParser(DataParser):
             "split": {"train": listed(capture.split.train), "test": listed(capture.split.test)},
             "depth_filenames": None if capture.depths is None else [capture.depths[i] for i in ids],
             "depth_unit_scale_factor": capture.depth_unit,
-            "eval_mask_filenames": None if capture.eval_masks is None else [capture.eval_masks[i] for i in ids],
+            "eval_mask_filenames": None
+            if capture.eval_masks is None or split == "train"
+            else [capture.eval_masks[i] for i in ids],
         }
         if capture.metres is not None:
             metadata["scene_units_per_metre"] = scale / capture.metres

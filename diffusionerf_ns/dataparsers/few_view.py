@@ -6,6 +6,7 @@ from typing import Literal
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
+from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
@@ -23,6 +24,12 @@ class FewViewDataParserConfig(FewViewBaseConfig):
     """What the folder holds; "auto" looks."""
     depth_unit_scale_factor: float = 1e-3
     """Metres per stored unit of depth files of transforms.json."""
+    scan: int | None = None
+    """Number of the DTU scan, where `--data` is the folder of many."""
+    mask_folder: Path | None = None
+    """Folder of DTU masks. Unset: looked for beside the images."""
+    masked_training: bool = False
+    """Draw training pixels inside the DTU masks only. The protocol uses masks for evaluation alone."""
 
 
 class FewViewDataParser(FewViewBaseParser):
@@ -46,10 +53,13 @@ def detect_layout(data: Path) -> Layout:
         return "transforms"
     if (data / POSES_FILE).is_file():
         return "llff"
+    if is_dtu(data):
+        return "dtu"
     found = sorted(p.name for p in data.iterdir())
     raise InputError(
         f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
-        f"{TRANSFORMS_FILE} (nerfstudio; ns-process-data makes it from photographs). "
+        f"{TRANSFORMS_FILE} (nerfstudio; ns-process-data makes it from photographs); "
+        "scanN/image and scanN/cameras.npz, or Rectified/scanN and Calibration (DTU). "
         f"Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
     )
 
@@ -60,6 +70,7 @@ def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:
     kind: type[FewViewBaseConfig] = {
         "llff": LLFFFewViewDataParserConfig,
         "transforms": TransformsFewViewDataParserConfig,
+        "dtu": DTUFewViewDataParserConfig,
     }[layout]
     mine = {f.name for f in fields(config)} - {"_target", "layout"}
     return kind(**{f.name: getattr(config, f.name) for f in fields(kind) if f.name in mine})

@@ -1,0 +1,335 @@
+"""DTU scans in the two layouts that are in use, with RegNeRF's protocol: 9 training views, 25 test views, masks.
+
+Layout "rectified" (RegNeRF)::
+
+    Rectified/scanN/rect_{id + 1:03d}_3_r5000.png      light 3
+    Calibration/cal18/pos_{id + 1:03d}.txt             3 x 4 projection for 1600 x 1200 pixels
+    idrmasks/scanN/{id:03d}.png  or  idrmasks/scanN/mask/{id:03d}.png
+
+Layout "idr" (IDR, PixelNeRF)::
+
+    scanN/image/{id:06d}.png
+    scanN/mask/{id:03d}.png
+    scanN/cameras.npz                                  world_mat_{id}, scale_mat_{id}
+
+`world_mat` is the same projection, for the image size of that copy. `scale_mat` only moves and scales the world, which
+the normalisation here does for itself, so it is not used: world units stay millimetres and both layouts give the same
+cameras.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_factor
+from diffusionerf_ns.dataparsers.images import image_size
+from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
+from diffusionerf_ns.dataparsers.splits import choose
+
+VIEWS = 49  # some scans have 64, but every protocol uses the first 49 only
+TRAIN_IDS = (25, 22, 28, 40, 44, 48, 0, 8, 13)
+EXCLUDED_IDS = (3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 36, 37, 38, 39)
+TEST_IDS = tuple(i for i in range(VIEWS) if i not in TRAIN_IDS + EXCLUDED_IDS)
+NEAR_FAR = (0.5, 3.5)  # in units of the largest camera coordinate after recentring (RegNeRF)
+FULL_SIZE = (1600, 1200)
+PROTOCOL_WIDTH = 400
+CAMERA_FILES = ("cameras.npz", "cameras_sphere.npz")
+
+
+@dataclass
+class DTUFewViewDataParserConfig(FewViewBaseConfig):
+    """DTU scans (RegNeRF's or IDR's layout), split as RegNeRF's protocol splits them."""
+
+    _target: type = field(default_factory=lambda: DTUFewViewParser)
+    """target class to instantiate"""
+    scan: int | None = None
+    """Number of the scan, where `--data` is the folder of many."""
+    mask_folder: Path | None = None
+    """Folder of masks (`scanN` in it, or the masks themselves). Unset: looked for beside the images."""
+    masked_training: bool = False
+    """Draw training pixels inside the masks only. The protocol uses masks for evaluation alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """Where the files of one scan lie."""
+
+    layout: Literal["rectified", "idr"]
+    folder: Path
+    name: str
+
+    def image(self, index: int) -> Path:
+        """The image of an id; of several ways to number IDR's files that which exists."""
+        if self.layout == "rectified":
+            return self.folder / f"rect_{index + 1:03d}_3_r5000.png"
+        names = [self.folder / "image" / f"{index:0{digits}d}.png" for digits in (6, 3)]
+        return next((name for name in names if name.is_file()), names[0])
+
+
+class DTUFewViewParser(FewViewBaseParser):
+    """Reads a DTU scan.
+
+    Scene units: the largest camera coordinate is 1 in the frame of the mean camera, over all 49 cameras; the scene is
+    then turned (not scaled) so that z is up. RegNeRF's near .5 and far 3.5 hold in these units.
+    """
+
+    config: DTUFewViewDataParserConfig
+
+    def read_capture(self) -> Capture:
+        """All 49 cameras; the first views of the protocol's list train, its 25 test views are held out."""
+        check_factor(self.config.downscale_factor)
+        scan = find_scan(self.config.data, self.config.scan)
+        split = choose(
+            VIEWS,
+            TRAIN_IDS,
+            TEST_IDS,
+            num_views=self.config.num_views,
+            train_ids=self.config.train_ids,
+            test_ids=self.config.test_ids,
+            how="first",
+        )
+        if bad := sorted(set(EXCLUDED_IDS) & {*split.train, *split.test}):
+            CONSOLE.print(f"[yellow]ids {bad} are never used by the DTU protocol: their exposure is wrong")
+        used = sorted({*split.train, *split.test})
+        images = tuple(scan.image(i) for i in range(VIEWS))
+        if missing := [i for i in used if not images[i].is_file()]:
+            there = [i for i in range(VIEWS) if images[i].is_file()]
+            raise InputError(
+                f"{scan.folder}: images of ids {missing} are missing, {images[missing[0]].name} among them; the ids "
+                f"found are {there}. Complete the scan, or choose among these with --train-ids and --test-ids."
+            )
+        if scan.layout == "rectified":
+            projections, size = read_calibration(scan.folder), FULL_SIZE
+        else:
+            projections = read_idr_cameras(scan.folder)
+            size = calibrated_size(projections)
+        intrinsics, opencv = decompose(projections)
+        width, height = image_size(images[used[0]])
+        factor = self.config.downscale_factor or max(1, width // PROTOCOL_WIDTH)
+        masks = self._masks(scan, split.test, (width // factor, height // factor))
+        train_masks = None
+        if self.config.masked_training:
+            train_masks = self._masks(scan, tuple(used), (width // factor, height // factor))
+            if train_masks is None:
+                raise InputError(f"--masked-training: no masks were found for {scan.folder}; give --mask-folder.")
+        return Capture(
+            source="dtu",
+            title=f"{scan.name} (DTU, {scan.layout})",
+            names=tuple(path.name for path in images),
+            images=images,
+            poses=opengl_from_opencv(opencv),
+            intrinsics=intrinsics,
+            sizes=np.tile(np.array(size, dtype=np.int64), (VIEWS, 1)),
+            split=split,
+            factor=factor,
+            cache=_cache_folder(scan, factor),
+            cached=tuple(i for i in range(VIEWS) if images[i].is_file()),
+            masks=train_masks,
+            eval_masks=masks,
+            metres=1e-3,
+            unit=largest_coordinate(opencv),
+            near_far=NEAR_FAR,
+            protocol="nerfstudio" if masks is None else "dtu-regnerf",
+        )
+
+    def _masks(self, scan: Scan, ids: tuple[int, ...], size: tuple[int, int]) -> tuple[Path, ...] | None:
+        """A mask path for each of the 49 ids (checked for ``ids``), or None where there are no masks at all."""
+        folder = find_masks(scan, self.config.mask_folder)
+        if folder is None:
+            CONSOLE.print(
+                f"[yellow]no masks were found for {scan.folder}: metrics will be over all pixels, which the DTU "
+                "protocol does not do (--mask-folder says where they are)"
+            )
+            return None
+        paths = tuple(folder / f"{i:03d}.png" for i in range(VIEWS))
+        if missing := [i for i in ids if not paths[i].is_file()]:
+            raise InputError(f"{folder}: masks of ids {missing} are missing, {paths[missing[0]].name} among them.")
+        for i in ids:
+            found = image_size(paths[i])
+            if found[0] % size[0] or found[0] * size[1] != found[1] * size[0]:
+                raise InputError(
+                    f"mask {paths[i]} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected "
+                    "masks of that size or a whole multiple of it."
+                )
+        return paths
+
+
+def is_dtu(data: Path) -> bool:
+    """Whether a folder looks like a DTU scan or a folder of scans."""
+    return bool(_scan_here(data) or scans_below(data))
+
+
+def find_scan(data: Path, number: int | None) -> Scan:
+    """The scan in ``data``, which is its folder or holds scan folders (directly or under `Rectified`).
+
+    Raises:
+        InputError: there is none, or several and no number says which.
+    """
+    if number is None and (scan := _scan_here(data)):
+        return scan
+    scans = scans_below(data)
+    names = ", ".join(sorted(scans, key=lambda name: int(name[4:]))) or "none"
+    if number is not None and (scan := _scan_here(data)) and scan.name == f"scan{number}":
+        return scan
+    if number is not None and f"scan{number}" in scans:
+        return scans[f"scan{number}"]
+    if number is None and len(scans) == 1:
+        return next(iter(scans.values()))
+    if not scans:
+        raise InputError(
+            f"--data {data} holds no DTU scan: expected scanN/image and scanN/cameras.npz, or Rectified/scanN with "
+            "rect_001_3_r5000.png and so on, or one such scan folder itself."
+        )
+    wanted = "which one is meant? Give its number with --scan" if number is None else f"scan{number} is not there"
+    raise InputError(f"--data {data} holds the scans {names}: {wanted}.")
+
+
+def scans_below(data: Path) -> dict[str, Scan]:
+    """The scans in the folders `scanN` of ``data`` and of its `Rectified`."""
+    found: dict[str, Scan] = {}
+    for parent in (data, data / "Rectified"):
+        for folder in parent.glob("scan*") if parent.is_dir() else ():
+            if re.fullmatch(r"scan\d+", folder.name) and (scan := _scan_here(folder)):
+                found.setdefault(folder.name, scan)
+    return found
+
+
+def _scan_here(folder: Path) -> Scan | None:
+    name = folder.resolve().name
+    if any(folder.glob("rect_*_3_r5000.png")):
+        return Scan(layout="rectified", folder=folder, name=name)
+    numbered = (folder / "image").is_dir() and any((folder / "image").glob("*.png"))
+    if numbered and (re.fullmatch(r"scan\d+", name) or any((folder / file).is_file() for file in CAMERA_FILES)):
+        return Scan(layout="idr", folder=folder, name=name)
+    return None
+
+
+def find_masks(scan: Scan, given: Path | None) -> Path | None:
+    """The folder that holds `{id:03d}.png`, or None.
+
+    Raises:
+        InputError: ``given`` holds no masks.
+    """
+    if given is not None:
+        places = [given / scan.name / "mask", given / scan.name, given / "mask", given]
+    elif scan.layout == "idr":
+        places = [scan.folder / "mask"]
+    else:
+        roots = [scan.folder.resolve().parents[1], scan.folder.resolve().parent]
+        places = [root / "idrmasks" / scan.name / sub for root in roots for sub in ("mask", ".")]
+    found = next((place for place in places if any(place.glob("[0-9][0-9][0-9].png"))), None)
+    if found is None and given is not None:
+        raise InputError(f"--mask-folder {given}: no masks 000.png and so on in it, nor in {scan.name} below it.")
+    return found
+
+
+def read_calibration(folder: Path) -> Float[np.ndarray, "n 3 4"]:
+    """Projections of all 49 cameras from `Calibration/cal18`, beside `Rectified` or in a folder above the scan.
+
+    Raises:
+        InputError: the folder or a file of it is missing or damaged.
+    """
+    parents = [*list(folder.resolve().parents[:2]), folder]
+    places = [parent / "Calibration" / "cal18" for parent in parents]
+    calibration = next((place for place in places if place.is_dir()), None)
+    if calibration is None:
+        raise InputError(
+            f"{folder}: no calibration was found. Expected the folder {places[1]} of DTU's SampleSet, with "
+            "pos_001.txt to pos_049.txt."
+        )
+    projections = []
+    for i in range(VIEWS):
+        path = calibration / f"pos_{i + 1:03d}.txt"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: all {VIEWS} cameras are needed, as they set the scale of the scene.")
+        try:
+            matrix = np.loadtxt(path)
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read: {error}.") from error
+        projections.append(_checked(matrix, str(path)))
+    return np.stack(projections)
+
+
+def read_idr_cameras(folder: Path) -> Float[np.ndarray, "n 3 4"]:
+    """Projections of all 49 cameras from `cameras.npz`: the upper rows of `world_mat_{id}`.
+
+    Raises:
+        InputError: the file is missing or damaged, or lacks a camera.
+    """
+    path = next((folder / name for name in CAMERA_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: the calibration {CAMERA_FILES[0]} is missing; expected it beside image and mask.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            table = {key: archive[key] for key in archive.files if key.startswith("world_mat_") and key[10:].isdigit()}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    if missing := [i for i in range(VIEWS) if f"world_mat_{i}" not in table]:
+        raise InputError(f"{path}: world_mat of ids {missing} is missing; all {VIEWS} cameras set the scene's scale.")
+    return np.stack([_checked(table[f"world_mat_{i}"][:3], f"{path}, world_mat_{i}") for i in range(VIEWS)])
+
+
+def _checked(matrix: np.ndarray, where: str) -> np.ndarray:
+    if matrix.shape != (3, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:, :3])) < 1e-9:
+        raise InputError(f"{where}: expected a 3 x 4 projection of finite numbers and full rank.")
+    return matrix.astype(np.float64)
+
+
+def decompose(
+    projections: Float[np.ndarray, "n 3 4"],
+) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, "n 3 4"]]:
+    """P = K [R | -R c] -> fx, fy, cx, cy and camera to world [R^T | c] with OpenCV axes.
+
+    RQ by way of QR of the reversed rows; signs are chosen so that K has a positive diagonal and R is a rotation.
+    DTU's skew is below .001 pixels at 1600 x 1200 and is left out.
+    """
+    intrinsics, poses = [], []
+    for projection in projections:
+        block = projection[:, :3] * np.sign(np.linalg.det(projection[:, :3]))
+        q, r = np.linalg.qr(block[::-1].T)
+        k, rotation = r.T[::-1, ::-1], q.T[::-1]
+        signs = np.sign(np.diag(k))
+        k, rotation = k * signs, signs[:, None] * rotation
+        k = k / k[2, 2]
+        centre = -np.linalg.solve(projection[:, :3], projection[:, 3])
+        intrinsics.append([k[0, 0], k[1, 1], k[0, 2], k[1, 2]])
+        poses.append(np.concatenate([rotation.T, centre[:, None]], axis=1))
+    return np.array(intrinsics), np.stack(poses)
+
+
+def calibrated_size(projections: Float[np.ndarray, "n 3 4"]) -> tuple[int, int]:
+    """The image size that projections are for: 1600 x 1200 halved until the principal point lies nearest its middle.
+
+    Copies of the data come reduced, with their cameras scaled or not; the principal point tells.
+    """
+    middle = float(decompose(projections)[0][:, 2].mean())
+    halvings = int(np.clip(np.round(np.log2(FULL_SIZE[0] / 2 / middle)), 0, 4)) if middle > 0 else 0
+    return FULL_SIZE[0] >> halvings, FULL_SIZE[1] >> halvings
+
+
+def largest_coordinate(poses: Float[np.ndarray, "n 3 4"]) -> float:
+    """Largest absolute coordinate of the camera centres in the frame of the mean camera (RegNeRF's unit).
+
+    That frame: mean centre; z the mean viewing axis; x across it and the mean up vector.
+    """
+    centres = poses[:, :, 3] - poses[:, :, 3].mean(axis=0)
+    z = _unit(poses[:, :, 2].mean(axis=0))
+    x = _unit(np.cross(poses[:, :, 1].mean(axis=0), z))
+    return float(np.abs(centres @ np.stack([x, np.cross(z, x), z], axis=1)).max())
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def _cache_folder(scan: Scan, factor: int) -> Path:
+    """Beside the images: `scanN/image_K`, `Rectified/scanN_K`."""
+    if scan.layout == "idr":
+        return scan.folder / f"image_{factor}"
+    return scan.folder.resolve().parent / f"{scan.folder.resolve().name}_{factor}"
