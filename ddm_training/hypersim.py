@@ -31,7 +31,7 @@ CAMERA_FILE = "metadata_camera_parameters.csv"
 WIDTH, HEIGHT = 1024, 768
 WIDTH_HEIGHT = ("settings_output_img_width", "settings_output_img_height")
 PLAIN_CAMERA = ((0.5773502886169104, 0.0, 0.0), (0.0, 0.4330127164626828, 0.0), (0.0, 0.0, -1.0))
-# Cameras inside walls, or with broken images; as listed by users of the data set.
+# Users of the data set leave these out of training.
 KNOWN_BAD_CAMERAS = frozenset(
     {
         ("ai_003_001", "cam_00"),

@@ -27,7 +27,7 @@ from ddm_training.rejection import FrameRejected, RejectionLimits
 from ddm_training.report import SceneResult
 from ddm_training.resize import check_size
 from ddm_training.rgbd_folder import Intrinsics, Pair, image_size, list_pairs, read_intrinsics, read_pair
-from ddm_training.scene_jobs import Frame, SceneJob, prepare, write_scene
+from ddm_training.scene_jobs import ABSENT, Frame, SceneJob, prepare, write_scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ class HypersimPrepareConfig:
             height=self.height,
             limits=self.limits,
             frames=here,
-            missing={"not on disk": absent} if absent else {},
+            missing={ABSENT: absent} if absent else {},
             images=images,
             camera_name=camera_name,
             camera=camera,

@@ -19,6 +19,7 @@ from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame
 from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
 from ddm_training.resize import resize_color, resize_depth, scale_intrinsics
 
+ABSENT = "not on disk"  # a reason that a later download may take away
 Frame = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float, float]]
 """Colour uint8 [h, w, 3], planar depth float32 [h, w] in metres, validity bool [h, w], fx fy cx cy in pixels."""
 
@@ -47,7 +48,8 @@ class SceneJob:
         if not (self.root / self.name).exists():
             return False
         info = read_scene_info(self.root / self.name)
-        same = all(info.rejected.get(reason, 0) == count for reason, count in self.missing.items())
+        reasons = {*self.missing, ABSENT}
+        same = all(info.rejected.get(reason, 0) == self.missing.get(reason, 0) for reason in reasons)
         known = len(info.frames) + sum(info.rejected.values())
         return same and known == len(self.frames) + sum(self.missing.values())
 
