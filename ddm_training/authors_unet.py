@@ -48,17 +48,14 @@ class ChannelNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
-        return (x - mean) * (variance + EPSILON).rsqrt() * self.gain
+        return _standardize(x, (1,)) * self.gain
 
 
 class StandardizedConv(nn.Conv2d):
     """Convolution whose filters are brought to mean 0 and variance 1 before use (Qiao et al., arXiv 1903.10520)."""
 
     def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        weight = (self.weight - mean) * (variance + EPSILON).rsqrt()
-        return self._conv_forward(input, weight, self.bias)
+        return self._conv_forward(input, _standardize(self.weight, (1, 2, 3)), self.bias)
 
 
 class ConvBlock(nn.Module):
@@ -280,6 +277,13 @@ def embed_timestep(t: Shaped[Tensor, " b"], dim: int) -> Float[Tensor, "b dim"]:
     i = torch.arange(half, device=t.device, dtype=torch.float32)
     angle = t.float()[:, None] * torch.exp(i * (-math.log(10000.0) / (half - 1)))
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def _standardize(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Mean 0 and variance 1 over ``dims``; in fp32 or better, since half precision hardly knows the epsilon."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean = torch.var_mean(wide, dim=dims, correction=0, keepdim=True)
+    return ((wide - mean) * (variance + EPSILON).rsqrt()).to(x.dtype)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -195,7 +195,9 @@ def _load_weights_only(path: Path) -> Mapping[str, Any]:
                 f"{path} holds pickled objects beside tensors and is not read, since they could run code; "
                 "expected tensors, numbers and text only."
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's own text on pickles advises turning weights_only off: it is not passed on.
+        known = isinstance(error, pickle.UnpicklingError) or not str(error)
+        reason = "it is in no format that PyTorch writes" if known else str(error).splitlines()[0]
         raise InputError(f"{path} is not a PyTorch checkpoint, or is damaged ({reason}): fetch it again.") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}; expected a dictionary with 'ema'.")

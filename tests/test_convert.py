@@ -155,6 +155,14 @@ def test_patches_of_a_batch_do_not_mix(prior):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+def test_bf16_autocast_stays_near_the_reference(prior, reference):
+    model = RgbdPatchUNet.load(prior / "unet")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        noise = model(reference["x"], torch.full((2,), 99))
+    expected = reference["eps_t99"]
+    assert (noise.float() - expected).norm() < 0.02 * expected.norm()
+
+
 def test_standardised_filters_ignore_their_own_scale_and_offset():
     conv = StandardizedConv(8, 8, 3, padding=1, bias=False)
     x = torch.randn(1, 8, 6, 6)
@@ -182,8 +190,9 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"not a checkpoint at all", b"PK\x03\x04 a damaged archive"])
 def test_a_file_that_is_no_checkpoint_is_refused(data, tmp_path):
     (tmp_path / "bad.pt").write_bytes(data)
-    with pytest.raises(InputError, match="not a PyTorch checkpoint, or is damaged"):
+    with pytest.raises(InputError, match="not a PyTorch checkpoint, or is damaged") as refusal:
         read_checkpoint(tmp_path / "bad.pt")
+    assert "weights_only" not in str(refusal.value), "torch's advice to load without protection is not passed on"
 
 
 def test_a_truncated_checkpoint_is_refused(checkpoint_path, tmp_path):
