@@ -1,9 +1,10 @@
 """`ddm hypersim download`: the members of Hypersim's scene archives that training needs, and no others.
 
-On disk, as Hypersim's authors lay it out, with two files of this program::
+On disk, as Hypersim's authors lay it out, with files of this program::
 
     <output>/<scene>/images/scene_cam_00_final_hdf5/frame.0000.color.hdf5 ...
                      manifest.jsonl       one line per member that is whole: name, size, CRC-32
+             metadata_images_split_scene_v1.csv
              download.json                what the last run did: counts, incomplete frames, failed scenes
 
 A member is fetched into ``.part``, checked against the CRC of the archive's directory, flushed, renamed, and only then
@@ -30,6 +31,7 @@ from ddm_training.remote_zip import Member, RemoteArchive, file_crc, open_archiv
 
 BASE_URL = "https://docs-assets.developer.apple.com/ml-research/datasets/hypersim/v1/scenes"  # apple/ml-hypersim
 REPORT = "download.json"
+SPLIT_FILE = "metadata_images_split_scene_v1.csv"
 GIVE_UP = 10  # failures in a row, over all connections, after which the server or the network counts as gone
 DEPTH = "images/scene_{camera}_geometry_hdf5/frame.{frame:04d}.depth_meters.hdf5"
 MEMBERS: dict[bool, tuple[str, ...]] = {  # by `preview`; the entity id is needed by the tone map of the HDR colour only
@@ -52,8 +54,9 @@ class HypersimDownloadConfig:
 
     output: Path
     """Folder that the scenes are put into."""
-    split_csv: Path
-    """`metadata_images_split_scene_v1.csv` of the authors' repository (apple/ml-hypersim): public frames and splits."""
+    split_csv: Path | None = None
+    """`metadata_images_split_scene_v1.csv` of the authors' repository (apple/ml-hypersim): public frames and splits.
+    Copied into `output`, and read from there when not given."""
     split: Literal["train", "val", "test", "all"] = "all"
     """Take scenes of this split only."""
     scenes: tuple[str, ...] = ()
@@ -134,7 +137,7 @@ class Download:
         """
         config, begin = self.config, time.monotonic()
         scenes = select_scenes(
-            read_split_csv(config.split_csv),
+            read_split_csv(config.split_csv or config.output / SPLIT_FILE),
             split=config.split,
             ids=config.scenes,
             count=config.count,
@@ -147,6 +150,7 @@ class Download:
         else:
             with exclusive(config.output):
                 try:
+                    self._keep_split_csv()
                     self._plan_all(scenes)
                     self._check_space()
                     self._fetch_all()
@@ -212,6 +216,17 @@ class Download:
             manifest.add(_in_scene(member))
         return True
 
+    def _keep_split_csv(self) -> None:
+        """`ddm hypersim prepare` looks for it beside the scenes."""
+        target = self.config.output / SPLIT_FILE
+        if self.config.split_csv is not None and not target.exists():
+            part = target.with_name(f"{SPLIT_FILE}.part")
+            try:
+                shutil.copyfile(self.config.split_csv, part)
+                part.replace(target)
+            except OSError as error:
+                raise InputError(f"cannot write {target}: {error.strerror}.") from error
+
     def _check_space(self) -> None:
         needed = sum(member.size for plan in self.plans.values() for member in plan.members)
         free = shutil.disk_usage(self.config.output).free
@@ -272,7 +287,9 @@ class Download:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("scene", "split", "frames", "members to fetch", "bytes to fetch", "members there", "incomplete")
+        table = Table(title="members by scene")
+        for column in ("scene", "split", "frames", "to fetch", "bytes", "there", "incomplete"):
+            table.add_column(column, no_wrap=True)
         for plan in self.plans.values():
             size = sum(member.compressed for member in plan.members)
             numbers = (len(plan.scene.frames), len(plan.members), _human(size), plan.kept, len(plan.incomplete))

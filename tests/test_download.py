@@ -144,7 +144,9 @@ def test_dry_run_says_the_bytes_and_writes_nothing(
         size = sum(archive.getinfo(name).compress_size for name in expected(("ai_002_001",)))
     capsys.readouterr()
     replace(config, dry_run=True, split="val").main()
-    assert f"would fetch 9 members of 1 scenes: {size} bytes" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"would fetch 9 members of 1 scenes: {size} bytes" in output
+    assert "ai_002_001" in output
 
 
 def test_a_frame_without_depth_is_left_out_and_said(config: HypersimDownloadConfig, server: RangeServer):
@@ -204,6 +206,16 @@ def test_a_torn_manifest_line_costs_no_other_line(config: HypersimDownloadConfig
     server.forget()
     config.main()
     assert server.requests == []
+
+
+def test_the_split_file_is_kept_beside_the_scenes_and_then_needs_no_flag(
+    config: HypersimDownloadConfig, server: RangeServer
+):
+    replace(config, scenes=("ai_001_001",)).main()
+    replace(config, split_csv=None).main()
+    assert_whole(config, expected())
+    with pytest.raises(InputError, match=r"out/nowhere/metadata_images_split_scene_v1.csv cannot be read"):
+        replace(config, split_csv=None, output=config.output / "nowhere").main()
 
 
 # --- bad connections and servers
