@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ddm_training.train", "TrainConfig"),
     "sample": ("ddm_training.sample", "SampleConfig"),
     "eval": ("ddm_training.evaluate", "EvalConfig"),
+    "convert": ("ddm_training.convert", "ConvertConfig"),
 }
 
 
