@@ -1,0 +1,204 @@
+"""The job list as data: which training runs a benchmark consists of, and the hash that says whether one is done."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.bench import variants
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import TrainerConfig
+
+# What does not change a result: where it is written, what is shown, and the device.
+_NOT_HASHED = (
+    "output_dir",
+    "experiment_name",
+    "project_name",
+    "timestamp",
+    "viewer",
+    "logging",
+    "vis",
+    "relative_model_dir",
+    "steps_per_save",
+    "machine.device_type",
+    "machine.num_devices",
+    "machine.num_machines",
+    "machine.dist_url",
+    "pipeline.model.eval_num_rays_per_chunk",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run and its evaluation."""
+
+    scene: str
+    """Name in tables and paths."""
+    data: str
+    """Folder of the capture."""
+    views: int | Literal["all"]
+    """Number of training images."""
+    variant: str
+    seed: int = 0
+    method: str = "diffusionerf-tiny"
+    steps: int | None = None
+    """None: as the method has it."""
+    downscale_factor: int | None = None
+    """None: as the data parser chooses."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings by dotted path, e.g. `pipeline.model.prior`; they win over the variant's."""
+
+    @property
+    def name(self) -> str:
+        """Unique in a results folder, and the job's folder below it."""
+        return f"{self.scene}/{self.views}-views/{self.variant}/seed-{self.seed}"
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Job":
+        """Read a job of a job list.
+
+        Raises:
+            InputError: it has an unknown entry or lacks one.
+        """
+        try:
+            job = cls(**content)
+        except TypeError as error:
+            known = [f.name for f in dataclasses.fields(cls)]
+            raise InputError(f"job {dict(content)} cannot be read ({error}); known entries: {known}.") from error
+        if "/" in job.scene or job.scene in ("", ".", ".."):
+            raise InputError(f"scene {job.scene!r} is not a name; give one without '/'.")
+        return job
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a job list."""
+        return dataclasses.asdict(self)
+
+
+def make_jobs(
+    data: Sequence[Path],
+    *,
+    views: Sequence[int | Literal["all"]],
+    seeds: Sequence[int],
+    variant_names: Sequence[str],
+    **common: Any,
+) -> list[Job]:
+    """All scenes x views x variants x seeds; `common` goes to each job.
+
+    Raises:
+        InputError: an unknown variant, or two folders with the same name.
+    """
+    names = [folder.resolve().name for folder in data]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"several folders are called {', '.join(doubled)}; scenes need different names. Write the job list by hand "
+            "(--jobs FILE) to name them."
+        )
+    for name in variant_names:
+        variants.find_variant(name)
+    return [
+        Job(scene=name, data=str(folder.resolve()), views=n, variant=variant, seed=seed, **common)
+        for name, folder in zip(names, data)
+        for n in views
+        for variant in variant_names
+        for seed in seeds
+    ]
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """Jobs of a JSON file: a list, or an object with a list under "jobs".
+
+    Raises:
+        InputError: not readable, not a list of jobs, or two jobs of one name.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"job list {path} cannot be read: {error}.") from error
+    content = content.get("jobs") if isinstance(content, dict) else content
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise InputError(f"job list {path} must hold a list of jobs.")
+    jobs = [Job.from_dict(entry) for entry in content]
+    names = [job.name for job in jobs]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"job list {path} has several jobs called {doubled[0]}: give them other scene names or seeds.")
+    return jobs
+
+
+def configure(job: Job, folder: Path) -> "TrainerConfig":
+    """nerfstudio's configuration of a job that writes into ``folder``.
+
+    Raises:
+        InputError: unknown method, variant or override.
+    """
+    config = variants.base_config(job.method)
+    if job.steps is not None:
+        variants.set_steps(config, job.steps)
+    variants.apply(config, variants.find_variant(job.variant))
+    data = Path(job.data)
+    parser: Any = config.pipeline.datamanager.dataparser  # pyright: ignore[reportAttributeAccessIssue]
+    parser.data = data
+    parser.num_views = job.views
+    parser.downscale_factor = job.downscale_factor
+    variants.override(config, job.overrides)
+    config.data = data
+    config.pipeline.datamanager.data = data
+    config.machine.seed = job.seed
+    config.output_dir = folder.resolve()
+    config.experiment_name = job.scene
+    config.timestamp = "run"
+    return config
+
+
+def describe(value: Any) -> Any:
+    """A configuration as plain JSON data: dataclasses as objects, classes and functions by name, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if getattr(value, "__origin__", None) is None and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
+
+
+def config_hash(config: "TrainerConfig") -> str:
+    """Hash of everything in a configuration that decides the result, the content of the prior included."""
+    content = describe(config)
+    for path in _NOT_HASHED:
+        owner = content
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = owner[parent]
+        owner.pop(name, None)
+    model: Any = config.pipeline.model
+    if getattr(model, "score_weight", 0.0):
+        content["prior"] = prior_hash(model.prior, model.prior_revision)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def prior_hash(prior: str, revision: str | None) -> str:
+    """Hash of the files of a prior folder that decide its scores.
+
+    Raises:
+        InputError: no such prior.
+    """
+    from diffusionerf_ns.prior import find_prior
+
+    folder = find_prior(prior, revision)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors")):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,167 @@
+"""The results folder: its format, its lock, and which jobs are done.
+
+Layout::
+
+    jobs.json                       format, and the jobs with the hash of each one's configuration
+    .lock                           held by the one run that writes here
+    <scene>/<n>-views/<variant>/seed-<s>/
+        result.json                 whole or absent; of another hash, it is of another configuration
+        result.<hash>.json          of configurations that were run here before
+        failed.json                 why the last try failed
+        log.txt                     what the job printed
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.bench.jobs import Job
+
+FORMAT = "diffusionerf-bench-1"
+JOBS_FILE = "jobs.json"
+RESULT_FILE = "result.json"
+FAILED_FILE = "failed.json"
+LOG_FILE = "log.txt"
+Status = Literal["done", "failed", "missing"]
+
+
+class FolderInUseError(InputError):
+    """Another process writes this folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A job of a results folder."""
+
+    job: Job
+    hash: str
+    folder: Path
+
+    def status(self) -> Status:
+        """`done` if its result is whole and of this configuration."""
+        result = read_result(self.folder)
+        if result is not None and result["hash"] == self.hash:
+            return "done"
+        return "failed" if (self.folder / FAILED_FILE).is_file() else "missing"
+
+    def result(self) -> dict[str, Any] | None:
+        """Its result if it is done."""
+        result = read_result(self.folder)
+        return result if result is not None and result["hash"] == self.hash else None
+
+    def set_aside(self) -> bool:
+        """Keep the result of another configuration under another name. Says whether there was one."""
+        result = read_result(self.folder)
+        if result is None or result["hash"] == self.hash:
+            return False
+        (self.folder / RESULT_FILE).rename(self.folder / f"result.{result['hash']}.json")
+        return True
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one step: a reader meets the old one, none, or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Content of `result.json`; None where there is none or it is damaged, so that the job is run again.
+
+    Raises:
+        InputError: it was written by another version.
+    """
+    path = folder / RESULT_FILE
+    try:
+        content = json.loads(path.read_text())
+        found, _ = content["format"], content["hash"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if found != FORMAT:
+        raise InputError(_other_version(path, found))
+    return content
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """The jobs of a results folder.
+
+    Raises:
+        InputError: no results folder, or one of another version.
+    """
+    path = folder / JOBS_FILE
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            f"{folder} is no results folder: it has no {JOBS_FILE}. `diffusionerf-bench run` makes one."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); give the same `run` command again to write it anew.") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise InputError(_other_version(path, found))
+    entries = []
+    for row in content["jobs"]:
+        job = Job.from_dict({k: v for k, v in row.items() if k != "hash"})
+        entries.append(Entry(job=job, hash=row["hash"], folder=folder / job.name))
+    return entries
+
+
+def merge_entries(folder: Path, new: Sequence[Entry]) -> list[Entry]:
+    """Write the job list: those that were there, with ``new`` in place of those of the same name. Returns all.
+
+    Raises:
+        InputError: the folder is of another version, or holds something else than results.
+    """
+    if (folder / JOBS_FILE).is_file():
+        old = read_entries(folder)
+    elif folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise InputError(f"{folder} holds other things than results; give --output a new or an empty folder.")
+    else:
+        old = []
+    entries = {entry.job.name: entry for entry in (*old, *new)}
+    rows = [entry.job.to_dict() | {"hash": entry.hash} for entry in entries.values()]
+    write_json(folder / JOBS_FILE, {"format": FORMAT, "jobs": rows})
+    return list(entries.values())
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for writing; the lock is gone with the process, however that ends.
+
+    Raises:
+        FolderInUseError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise FolderInUseError(
+                f"{folder} is being written by {owner}. Wait until it has ended, or give another --output."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _other_version(path: Path, found: Any) -> str:
+    return (
+        f"{path} has the format {found!r}; this version reads and writes {FORMAT!r}. Give another --output, or use the "
+        "version that wrote it."
+    )

@@ -1,0 +1,322 @@
+"""`diffusionerf-bench table`: Markdown and CSV of a results folder, ours beside the published numbers."""
+
+import csv
+import importlib.resources
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.bench.results import Entry, read_entries
+from diffusionerf_ns.bench.variants import VARIANTS
+
+# Name in result files -> heading and decimals; the order is that of the columns.
+METRICS: dict[str, tuple[str, int]] = {
+    "psnr": ("PSNR", 2),
+    "ssim": ("SSIM", 3),
+    "lpips_vgg": ("LPIPS-VGG", 3),
+    "lpips_alex": ("LPIPS-Alex", 3),
+    "lpips": ("LPIPS-Alex", 3),
+    "average": ("Average", 3),
+    "average_alex": ("Average-Alex", 3),
+    "depth_abs_rel": ("depth AbsRel", 3),
+    "depth_rmse": ("depth RMSE", 3),
+    "depth_delta": ("depth < 1.25", 3),
+    "depth_abs_rel_aligned": ("depth AbsRel, aligned", 3),
+    "depth_rmse_aligned": ("depth RMSE, aligned", 3),
+    "depth_delta_aligned": ("depth < 1.25, aligned", 3),
+}
+PEER_METRICS = ("psnr", "ssim", "lpips_vgg", "average")
+# What the published numbers are means over, and the protocol of ours that they can stand beside.
+PEER_SCENES = {"llff": ("all 8 scenes, 504 x 378", "llff-regnerf"), "dtu": ("all 15 scans, 400 x 300", "dtu-regnerf")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Write table.md, table.csv and jobs.csv of a results folder, and print the table."""
+
+    results: Path
+    """Results folder."""
+    output: Path | None = None
+    """Folder for the tables; unset: the results folder."""
+
+    def main(self) -> None:
+        """Do it.
+
+        Raises:
+            InputError: no results folder, one of another version, or no job in it is done.
+        """
+        text = write_tables(self.results, self.output or self.results)
+        print(text)
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What rows of one table have in common: only numbers with all of this equal may be compared."""
+
+    dataset: str
+    views: str
+    protocol: str
+    method: str
+    steps: int
+    image_size: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A metric of a variant: mean over scenes (each of them the mean over its seeds), deviation over seeds."""
+
+    value: float
+    deviation: float | None
+    """Sample deviation, over seeds, of the mean over scenes; None with fewer than two seeds that have all scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A variant in a table."""
+
+    variant: str
+    title: str
+    means: dict[str, Mean]
+    by_scene: dict[str, dict[str, float]]
+    """Scene -> metric -> mean over seeds."""
+    seeds: tuple[int, ...]
+    scenes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A published row."""
+
+    method: str
+    dataset: str
+    views: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+
+
+def read_peers() -> list[Peer]:
+    """The published numbers of `peers.csv`, with their sources."""
+    text = importlib.resources.files("diffusionerf_ns.bench").joinpath("peers.csv").read_text()
+    return [
+        Peer(
+            method=row["method"],
+            dataset=row["dataset"],
+            views=row["views"],
+            metrics={name: float(row[name]) for name in PEER_METRICS if row[name]},
+            source=row["source"],
+        )
+        for row in csv.DictReader(text.splitlines())
+    ]
+
+
+def summarise_runs(results: Sequence[dict[str, Any]]) -> dict[Setting, list[Row]]:
+    """Group results into comparable settings, and average them: over seeds within a scene, then over scenes."""
+    groups: dict[Setting, dict[str, list[dict[str, Any]]]] = {}
+    for result in results:
+        setting = Setting(
+            dataset=result["dataset"],
+            views=str(result["job"]["views"]),
+            protocol=result["protocol"],
+            method=result["job"]["method"],
+            steps=result["steps"],
+            image_size=f"{result['image_size'][0]} x {result['image_size'][1]}",
+        )
+        groups.setdefault(setting, {}).setdefault(result["job"]["variant"], []).append(result)
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    return {
+        setting: [_row(name, groups[setting][name]) for name in sorted(groups[setting], key=lambda n: order.get(n, 99))]
+        for setting in sorted(groups)
+    }
+
+
+def _row(variant: str, results: list[dict[str, Any]]) -> Row:
+    scenes = sorted({r["job"]["scene"] for r in results})
+    seeds = sorted({r["job"]["seed"] for r in results})
+    found = {(r["job"]["scene"], r["job"]["seed"]): r["metrics"] for r in results}
+    # A metric that some runs lack (LPIPS without its weights) would be a mean over other runs: it is left out.
+    names = [name for name in METRICS if all(name in metrics for metrics in found.values())]
+    by_scene = {
+        scene: {name: mean(m[name] for (of, _), m in found.items() if of == scene) for name in names}
+        for scene in scenes
+    }
+    whole = [seed for seed in seeds if all((scene, seed) in found for scene in scenes)]
+    means = {}
+    for name in names:
+        per_seed = [mean(found[scene, seed][name] for scene in scenes) for seed in whole]
+        finite = all(math.isfinite(v) for v in per_seed)
+        means[name] = Mean(
+            value=mean(by_scene[scene][name] for scene in scenes),
+            deviation=stdev(per_seed) if len(per_seed) > 1 and finite else None,
+        )
+    title = VARIANTS[variant].title if variant in VARIANTS else variant
+    return Row(variant=variant, title=title, means=means, by_scene=by_scene, seeds=tuple(seeds), scenes=tuple(scenes))
+
+
+def write_tables(results: Path, output: Path) -> str:
+    """Write `table.md`, `table.csv` and `jobs.csv`; returns the Markdown.
+
+    Raises:
+        InputError: no results folder, one of another version, or no job in it is done.
+    """
+    entries = read_entries(results)
+    done = [(entry, result) for entry in entries if (result := entry.result()) is not None]
+    if not done:
+        raise InputError(f"{results}: none of its {len(entries)} jobs is done; `diffusionerf-bench run` does them.")
+    settings = summarise_runs([result for _, result in done])
+    peers = read_peers()
+    text = _markdown(settings, peers, entries, [result for _, result in done])
+    output.mkdir(parents=True, exist_ok=True)
+    _write_text(output / "table.md", text)
+    _write_csv(output / "table.csv", _table_rows(settings, peers))
+    _write_csv(output / "jobs.csv", _job_rows(done))
+    return text
+
+
+def _peers_of(setting: Setting, peers: Iterable[Peer]) -> list[Peer]:
+    if PEER_SCENES.get(setting.dataset, ("", ""))[1] != setting.protocol:
+        return []
+    return [p for p in peers if (p.dataset, p.views) == (setting.dataset, setting.views)]
+
+
+def _markdown(
+    settings: dict[Setting, list[Row]], peers: list[Peer], entries: Sequence[Entry], results: Sequence[dict[str, Any]]
+) -> str:
+    lines = ["# Results", ""]
+    for setting, rows in settings.items():
+        lines += [
+            f"## {setting.dataset.upper()}, {setting.views} views",
+            "",
+            f"Protocol `{setting.protocol}`, images of {setting.image_size}, method `{setting.method}`, "
+            f"{setting.steps:,} steps. Means over scenes of equal weight; +- is the deviation over seeds.",
+            "",
+        ]
+        lines += [*_summary_table(setting, rows, _peers_of(setting, peers)), "", *_scene_table(rows), ""]
+    lines += _notes(entries, results)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary_table(setting: Setting, rows: list[Row], published: list[Peer]) -> list[str]:
+    names = [name for name in METRICS if any(name in row.means for row in rows)]
+    cells = [["", *(METRICS[n][0] for n in names), "scenes", "seeds"]]
+    cells.append(["---", *("---:" for _ in names), "---:", "---:"])
+    for row in rows:
+        cells.append(
+            [
+                f"**{row.title}**",
+                *(_cell(row.means.get(name), METRICS[name][1]) for name in names),
+                str(len(row.scenes)),
+                str(len(row.seeds)),
+            ]
+        )
+    for peer in published:
+        figures = [f"{peer.metrics[n]:.{METRICS[n][1]}f}" if n in peer.metrics else "" for n in names]
+        cells.append([f"{peer.method} (published)", *figures, "", ""])
+    lines = [f"| {' | '.join(line)} |" for line in cells]
+    if published:
+        scenes = PEER_SCENES[setting.dataset][0]
+        lines += ["", f"Published rows are means over {scenes}; ours over the scenes below. Their sources:"]
+        sources = dict.fromkeys(f"{p.method.split(',')[0]}: {p.source.split(';')[0]}" for p in published)
+        by_method: dict[str, str] = {}
+        for line in sources:
+            by_method.setdefault(line.split(": ")[0], line)
+        lines += ["; ".join(by_method.values()) + "."]
+    return lines
+
+
+def _cell(value: Mean | None, decimals: int) -> str:
+    if value is None:
+        return ""
+    deviation = "" if value.deviation is None else f" +- {value.deviation:.{decimals}f}"
+    return f"{value.value:.{decimals}f}{deviation}"
+
+
+def _scene_table(rows: list[Row]) -> list[str]:
+    scenes = sorted({scene for row in rows for scene in row.scenes})
+    lines = [f"| PSNR / SSIM | {' | '.join(scenes)} |", f"| --- |{' ---: |' * len(scenes)}"]
+    for row in rows:
+        figures = [
+            f"{row.by_scene[scene]['psnr']:.2f} / {row.by_scene[scene]['ssim']:.3f}" if scene in row.by_scene else ""
+            for scene in scenes
+        ]
+        lines.append(f"| {row.title} | {' | '.join(figures)} |")
+    return lines
+
+
+def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know: jobs that are missing, runs of different code or devices."""
+    notes = []
+    statuses = {entry.job.name: entry.status() for entry in entries}
+    absent = [f"{name} ({status})" for name, status in statuses.items() if status != "done"]
+    if absent:
+        notes.append(
+            f"{len(absent)} of {len(entries)} jobs are not in these means: {', '.join(absent[:10])}"
+            f"{', ...' if len(absent) > 10 else ''}."
+        )
+    revisions = sorted({str(r["git_revision"]) for r in results})
+    if len(revisions) > 1:
+        notes.append(f"The runs are of {len(revisions)} revisions of the code: {', '.join(r[:20] for r in revisions)}.")
+    devices = sorted({r["device"] for r in results})
+    notes.append(f"Devices: {', '.join(devices)}.")
+    settings = {str(sorted(r["job"]["overrides"].items())) for r in results if r["job"]["overrides"]}
+    if settings:
+        notes.append(f"Overrides beside the variants': {'; '.join(sorted(settings))}.")
+    return ["Notes:", "", *(f"* {note}" for note in notes)]
+
+
+def _table_rows(settings: dict[Setting, list[Row]], peers: list[Peer]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for setting, variants in settings.items():
+        common = vars(setting)
+        for row in variants:
+            record = {
+                "origin": "ours",
+                "name": row.variant,
+                **common,
+                "scenes": len(row.scenes),
+                "seeds": len(row.seeds),
+            }
+            for name, value in row.means.items():
+                record |= {name: value.value, f"{name}_deviation": value.deviation}
+            rows.append(record)
+        for peer in _peers_of(setting, peers):
+            place = {"dataset": setting.dataset, "views": setting.views, "protocol": setting.protocol}
+            rows.append({"origin": "published", "name": peer.method, **place, **peer.metrics, "source": peer.source})
+    return rows
+
+
+def _job_rows(done: Sequence[tuple[Entry, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        {
+            **{k: entry.job.to_dict()[k] for k in ("scene", "views", "variant", "seed", "method")},
+            "dataset": result["dataset"],
+            "protocol": result["protocol"],
+            "image_size": "x".join(map(str, result["image_size"])),
+            "steps": result["steps"],
+            **{name: result["metrics"].get(name) for name in METRICS},
+            **{f"seconds_{phase}": seconds for phase, seconds in result["seconds"].items()},
+            **{f"peak_{kind}": amount for kind, amount in result["peak_memory"].items()},
+            "device": result["device"],
+            "git_revision": result["git_revision"],
+        }
+        for entry, result in done
+    ]
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)

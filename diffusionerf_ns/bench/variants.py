@@ -1,0 +1,177 @@
+"""Variants of a method that a benchmark compares: named sets of overrides of a nerfstudio configuration."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ddm_training.errors import InputError
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import TrainerConfig
+
+Method = Literal["diffusionerf", "diffusionerf-tiny"]
+NO_PRIOR = {"pipeline.model.score_weight": 0.0}
+NO_GEOMETRY = {
+    "pipeline.model.frustum_weight": 0.0,
+    "pipeline.model.foreground_weight": 0.0,
+    "pipeline.model.distortion_weight": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A named set of overrides."""
+
+    name: str
+    title: str
+    """What tables and sheets call it."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted path in the trainer's configuration -> value."""
+    model: Literal["diffusionerf", "nerfacto"] = "diffusionerf"
+    """`nerfacto`: nerfstudio's own model with the same tables, steps and rays in place of ours."""
+    ablation: str | None = None
+    """Name of the paper's row that it corresponds to, in `peers.csv`."""
+
+
+VARIANTS: dict[str, Variant] = {
+    v.name: v
+    for v in (
+        Variant(
+            name="photometric",
+            title="photometric only",
+            overrides=NO_PRIOR | NO_GEOMETRY,
+            ablation="DiffusioNeRF, photometric only",
+        ),
+        Variant(
+            name="geometric",
+            title="geometric baseline",
+            overrides=NO_PRIOR,
+            ablation="DiffusioNeRF, geometric baseline",
+        ),
+        Variant(name="full", title="full", ablation="DiffusioNeRF"),
+        Variant(
+            name="no-image-patches",
+            title="no image patches",
+            overrides={"pipeline.datamanager.image_patch_share": 0.0},
+            ablation="DiffusioNeRF, no image patches",
+        ),
+        Variant(
+            name="tau-zero",
+            title="tau = 0 throughout",
+            overrides={"pipeline.model.tau_start": 0.0, "pipeline.model.tau_end": 0.0},
+            ablation="DiffusioNeRF, tau = 0",
+        ),
+        Variant(name="nerfacto", title="nerfacto", model="nerfacto"),
+    )
+}
+
+
+def find_variant(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in VARIANTS:
+        raise InputError(f"variant {name!r} is unknown; known are {', '.join(VARIANTS)}.")
+    return VARIANTS[name]
+
+
+def base_config(method: str) -> "TrainerConfig":
+    """A copy of a method's configuration, shared with nothing.
+
+    Raises:
+        InputError: no method of ours has that name.
+    """
+    from diffusionerf_ns import config
+
+    methods = {spec.config.method_name: spec.config for spec in vars(config).values() if hasattr(spec, "config")}
+    if method not in methods:
+        raise InputError(f"method {method!r} is unknown; known are {', '.join(map(str, methods))}.")
+    return copy.deepcopy(methods[method])
+
+
+def apply(config: "TrainerConfig", variant: Variant) -> None:
+    """Turn a method's configuration into that of a variant, in place."""
+    if variant.model == "nerfacto":
+        _use_nerfacto(config)
+    override(config, variant.overrides)
+
+
+def override(config: Any, values: Mapping[str, Any]) -> None:
+    """Set fields by dotted path, in place.
+
+    Raises:
+        InputError: a path names no field.
+    """
+    for path, value in values.items():
+        owner = config
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = owner.get(parent) if isinstance(owner, dict) else getattr(owner, parent, None)
+        if not dataclasses.is_dataclass(owner) or name not in {f.name for f in dataclasses.fields(owner)}:
+            raise InputError(f"override {path!r}: the configuration has no such field.")
+        current = getattr(owner, name)
+        if isinstance(current, tuple) and isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+        setattr(owner, name, value)
+
+
+def set_steps(config: "TrainerConfig", steps: int) -> None:
+    """Make the run ``steps`` long, with every schedule that is counted in steps, in place."""
+    if steps < 1:
+        raise InputError(f"steps must be at least 1, found {steps}.")
+    ratio = steps / config.max_num_iterations
+    config.max_num_iterations = steps
+    model: Any = config.pipeline.model
+    model.proposal_warmup = max(1, round(model.proposal_warmup * ratio))
+    for group in config.optimizers.values():
+        scheduler = group["scheduler"]
+        if scheduler is not None:
+            scheduler.max_steps = max(1, round(scheduler.max_steps * ratio))
+            scheduler.warmup_steps = round(scheduler.warmup_steps * ratio)
+
+
+def _use_nerfacto(config: "TrainerConfig") -> None:
+    """nerfstudio's own model and data manager; the sizes of ours, its own losses and bounds, no camera optimiser.
+
+    The optimisers stay ours, so that the learning rates are the same.
+    """
+    from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+    from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+    from nerfstudio.models.nerfacto import NerfactoModelConfig
+
+    from diffusionerf_ns.dataset import FewViewDataset
+
+    ours: Any = config.pipeline.model
+    sizes = (
+        "num_levels",
+        "base_res",
+        "max_res",
+        "log2_hashmap_size",
+        "features_per_level",
+        "hidden_dim",
+        "hidden_dim_color",
+        "num_proposal_iterations",
+        "num_proposal_samples_per_ray",
+        "num_nerf_samples_per_ray",
+        "proposal_net_args_list",
+        "proposal_warmup",
+        "average_init_density",
+        "implementation",
+        "eval_num_rays_per_chunk",
+    )
+    config.pipeline.model = NerfactoModelConfig(
+        camera_optimizer=CameraOptimizerConfig(mode="off"), **{name: getattr(ours, name) for name in sizes}
+    )
+    manager: Any = config.pipeline.datamanager
+    config.pipeline.datamanager = VanillaDataManagerConfig(
+        _target=VanillaDataManager[FewViewDataset],
+        **{
+            f.name: getattr(manager, f.name)
+            for f in dataclasses.fields(VanillaDataManagerConfig)
+            if f.init and f.name not in ("_target", "collate_fn")
+        },
+    )
