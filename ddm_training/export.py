@@ -43,7 +43,7 @@ def export_prior(
     if dtype == "fp16":
         network = type(unet).from_config(unet.config)
         network.load_state_dict(unet.state_dict())
-        network = network.half()
+        torch.nn.Module.to(network, torch.float16)
     network.save_pretrained(part / UNET_FOLDER, safe_serialization=True)
     scheduler.save_pretrained(part / SCHEDULER_FOLDER)
     spec.save(part)

@@ -7,7 +7,6 @@ Notation
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,7 +137,7 @@ def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
             f"{', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
         )
     unet.load_state_dict(state)
-    return _Plain(unet.to(dtype))
+    return _Plain(nn.Module.to(unet, dtype))  # diffusers' own `to` warns about a case that is not ours
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -188,5 +187,3 @@ def load_scheduler(folder: Path) -> "DDPMScheduler":
         )
     return scheduler
 
-
-Denoiser = Callable[[Tensor, Tensor], Tensor]
