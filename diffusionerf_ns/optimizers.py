@@ -8,6 +8,8 @@ from nerfstudio.engine.optimizers import OptimizerConfig
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from torch.optim.lr_scheduler import LambdaLR
 
+from ddm_training.errors import InputError
+
 
 @dataclass
 class FusedAdamConfig(OptimizerConfig):
@@ -32,7 +34,7 @@ class ExponentialDecayConfig(SchedulerConfig):
     lr_final: float = 1e-3
     """Learning rate at ``max_steps``."""
     warmup_steps: int = 0
-    """Steps over which the rate rises linearly from 0."""
+    """Steps of linear warm-up: step i of n has (i + 1) / (n + 1) of the full rate."""
     max_steps: int = 10_000
     """Step at which ``lr_final`` is reached; it stays there."""
 
@@ -43,8 +45,14 @@ class ExponentialDecay(Scheduler):
     config: ExponentialDecayConfig
 
     def get_scheduler(self, optimizer: torch.optim.Optimizer, lr_init: float) -> LambdaLR:
-        """LambdaLR whose multiplier is a Python float."""
+        """LambdaLR whose multiplier is a Python float.
+
+        Raises:
+            InputError: ``lr_final`` is not positive, which no exponential decay reaches.
+        """
         config = self.config
+        if not config.lr_final > 0.0:
+            raise InputError(f"scheduler.lr-final must be positive, found {config.lr_final}: the decay is exponential.")
 
         def multiplier(step: int) -> float:
             if step < config.warmup_steps:

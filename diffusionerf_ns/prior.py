@@ -68,21 +68,11 @@ class PatchPrior:
         Raises:
             InputError: no such prior, no network for a hub id, or a folder that is not whole.
         """
-        from diffusers import DDPMScheduler  # slow to import: only when a prior is really used
-
-        from ddm_training.unet import load_unet
+        from ddm_training.unet import load_scheduler, load_unet  # diffusers is slow to import
 
         folder = find_prior(str(source), revision)
         spec = RgbdSpec.load(folder)
-        unet = load_unet(folder)
-        try:
-            scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / 'scheduler'} cannot be read: {error}") from error
-        if scheduler.config.prediction_type != "epsilon":  # pyright: ignore[reportAttributeAccessIssue]
-            raise InputError(
-                f"{folder}: prediction_type is {scheduler.config.prediction_type!r}, expected 'epsilon'."  # pyright: ignore
-            )
+        unet, scheduler = load_unet(folder), load_scheduler(folder)
         device = torch.device(device)
         unet = unet.to(device).eval().requires_grad_(False)
         return cls(

@@ -1,0 +1,47 @@
+"""What a user sees of an error at the end of a command."""
+
+import subprocess
+import sys
+
+PREAMBLE = """
+from diffusionerf_ns.errors import InputError, NonFiniteLossError, show_input_errors_plainly
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", PREAMBLE + code], capture_output=True, text=True, check=False)
+
+
+def test_an_input_error_shows_its_message_alone_and_ends_with_status_one():
+    result = run(
+        "show_input_errors_plainly()\nshow_input_errors_plainly()\nprint('before')\nraise InputError('no folder x')"
+    )
+    assert result.returncode == 1
+    assert result.stdout == "before\n"
+    assert result.stderr == "\nError: no folder x\n"
+
+
+def test_subclasses_show_plainly_too():
+    result = run("show_input_errors_plainly()\nraise NonFiniteLossError('rgb_loss is nan')")
+    assert (result.returncode, result.stderr) == (1, "\nError: rgb_loss is nan\n")
+
+
+def test_every_other_error_keeps_its_traceback():
+    result = run("show_input_errors_plainly()\nraise ValueError('a bug')")
+    assert result.returncode == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "ValueError: a bug" in result.stderr
+
+
+def test_importing_changes_nothing():
+    result = run("raise InputError('no folder x')")
+    assert "Traceback (most recent call last)" in result.stderr
+
+
+def test_the_hook_that_was_there_before_is_kept_for_other_errors():
+    result = run(
+        "import sys\nsys.excepthook = lambda kind, error, traceback: print('earlier hook:', error)\n"
+        "show_input_errors_plainly()\nraise KeyError('k')"
+    )
+    assert result.stdout == "earlier hook: 'k'\n"
+    assert result.stderr == ""

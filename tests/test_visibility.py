@@ -1,0 +1,110 @@
+"""Frustum counts against a plain loop over points and cameras."""
+
+import math
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from nerfstudio.cameras.cameras import Cameras
+
+from diffusionerf_ns.patches import random_rotation
+from diffusionerf_ns.visibility import TrainingFrusta
+
+NEAR = 0.3
+
+
+def random_cameras(count: int, generator: torch.Generator) -> Cameras:
+    """Cameras anywhere in a cube, looking anywhere, with unequal focal lengths and principal points off the centre."""
+    poses = [
+        torch.cat([random_rotation(math.pi, generator), 2.0 * torch.rand(3, 1, generator=generator) - 1.0], dim=1)
+        for _ in range(count)
+    ]
+    draw = lambda low, high: low + (high - low) * torch.rand(count, 1, generator=generator)  # noqa: E731
+    return Cameras(
+        camera_to_worlds=torch.stack(poses),
+        fx=draw(40.0, 120.0),
+        fy=draw(40.0, 120.0),
+        cx=draw(30.0, 60.0),
+        cy=draw(20.0, 50.0),
+        width=torch.randint(80, 120, (count, 1), generator=generator),
+        height=torch.randint(50, 90, (count, 1), generator=generator),
+    )
+
+
+def is_seen(point: list[float], cameras: Cameras, index: int, near: float) -> tuple[bool, float]:
+    """Projects one point with plain numbers: whether it is seen, and its planar depth."""
+    pose = cameras.camera_to_worlds[index].tolist()
+    offset = [point[k] - pose[k][3] for k in range(3)]
+    x, y, backwards = (sum(pose[k][axis] * offset[k] for k in range(3)) for axis in range(3))
+    depth = -backwards
+    if depth < near:
+        return False, depth
+    u = float(cameras.cx[index]) + float(cameras.fx[index]) * x / depth
+    v = float(cameras.cy[index]) - float(cameras.fy[index]) * y / depth
+    return 0 <= u <= int(cameras.width[index]) and 0 <= v <= int(cameras.height[index]), depth
+
+
+def test_counts_equal_those_of_a_plain_loop_also_behind_the_cameras_and_nearer_than_near():
+    generator = torch.Generator().manual_seed(0)
+    cameras = random_cameras(5, generator)
+    near_points = 4.0 * torch.rand(1200, 3, generator=generator) - 2.0
+    # Points on the optical axes at depths around zero and around near: behind, too near, and seen.
+    axis_points = torch.cat(
+        [
+            (cameras.camera_to_worlds[:, :, 3] - depth * cameras.camera_to_worlds[:, :, 2])
+            for depth in (-2.0, -0.29, -0.01, 0.01, 0.29, 0.31, 2.0)
+        ]
+    )
+    points = torch.cat([near_points, axis_points])
+
+    expected, behind, too_near = [], 0, 0
+    for point in points.tolist():
+        seen = [is_seen(point, cameras, index, NEAR) for index in range(len(cameras))]
+        expected.append(sum(s for s, _ in seen))
+        behind += sum(depth < 0 for _, depth in seen)
+        too_near += sum(0 <= depth < NEAR for _, depth in seen)
+    assert behind > 100
+    assert too_near > 100
+    assert len(set(expected)) >= 4, "the test sees many counts"
+    assert TrainingFrusta(cameras, NEAR).count(points).tolist() == expected
+
+
+def test_counts_keep_the_batch_shape_and_are_integers():
+    frusta = TrainingFrusta(random_cameras(3, torch.Generator().manual_seed(1)), NEAR)
+    points = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    counts = frusta.count(points)
+    assert counts.shape == (7, 5)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts.reshape(-1), frusta.count(points.reshape(-1, 3)))
+    assert len(frusta) == 3
+
+
+def test_points_just_inside_the_corner_pixels_are_seen_and_just_outside_are_not():
+    cameras = random_cameras(1, torch.Generator().manual_seed(3))
+    frusta = TrainingFrusta(cameras, NEAR)
+    height, width = float(cameras.height[0]), float(cameras.width[0])
+    for margin, expected in ((0.05, 1), (-0.05, 0)):
+        corners = [(v, u) for v in (margin, height - margin) for u in (margin, width - margin)]
+        rays = cameras.generate_rays(torch.zeros(4, 1, dtype=torch.int64), coords=torch.tensor(corners))
+        assert frusta.count(rays.origins + 3.0 * rays.directions).tolist() == [expected] * 4
+
+
+def test_near_is_a_planar_depth():
+    """At the image's corner a point may be further away than near, and still lie before the near plane."""
+    cameras = Cameras(torch.eye(3, 4)[None], fx=50.0, fy=50.0, cx=50.0, cy=50.0, width=100, height=100)
+    frusta = TrainingFrusta(cameras, near=1.0)
+    points = torch.tensor([[0.9, 0.9, -0.99], [0.9, 0.9, -1.01]])
+    assert points.norm(dim=-1).min() > 1.5
+    assert frusta.count(points).tolist() == [0, 1]
+
+
+def test_frusta_leave_nothing_in_a_checkpoint():
+    assert not TrainingFrusta(random_cameras(2, torch.Generator().manual_seed(4)), NEAR).state_dict()
+
+
+def test_points_of_another_dimension_raise():
+    frusta = TrainingFrusta(random_cameras(1, torch.Generator().manual_seed(5)), NEAR)
+    with pytest.raises(TypeCheckError):
+        frusta.count(torch.zeros(4, 2))
+    with pytest.raises(TypeCheckError):
+        frusta.count(torch.zeros(4, 3, dtype=torch.int64))
