@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ddm_training.rooms.furniture import MAKERS, Looks
-from ddm_training.rooms.render import Camera, ShadowMap, look_at, shade, shadow_map, trace
+from ddm_training.rooms.render import Camera, look_at, trace
+from ddm_training.rooms.shading import ShadowMap, shade, shadow_map
 from ddm_training.rooms.shapes import Light, Place, Scene, SceneBuilder
 
 WALL = 0.16  # metres
@@ -58,6 +59,7 @@ def make_room(seed: int, index: int, attempt: int = 0) -> Room:
     warmth = np.array([1.0, rng.uniform(0.85, 1.0), rng.uniform(0.7, 1.0)])
     level = rng.uniform(0.25, 0.8)
     scene = builder.build(
+        size=size,
         sky=(rng.uniform(1.0, 4.0) * np.array([0.8, 0.9, 1.0])).astype(np.float32),
         ambient_above=(level * warmth).astype(np.float32),
         ambient_below=(level * rng.uniform(0.6, 1.0) * warmth * [1.0, 0.95, 0.9]).astype(np.float32),
@@ -201,7 +203,7 @@ def _outside(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) 
         sun = np.array(_wall_box(size, o.side, middle + swing, middle + swing, z + rise, z + rise, away, away)[0])
         color = np.array([1.0, 0.93, 0.82]) * rng.uniform(0.8, 4.0)
         wide = np.hypot(o.high[0] - o.low[0], o.high[1] - o.low[1]) / 2 / np.hypot(away, rise) * 1.3
-        builder.lights.append(Light(sun, color, window, float(np.clip(wide, 0.3, 1.2)), softness=1.0))
+        builder.lights.append(Light(sun, color, window, float(np.clip(wide, 0.3, 1.2)), softness=1.8))
 
 
 def _yaw_of(side: int) -> float:

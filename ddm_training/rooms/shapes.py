@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 BOX, ELLIPSOID, CYLINDER = 0, 1, 2
+CORNERS = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], np.float64)
 VOXEL = 0.12  # metres; grid of the ambient occlusion
 
 
@@ -50,6 +51,23 @@ class Light:
 
 
 @dataclass(frozen=True)
+class Faces:
+    """Tables over surfaces (6 primitive + face), one array a coordinate so that look-ups are contiguous."""
+
+    normal: Float[np.ndarray, "3 s"]
+    u: Float[np.ndarray, "4 s"]
+    """Texture coordinate in tiles = row . (point, 1)."""
+    v: Float[np.ndarray, "4 s"]
+    size: Float[np.ndarray, " s"]
+    """Size of a tile in metres, the smaller of the two."""
+    round: Bool[np.ndarray, " s"]
+    """Not a box: these tables do not hold."""
+
+
+_U_AXIS, _V_AXIS = (1, 0, 0), (2, 2, 1)  # axes of the texture on faces across x, y, z: v is upright on walls
+
+
+@dataclass(frozen=True)
 class Scene:
     """Primitives as arrays (one row each), and the light that has no direction."""
 
@@ -71,10 +89,18 @@ class Scene:
     sky: Float[np.ndarray, " 3"] = field(default_factory=lambda: np.ones(3, np.float32))
     ambient_above: Float[np.ndarray, " 3"] = field(default_factory=lambda: np.full(3, 0.4, np.float32))
     ambient_below: Float[np.ndarray, " 3"] = field(default_factory=lambda: np.full(3, 0.3, np.float32))
+    size: Float[np.ndarray, " 3"] = field(default_factory=lambda: np.full(3, 4.0))
+    """Extent of the room; what lies outside is seen through openings."""
 
     @cached_property
     def from_unit(self) -> Float[np.ndarray, "p 3 3"]:
-        return np.linalg.inv(self.to_unit)
+        # A^-1 = R diag(half) = A^T diag(half^2)
+        return self.to_unit.transpose(0, 2, 1) * self.half[:, None].astype(np.float64) ** 2
+
+    @cached_property
+    def corners(self) -> Float[np.ndarray, "p*8 3"]:
+        """Corners of the primitives' (oriented) bounding boxes in the world; corner 4 i + 2 j + k has signs i, j, k."""
+        return (np.einsum("pjk,ck->pcj", self.from_unit, CORNERS) + self.centre[:, None]).reshape(-1, 3)
 
     @cached_property
     def to_unit32(self) -> Float[np.ndarray, "p 3 3"]:
@@ -84,10 +110,32 @@ class Scene:
     def centre32(self) -> Float[np.ndarray, "p 3"]:
         return self.centre.astype(np.float32)
 
-    @property
-    def casts_shadow(self) -> Bool[np.ndarray, " p"]:
-        """Lamps do not shade their own light."""
-        return self.emission == 0
+    @cached_property
+    def casters(self) -> "Scene":
+        """What casts shadows: all but lamps, which would shade their own light."""
+        return self.select(self.emission == 0)
+
+    @cached_property
+    def faces(self) -> "Faces":
+        """Normals and texture coordinates of all box faces as affine functions of the point."""
+        axes = self.to_unit * self.half[:, :, None]  # rows: a primitive's axes in the world
+        tile, shift = self.tile.astype(np.float64), self.shift
+        normal, coordinates = [], []
+        for face in range(6):
+            axis = face // 2
+            normal.append(axes[:, axis] * (1 - 2 * (face % 2)))
+            pair = [axes[:, _U_AXIS[axis]], axes[:, _V_AXIS[axis]]]
+            pair = [np.where(self.turned[:, None], pair[1 - i], pair[i]) / tile[:, i, None] for i in range(2)]
+            offset = [shift[:, i] - (pair[i] * self.centre).sum(1) for i in range(2)]
+            coordinates.append([np.concatenate([pair[i], offset[i][:, None]], 1) for i in range(2)])
+        rows = np.array(coordinates).transpose(1, 3, 2, 0).reshape(2, 4, -1).astype(np.float32)
+        return Faces(
+            normal=np.array(normal).transpose(2, 1, 0).reshape(3, -1).astype(np.float32),
+            u=rows[0],
+            v=rows[1],
+            size=np.repeat(self.tile.min(1), 6),
+            round=np.repeat(self.kind != BOX, 6),
+        )
 
     def select(self, rows: Bool[np.ndarray, " p"]) -> "Scene":
         """The scene with some of its primitives only."""
@@ -113,8 +161,8 @@ class Scene:
         from scipy.ndimage import gaussian_filter
 
         low, high = self.bounds
-        corner = np.maximum(low.min(0), -6.0)
-        size = np.ceil((np.minimum(high.max(0), corner + 20.0) - corner) / VOXEL).astype(int) + 1
+        corner, end = np.full(3, -1.2), self.size + 1.2
+        size = np.ceil((end - corner) / VOXEL).astype(int)
         grid = np.zeros(size, np.float32)
         start = np.clip(np.floor((low - corner) / VOXEL).astype(int), 0, size)
         stop = np.clip(np.floor((high - corner) / VOXEL).astype(int) + 1, 0, size)
@@ -130,15 +178,15 @@ class Scene:
                 inside = (np.abs(unit) <= 1 + 0.5 * VOXEL / self.half[p]).all(-1)
                 share = share * inside
             np.maximum(part, share, out=part)
-        return 0.5 * gaussian_filter(grid, 1.0) + 0.5 * gaussian_filter(grid, 3.0), corner
+        return 0.5 * gaussian_filter(grid, 1.0, truncate=2.5) + 0.5 * gaussian_filter(grid, 3.0, truncate=2.5), corner
 
-    def openness(self, point: Float[np.ndarray, "n 3"], normal: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
+    def openness(self, point: Float[np.ndarray, "3 n"], normal: Float[np.ndarray, "3 n"]) -> Float[np.ndarray, " n"]:
         """Ambient occlusion: how empty the room is just in front of a surface, in [0.25, 1]; about 1 on a bare wall."""
         from scipy.ndimage import map_coordinates
 
         grid, corner = self._occupancy
-        index = (point + 0.2 * normal - corner.astype(np.float32)) / np.float32(VOXEL) - np.float32(0.5)
-        filled = map_coordinates(grid, index.T, order=1, mode="nearest", output=np.float32)
+        index = (point + np.float32(0.2) * normal - corner[:, None].astype(np.float32)) / np.float32(VOXEL)
+        filled = map_coordinates(grid, index - np.float32(0.5), order=1, mode="nearest", output=np.float32)
         return np.clip(1.12 - 1.9 * filled, 0.25, 1.0)
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float, Int
+import scipy.fft
+from jaxtyping import Float, Int, UInt8
 
 SIZE = 256
 KINDS = {
@@ -39,43 +40,51 @@ class TextureBank:
     Texel (v, u) of level l of texture k is row ``start[l] + (k * (SIZE >> l) + v) * (SIZE >> l) + u``.
     """
 
-    texels: Float[np.ndarray, "texels 3"]
+    texels: UInt8[np.ndarray, "texels 3"]
     start: Int[np.ndarray, " levels"]
     of_kind: dict[str, Int[np.ndarray, " textures"]]
 
     def sample(
         self,
         texture: Int[np.ndarray, " n"],
-        uv: Float[np.ndarray, "n 2"],
+        u: Float[np.ndarray, " n"],
+        v: Float[np.ndarray, " n"],
         footprint: Float[np.ndarray, " n"],
     ) -> Float[np.ndarray, "n 3"]:
         """Bilinear look-up in the mip level whose texels are about as large as a pixel.
 
         Args:
             texture: which texture.
-            uv: coordinates in tiles; the fractional part counts.
+            u, v: coordinates in tiles; the fractional part counts.
             footprint: width of a pixel in tiles.
         """
         level = np.log2(np.maximum(footprint * SIZE, 1.0)).astype(np.int32)
-        level = np.minimum(level, len(self.start) - 1)
+        np.minimum(level, len(self.start) - 1, out=level)
         side = np.right_shift(SIZE, level)
-        position = (uv - np.floor(uv)) * side[:, None] - np.float32(0.5)
-        corner = np.floor(position)
-        fu, fv = (position - corner).T
-        u0, v0 = corner.astype(np.int32).T & (side - 1)
-        u1, v1 = (u0 + 1) & (side - 1), (v0 + 1) & (side - 1)
-        base = self.start[level] + texture * side * side
+        u0, u1, fu = _neighbours(u, side)
+        v0, v1, fv = _neighbours(v, side)
+        base = self.start.take(level) + texture * (side * side)
         row0, row1 = base + v0 * side, base + v1 * side
         upper = _mix(self.texels.take(row0 + u0, axis=0), self.texels.take(row0 + u1, axis=0), fu)
         lower = _mix(self.texels.take(row1 + u0, axis=0), self.texels.take(row1 + u1, axis=0), fu)
-        return _mix(upper, lower, fv)
+        return _mix(upper, lower, fv) * np.float32(1 / 255)
+
+
+def _neighbours(u: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two texels around a coordinate, wrapped, and the weight of the second."""
+    position = (u - np.floor(u)) * side - np.float32(0.5)
+    below = np.floor(position)
+    first = below.astype(np.int32)
+    return first & (side - 1), (first + 1) & (side - 1), (position - below).astype(np.float32)[:, None]
 
 
 def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    b -= a
-    b *= weight[:, None]
-    b += a
-    return b
+    first = a.astype(np.float32)
+    mixed = b.astype(np.float32)
+    mixed -= first
+    mixed *= weight
+    mixed += first
+    return mixed
 
 
 @lru_cache(maxsize=1)
@@ -91,13 +100,13 @@ def texture_bank(seed: int = 7) -> TextureBank:
     levels, start, total = [], [], 0
     while True:
         start.append(total)
-        levels.append(level.reshape(-1, 3))
+        levels.append((level.reshape(-1, 3) * 255 + 0.5).astype(np.uint8))
         total += len(levels[-1])
         side = level.shape[1]
         if side == 1:
             break
         level = level.reshape(len(level), side // 2, 2, side // 2, 2, 3).mean((2, 4))
-    return TextureBank(np.concatenate(levels), np.array(start), of_kind)
+    return TextureBank(np.concatenate(levels), np.array(start, np.int32), of_kind)
 
 
 # Fields in [0, 1] over one tile.
@@ -110,12 +119,12 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
 
 def _noise(rng: np.random.Generator, slope: float, stretch: float = 1.0) -> np.ndarray:
     """Periodic noise with amplitude 1 / frequency^slope, ``stretch`` times longer along u, spread over [0, 1]."""
-    fy, fx = np.meshgrid(np.fft.fftfreq(SIZE), np.fft.rfftfreq(SIZE), indexing="ij")
-    frequency = np.hypot(fx * stretch, fy) * SIZE
-    frequency[0, 0] = np.inf
-    spectrum = np.fft.rfft2(rng.normal(size=(SIZE, SIZE))) / np.maximum(frequency, 1.0) ** slope
-    spectrum[0, 0] = 0
-    field = np.fft.irfft2(spectrum, s=(SIZE, SIZE))
+    fy = np.fft.fftfreq(SIZE, 1 / SIZE)[:, None]
+    fx = np.fft.rfftfreq(SIZE, 1 / SIZE) * stretch
+    amplitude = np.maximum(np.hypot(fx, fy), 1.0) ** -slope
+    amplitude[0, 0] = 0
+    spectrum = rng.standard_normal((2, *amplitude.shape), np.float32)
+    field = scipy.fft.irfft2((spectrum[0] + 1j * spectrum[1]) * amplitude.astype(np.float32), s=(SIZE, SIZE))
     return np.clip(0.5 + field / (4 * field.std() + 1e-9), 0, 1)
 
 
@@ -227,6 +236,7 @@ def _picture(rng: np.random.Generator) -> np.ndarray:
     u, v = _grid()
     ramp = (v if rng.uniform() < 0.6 else _noise(rng, rng.uniform(1.2, 2.2)))[..., None]
     image = rng.uniform(size=3) * (1 - ramp) + rng.uniform(size=3) * ramp
+    cloud = 0.25 * (_noise(rng, 1.2)[..., None] - 0.5)
     for _ in range(rng.integers(2, 16)):
         x, y = rng.uniform(size=2)
         a, b = rng.uniform(0.03, 0.3, size=2)
@@ -234,13 +244,15 @@ def _picture(rng: np.random.Generator) -> np.ndarray:
         p = (u - x) * np.cos(angle) + (v - y) * np.sin(angle)
         q = (v - y) * np.cos(angle) - (u - x) * np.sin(angle)
         shape = rng.integers(4)
-        inside = [
-            np.maximum(np.abs(p) / a, np.abs(q) / b) < 1,
-            np.hypot(p / a, q / (a if rng.uniform() < 0.6 else b)) < 1,
-            np.abs(p) < 0.1 * a,
-            q > 0.4 * b * np.sin(p / a * 3) + 0.2,
-        ][shape]
-        image[inside] = rng.uniform(size=3) + 0.25 * (_noise(rng, 1.2)[inside, None] - 0.5)
+        if shape == 0:
+            inside = np.maximum(np.abs(p) / a, np.abs(q) / b) < 1
+        elif shape == 1:
+            inside = np.hypot(p / a, q / (a if rng.uniform() < 0.6 else b)) < 1
+        elif shape == 2:
+            inside = np.abs(p) < 0.1 * a
+        else:
+            inside = q > 0.4 * b * np.sin(p / a * 3) + 0.2
+        image[inside] = rng.uniform(size=3) + rng.choice([0.0, 1.0, 2.0]) * cloud[inside]
     if rng.uniform() < 0.4:
         border = np.minimum(np.minimum(u, 1 - u), np.minimum(v, 1 - v)) < rng.uniform(0.03, 0.12)
         image[border] = rng.choice([0.05, 0.9]) + 0.0 * image[border]

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ddm_training.frames import SceneWriter, Split, read_scene_info
-from ddm_training.rooms.render import Camera, render
+from ddm_training.rooms.render import Camera
 from ddm_training.rooms.scene import Room, exposure, random_camera, room_with_views
+from ddm_training.rooms.shading import render
 
 NOISE = 0.006  # standard deviation of sensor noise in sRGB, at most
 
