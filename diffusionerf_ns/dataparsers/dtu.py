@@ -17,6 +17,7 @@ the normalisation here does for itself, so it is not used: world units stay mill
 cameras.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,7 +202,7 @@ def scans_below(data: Path) -> dict[str, Scan]:
 
 
 def _scan_here(folder: Path) -> Scan | None:
-    name = folder.resolve().name
+    name = _absolute(folder).name
     if any(folder.glob("rect_*_3_r5000.png")):
         return Scan(layout="rectified", folder=folder, name=name)
     numbered = (folder / "image").is_dir() and any((folder / "image").glob("*.png"))
@@ -221,7 +222,7 @@ def find_masks(scan: Scan, given: Path | None) -> Path | None:
     elif scan.layout == "idr":
         places = [scan.folder / "mask"]
     else:
-        roots = [scan.folder.resolve().parents[1], scan.folder.resolve().parent]
+        roots = _absolute(scan.folder).parents[:2]
         places = [root / "idrmasks" / scan.name / sub for root in roots for sub in ("mask", ".")]
     found = next((place for place in places if any(place.glob("[0-9][0-9][0-9].png"))), None)
     if found is None and given is not None:
@@ -235,7 +236,7 @@ def read_calibration(folder: Path) -> Float[np.ndarray, "n 3 4"]:
     Raises:
         InputError: the folder or a file of it is missing or damaged.
     """
-    parents = [*list(folder.resolve().parents[:2]), folder]
+    parents = [*_absolute(folder).parents[:2], folder]
     places = [parent / "Calibration" / "cal18" for parent in parents]
     calibration = next((place for place in places if place.is_dir()), None)
     if calibration is None:
@@ -328,8 +329,13 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
+def _absolute(folder: Path) -> Path:
+    """Without "." and "..", but not through links: a linked scan belongs where the link is."""
+    return Path(os.path.abspath(folder))
+
+
 def _cache_folder(scan: Scan, factor: int) -> Path:
     """Beside the images: `scanN/image_K`, `Rectified/scanN_K`."""
     if scan.layout == "idr":
         return scan.folder / f"image_{factor}"
-    return scan.folder.resolve().parent / f"{scan.folder.resolve().name}_{factor}"
+    return _absolute(scan.folder).parent / f"{scan.name}_{factor}"

@@ -1,0 +1,192 @@
+"""The cache of reduced images: right pixels, whole or absent, never over the user's files."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers import images
+from diffusionerf_ns.dataparsers.images import CACHE_FILE, check_readable, downscaled, list_images, shrink
+
+
+def make_images(folder: Path, count: int, width: int = 32, height: int = 24, suffix: str = ".png") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paths = [folder / f"im{i:03d}{suffix}" for i in range(count)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def test_reduction_is_the_mean_of_each_block(tmp_path):
+    (path,) = make_images(tmp_path, 1)
+    full = np.asarray(Image.open(path), dtype=np.float64)
+    mean = full.reshape(6, 4, 8, 4, 3).mean(axis=(1, 3))
+    small = np.asarray(shrink(Image.open(path), 4), dtype=np.float64)
+    assert np.abs(small - mean).max() <= 0.5 + 1e-9  # rounding only
+
+
+def test_sizes_that_do_not_divide_are_rounded_down():
+    assert shrink(Image.new("RGB", (35, 26)), 4).size == (8, 6)
+    with pytest.raises(InputError, match="reduced by 40"):
+        shrink(Image.new("RGB", (35, 26)), 40)
+
+
+def test_palette_images_become_colours_not_indices():
+    palette = Image.new("RGB", (8, 8), (200, 10, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.asarray(shrink(palette, 2))[0, 0].tolist() == [200, 10, 30]
+
+
+def test_copies_are_made_once(tmp_path):
+    paths = make_images(tmp_path / "images", 3, suffix=".jpg")
+    first = downscaled(paths, 2, tmp_path / "images_2")
+    stamps = [p.stat().st_mtime_ns for p in first]
+    assert [p.name for p in first] == ["im000.png", "im001.png", "im002.png"]
+    assert [p.stat().st_mtime_ns for p in downscaled(paths, 2, tmp_path / "images_2")] == stamps
+    assert {p.name for p in tmp_path.iterdir()} == {"images", "images_2"}  # nothing unfinished is left
+
+
+def test_changed_sources_are_reduced_again(tmp_path):
+    paths = make_images(tmp_path / "images", 2)
+    downscaled(paths, 2, tmp_path / "images_2")
+    Image.new("RGB", (32, 24), (9, 9, 9)).save(paths[0])
+    again = downscaled(paths, 2, tmp_path / "images_2")
+    assert np.asarray(Image.open(again[0])).max() == 9
+    assert {p.name for p in tmp_path.iterdir()} == {"images", "images_2"}
+
+
+def test_a_folder_of_the_user_is_not_written_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = make_images(tmp_path / "scene" / "images", 2)
+    (mine,) = make_images(tmp_path / "scene" / "images_2", 1, 16, 12)
+    before = mine.read_bytes()
+    made = downscaled(paths, 2, tmp_path / "scene" / "images_2")
+    assert all(p.is_relative_to(tmp_path / "cache" / "diffusionerf_ns") for p in made)
+    assert mine.read_bytes() == before
+    assert len(list(mine.parent.iterdir())) == 1
+
+
+def test_names_that_differ_in_the_suffix_only_stay_apart(tmp_path):
+    paths = [*make_images(tmp_path / "images", 1), *make_images(tmp_path / "images", 1, suffix=".jpg")]
+    assert len(set(downscaled(paths, 2, tmp_path / "images_2"))) == 2
+
+
+def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
+    paths = make_images(tmp_path / "images", 3)
+    real, seen = images.shrink, []
+
+    def second_fails(image, factor):
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(image, factor)
+
+    monkeypatch.setattr(images, "shrink", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        downscaled(paths, 2, tmp_path / "images_2")
+    assert {p.name for p in tmp_path.iterdir()} == {"images"}
+
+
+def test_what_a_killed_run_leaves_is_not_trusted(tmp_path):
+    paths = make_images(tmp_path / "images", 30, 400, 300)
+    code = (
+        "import sys, pathlib; from diffusionerf_ns.dataparsers.images import downscaled, list_images; "
+        "p = pathlib.Path(sys.argv[1]); downscaled(list_images(p / 'images'), 2, p / 'images_2')"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while time.time() < deadline and not any(tmp_path.glob(".images_2.part-*/*.png")):
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    (part,) = tmp_path.glob(".images_2.part-*")
+    assert not (tmp_path / "images_2").exists()
+    assert len(downscaled(paths, 2, tmp_path / "images_2")) == 30
+    check_readable(list_images(tmp_path / "images_2"))
+    assert part.exists()  # it could belong to a run that goes on
+    old = time.time() - 2 * images.STALE_SECONDS
+    os.utime(part, (old, old))
+    downscaled(paths[:5], 2, tmp_path / "images_2")
+    assert not part.exists()
+
+
+def test_two_runs_at_once_end_with_one_whole_cache(tmp_path):
+    paths = make_images(tmp_path / "images", 6)
+    results: list[list[Path]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(downscaled(paths, 2, tmp_path / "images_2"))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(r == results[0] for r in results)
+    assert len(check_readable(results[0])) == 6
+    assert {p.name for p in tmp_path.iterdir()} == {"images", "images_2"}
+
+
+@contextlib.contextmanager
+def ordinary_user():
+    """Root may write anywhere: act as another user for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_read_only_data_is_reduced_into_the_user_cache(monkeypatch):
+    root = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folder is closed to other users
+    try:
+        root.chmod(0o755)
+        paths = make_images(root / "scene" / "images", 2)
+        cache = root / "cache"
+        cache.mkdir()
+        cache.chmod(0o777)
+        (root / "scene").chmod(0o555)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        with ordinary_user():
+            made = downscaled(paths, 2, root / "scene" / "images_2")
+            again = downscaled(paths, 2, root / "scene" / "images_2")
+        assert made == again
+        assert all(p.is_relative_to(cache / "diffusionerf_ns" / "images") for p in made)
+        assert [p.name for p in (root / "scene").iterdir()] == ["images"]
+        (root / "nowhere").mkdir(mode=0o555)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(root / "nowhere"))
+        with ordinary_user(), pytest.raises(InputError, match="XDG_CACHE_HOME"):
+            downscaled(paths, 2, root / "scene" / "images_2")
+    finally:
+        (root / "scene").chmod(0o755)
+        shutil.rmtree(root)
+
+
+def test_a_truncated_image_is_named(tmp_path):
+    (path,) = make_images(tmp_path, 1)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"im000\.png"):
+        check_readable([path])
+    with pytest.raises(InputError, match=r"im000\.png"):
+        downscaled([path], 2, tmp_path / "images_2")
+    assert not (tmp_path / "images_2").exists()
+
+
+def test_hidden_and_other_files_are_not_images(tmp_path):
+    make_images(tmp_path, 2)
+    for name in ("._im000.png", ".DS_Store", "notes.txt", CACHE_FILE):
+        (tmp_path / name).write_bytes(b"x")
+    assert [p.name for p in list_images(tmp_path)] == ["im000.png", "im001.png"]
