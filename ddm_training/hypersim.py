@@ -152,7 +152,7 @@ def tone_map(rgb: Float[np.ndarray, "h w 3"], valid: Bool[np.ndarray, "h w"]) ->
         brightness = rgb[valid].astype(np.float32) @ np.array([0.3, 0.59, 0.11], np.float32)
         p = float(np.percentile(brightness, 90))
         scale = 0.8**2.2 / p if p >= 1e-4 else 0.0
-    if rgb.dtype == np.float16:  # a table of all 65,536 half-precision values is ten times faster than the power
+    if rgb.dtype == np.float16:  # a table of all 65,536 half-precision values in place of 2.4 million powers
         table = _encode(np.arange(65536, dtype=np.uint16).view(np.float16), scale)
         return table[np.ascontiguousarray(rgb).view(np.uint16)]
     return _encode(rgb, scale)

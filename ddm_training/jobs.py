@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -127,20 +128,21 @@ def _run_submitit(
     log_dir.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(log_dir, cluster="slurm" if config.engine == "slurm" else "local")
     executor.update_parameters(timeout_min=config.slurm_minutes, mem_gb=config.slurm_mem_gb, cpus_per_task=1)
+    call = partial(_call, function)  # so that a job's exception comes back as itself, not as submitit's text of it
     if config.engine == "slurm":
         executor.update_parameters(
             slurm_array_parallelism=config.workers,
             slurm_job_name="ddm",
             **({"slurm_partition": config.slurm_partition} if config.slurm_partition else {}),
         )
-        yield from _collect(dict(zip(executor.map_array(function, jobs), jobs)), submitit)
+        yield from _collect(dict(zip(executor.map_array(call, jobs), jobs)), submitit)
         return
     for start in range(0, len(jobs), config.workers):  # the local executor starts all it gets at once
         batch = jobs[start : start + config.workers]
-        yield from _collect({executor.submit(function, job): job for job in batch}, submitit)
+        yield from _collect({executor.submit(call, job): job for job in batch}, submitit)
 
 
 def _collect(flying: dict[Any, Job], submitit: Any) -> Iterator[Outcome[Job, Any]]:
     for handle in submitit.helpers.as_completed(list(flying), poll_frequency=0.2):
         error = handle.exception()
-        yield Outcome(flying[handle], None if error else handle.result(), error)
+        yield Outcome(flying[handle], None, error) if error else handle.result()

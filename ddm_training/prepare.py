@@ -5,7 +5,9 @@ Whole scenes are skipped, so running the same command again continues after a ki
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from ddm_training.errors import InputError
 from ddm_training.frames import Split
@@ -28,6 +30,10 @@ from ddm_training.report import SceneResult
 from ddm_training.resize import check_size
 from ddm_training.rgbd_folder import Intrinsics, Pair, image_size, list_pairs, read_intrinsics, read_pair
 from ddm_training.scene_jobs import ABSENT, Frame, SceneJob, prepare, write_scene
+
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]
+"""Flags of a nested config without its name before them: `--workers`, not `--engine.workers`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +103,15 @@ class HypersimPrepareConfig:
     color: ColorSource = "hdr"
     """"hdr": tone-map the HDR colour. "preview": the ready JPEG (`ddm hypersim download --preview`)."""
     width: int = 256
+    """Width of the stored frames; the paper renders its patches in an image of 256 x 192."""
     height: int = 192
-    """Size of the stored frames; the paper renders its patches in an image of 256 x 192."""
+    """Height of the stored frames."""
     max_shear: float = 0.02
     """Largest shear of a camera, as a share of the focal length. Intrinsics have no shear, so it is neglected: the
     published scenes have 0.019 at most (one degree), and 459 of 482 below .001."""
-    limits: RejectionLimits = field(default_factory=RejectionLimits)
+    limits: Flat[RejectionLimits] = field(default_factory=RejectionLimits)
     """Which frames are left out; judged at the stored size."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: Flat[EngineConfig] = field(default_factory=EngineConfig)
     """Where the work is done."""
     redo: bool = False
     """Make whole scenes again, e.g. after a damaged file was replaced."""
@@ -238,12 +245,12 @@ class FramesConfig:
     """Frames left out between `train` and `val`, since neighbours in a video are nearly the same."""
     size: tuple[int, int] | None = None
     """Width and height of the stored frames, in the aspect ratio of the images; their own size when not given."""
-    limits: RejectionLimits = field(
+    limits: Flat[RejectionLimits] = field(
         # depth sensors leave a third of the pixels without depth; they are masked
         default_factory=lambda: RejectionLimits(max_invalid=0.8, min_depth_range=0.1)
     )
     """Which frames are left out."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: Flat[EngineConfig] = field(default_factory=EngineConfig)
     """Where the work is done."""
     redo: bool = False
     """Make whole scenes again, e.g. after a damaged file was replaced."""

@@ -165,7 +165,8 @@ def prepare(
         if outcome.error is None:
             results.append(outcome.result)
             continue
-        failed[outcome.job.name] = f"{type(outcome.error).__name__}: {outcome.error}"
+        first_line = (str(outcome.error).splitlines() or [""])[0]
+        failed[outcome.job.name] = f"{type(outcome.error).__name__}: {first_line}"
         if _is_full(outcome.error):
             full = outcome.error
             break
@@ -190,7 +191,7 @@ def prepare(
 
 def _is_full(error: BaseException) -> bool:
     number = getattr(error, "errno", None)
-    # submitit hands on an exception of a job as text
+    # on a full disk submitit cannot hand on the exception itself, and quotes it in its own
     return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 

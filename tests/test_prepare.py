@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -444,3 +446,25 @@ def test_a_frame_at_the_limits_passes_and_one_beyond_does_not() -> None:
         check_frame(color, depth, mask & [[True, False]], limits)
     with pytest.raises(InputError, match=r"share of the pixels"):
         RejectionLimits(max_invalid=3.0)
+
+
+# The command line
+
+
+@pytest.mark.slow
+def test_the_command_prepares_a_tree_and_ends_with_a_message_on_bad_input(tree: Path) -> None:
+    def ddm(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ddm_training.cli", *map(str, args)], capture_output=True, text=True
+        )
+
+    store = tree.parent / "store"
+    arguments = ["hypersim", "prepare", "--data", tree, "--output", store, "--width", 16, "--height", 12]
+    done = ddm(*arguments, "--workers", 2, "--splits", "train", "--max-invalid", 0.01)
+    assert done.returncode == 0, done.stderr
+    assert "frames kept, train" in done.stdout
+    assert len(open_store(store)) == 2
+    refused = ddm(*arguments, "--splits", "test")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: nothing to prepare")
+    assert "Traceback" not in refused.stderr
