@@ -104,9 +104,10 @@ def _run_local(
                 running.remove(item)
                 free.append(environment)
                 _close(process)
-                if process.returncode:
+                well = entry.status() == "done"
+                if not well:
                     _record_death(entry, process.returncode)
-                yield entry, process.returncode == 0
+                yield entry, well
             tick()
             if not ended:
                 time.sleep(POLL_SECONDS)
@@ -185,9 +186,10 @@ def _collect(flying: dict[Any, Entry], tick: Callable[[], None]) -> Iterator[tup
         while flying:
             for handle in [h for h in flying if h.done()]:
                 entry, error = flying.pop(handle), handle.exception()
-                if error is not None and not (entry.folder / FAILED_FILE).is_file():
+                well = entry.status() == "done"
+                if not well and not (entry.folder / FAILED_FILE).is_file():
                     worker.write_failure(entry.folder, f"the cluster's job failed: {error}")
-                yield entry, error is None and bool(handle.result())
+                yield entry, well
             tick()
             time.sleep(POLL_SECONDS)
     finally:

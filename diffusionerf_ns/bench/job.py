@@ -66,8 +66,8 @@ class RecordingTrainer(Trainer):
         """One step; every some steps the loss terms and the training PSNR go into `curve`."""
         loss, losses, metrics = super().train_iteration(step)
         if step % self.record_every == 0 or step == self.config.max_num_iterations - 1:
-            point = {"step": step, "loss": float(loss)} | {name: float(value) for name, value in losses.items()}
-            self.curve.append(point | {"psnr": float(metrics["psnr"])})
+            terms = {"loss": loss, **losses, "psnr": metrics["psnr"]}
+            self.curve.append({"step": step} | {name: float(value.detach()) for name, value in terms.items()})
         self.on_step(step + 1)
         return loss, losses, metrics
 

@@ -52,7 +52,8 @@ class Job:
     downscale_factor: int | None = None
     """None: as the data parser chooses."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings by dotted path, e.g. `pipeline.model.prior`; they win over the variant's."""
+    """Further settings by dotted path, e.g. `pipeline.model.prior`; they win over the variant's. `nerfacto` takes those
+    of them that it knows."""
 
     @property
     def name(self) -> str:
@@ -139,13 +140,16 @@ def configure(job: Job, folder: Path) -> "TrainerConfig":
     config = variants.base_config(job.method)
     if job.steps is not None:
         variants.set_steps(config, job.steps)
-    variants.apply(config, variants.find_variant(job.variant))
+    variant = variants.find_variant(job.variant)
+    variants.override(config, job.overrides)  # before the variant: nerfacto takes its sizes and rays from ours
+    variants.apply(config, variant)
+    if variant.model == "diffusionerf":
+        variants.override(config, job.overrides)
     data = Path(job.data)
     parser: Any = config.pipeline.datamanager.dataparser  # pyright: ignore[reportAttributeAccessIssue]
     parser.data = data
     parser.num_views = job.views
     parser.downscale_factor = job.downscale_factor
-    variants.override(config, job.overrides)
     config.data = data
     config.pipeline.datamanager.data = data
     config.machine.seed = job.seed

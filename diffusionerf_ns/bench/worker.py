@@ -100,7 +100,7 @@ def _end_with_parent() -> None:
     """End this process when the other end of standard input is gone: a killed run leaves no workers behind."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # not sys.stdin: Python would wait for that reader at its own end
         os._exit(3)
 
     threading.Thread(target=watch, daemon=True).start()
