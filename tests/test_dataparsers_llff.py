@@ -1,6 +1,9 @@
 """LLFF folders: cameras against COLMAP's maths and against real images, image folders, bad input."""
 
+import ast
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +197,12 @@ def test_the_capture_is_found_by_what_the_folder_holds(tmp_path):
     assert found.metadata["source"] == "llff"
 
 
+def test_flags_of_another_layout_are_refused(tmp_path):
+    make_scene(tmp_path)
+    with pytest.raises(InputError, match=r"--scan means nothing .* llff"):
+        FewViewDataParserConfig(data=tmp_path, scan=8).setup().get_dataparser_outputs()
+
+
 def test_the_table_of_images_is_printed_once_and_for_training_only(tmp_path, capsys):
     make_scene(tmp_path)
     parser = LLFFFewViewDataParserConfig(data=tmp_path, num_views=3).setup()
@@ -369,3 +378,22 @@ def test_a_wrong_shape_at_the_public_boundary_raises():
 
 def test_parser_class_is_what_nerfstudio_instantiates(tmp_path):
     assert isinstance(LLFFFewViewDataParserConfig(data=tmp_path).setup(), LLFFFewViewParser)
+
+
+def test_flags_of_the_command_line_become_the_config():
+    import tyro
+
+    config = tyro.cli(FewViewDataParserConfig, args=["--num-views", "3", "--train-ids", "1", "2", "--scan", "8"])
+    assert (config.num_views, config.train_ids, config.test_ids, config.scan) == (3, (1, 2), None, 8)
+    assert tyro.cli(FewViewDataParserConfig, args=["--num-views", "all"]).num_views == "all"
+
+
+def test_the_config_modules_import_nothing_heavy_beyond_nerfstudio():
+    code = (
+        "import sys, nerfstudio.data.dataparsers.base_dataparser, nerfstudio.utils.rich_utils;"
+        "before = set(sys.modules);"
+        "import diffusionerf_ns.dataparsers.few_view; new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(sorted(new - set(sys.stdlib_module_names)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(ast.literal_eval(run.stdout)) <= {"PIL", "ddm_training", "diffusionerf_ns"}

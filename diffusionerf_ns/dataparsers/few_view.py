@@ -72,5 +72,16 @@ def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:
         "transforms": TransformsFewViewDataParserConfig,
         "dtu": DTUFewViewDataParserConfig,
     }[layout]
-    mine = {f.name for f in fields(config)} - {"_target", "layout"}
-    return kind(**{f.name: getattr(config, f.name) for f in fields(kind) if f.name in mine})
+    known = {f.name for f in fields(kind)}
+    flags = {}
+    for flag in fields(config):
+        value = getattr(config, flag.name)
+        if flag.name in ("_target", "layout"):
+            continue
+        if flag.name in known:
+            flags[flag.name] = value
+        elif value != flag.default:
+            raise InputError(
+                f"--{flag.name.replace('_', '-')} means nothing for {config.data}: it is a {layout} capture."
+            )
+    return kind(**flags)

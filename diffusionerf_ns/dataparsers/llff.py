@@ -109,8 +109,8 @@ def find_images(data: Path, factor: int | None) -> tuple[list[Path], int, Path]:
     """The images to use, what they are still to be reduced by, and the folder for the reduced copies.
 
     With a ``factor`` K: `images_K`, else the smallest reduction of `images` or of an `images_k` whose k divides K.
-    Without: `images_8` (the protocol's size), else the only folder there is, else the largest whose longer side is at
-    most 1008 pixels; a folder of larger images is reduced to that.
+    Without: `images_8` (the protocol's size), else the largest whose longer side is at most 1008 pixels, else the
+    largest there is, reduced to that.
 
     Raises:
         InputError: no folder of images, or none that the factor can be reached from.
@@ -146,9 +146,8 @@ def image_folders(data: Path) -> dict[int, Path]:
 def _default_factor(folders: dict[int, list[Path]]) -> int:
     if PROTOCOL_FACTOR in folders:
         return PROTOCOL_FACTOR
-    if len(folders) > 1:
-        fitting = [k for k in sorted(folders) if max(image_size(folders[k][0])) <= 1008]
-        if fitting:
-            return fitting[0]
+    for k in sorted(folders):
+        if automatic_factor(*image_size(folders[k][0])) == 1:
+            return k
     largest = min(folders)
     return largest * automatic_factor(*image_size(folders[largest][0]))

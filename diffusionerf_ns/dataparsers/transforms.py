@@ -49,7 +49,7 @@ class TransformsFewViewParser(FewViewBaseParser):
         meta = read_transforms(path)
         folder = path.parent
         files = [_find_file(folder, _entry(frame, "file_path", path)) for frame in meta["frames"]]
-        order = sorted(range(len(files)), key=lambda i: str(files[i]))
+        order = sorted(range(len(files)), key=lambda i: files[i])
         frames, files = [meta["frames"][i] for i in order], [files[i] for i in order]
         if len(set(files)) < len(files):
             raise InputError(f"{path}: several frames have the same file_path; expected one frame per image.")
@@ -156,8 +156,9 @@ def _entry(frame: dict[str, Any], key: str, path: Path) -> Any:
 
 
 def _matrix(frame: dict[str, Any], path: Path) -> np.ndarray:
+    given = _entry(frame, "transform_matrix", path)
     try:
-        matrix = np.array(_entry(frame, "transform_matrix", path), dtype=np.float64)
+        matrix = np.array(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{path}: transform_matrix of {frame['file_path']} holds other things than numbers."

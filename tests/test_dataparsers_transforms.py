@@ -1,0 +1,285 @@
+"""transforms.json: its own lists, intrinsics, metric depth, masks, agreement with nerfstudio's parser, bad input."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
+from PIL import Image
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
+from diffusionerf_ns.dataset import FewViewDataset
+
+
+def make_capture(folder: Path, count: int = 10, depth: bool = False, mask: bool = False, **meta) -> dict:
+    """A folder with ``count`` 40 x 30 images and cameras in a row; returns the JSON, which is also written."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for kind in ("images", "depths", "masks"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    for i in reversed(range(count)):  # the file need not be sorted
+        name = f"f{i:02d}.png"
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / "images" / name)
+        pose = np.eye(4)
+        pose[:3, 3] = 0.3 * i, 0.1 * (i % 3), 1.0
+        frame = {"file_path": f"./images/{name}", "transform_matrix": pose.tolist()}
+        if depth:
+            Image.fromarray(np.full((30, 40), 1000 + 100 * i, dtype=np.uint16)).save(folder / "depths" / name)
+            frame["depth_file_path"] = f"depths/{name}"
+        if mask:
+            Image.fromarray(np.repeat(np.uint8([[0, 255]]), 30, axis=0).repeat(20, axis=1)).save(
+                folder / "masks" / name
+            )
+            frame["mask_path"] = f"masks/{name}"
+        frames.append(frame)
+    content = {"w": 40, "h": 30, "fl_x": 36.0, "fl_y": 37.0, "cx": 19.0, "cy": 15.5, "frames": frames, **meta}
+    return write(folder, content)
+
+
+def write(folder: Path, content: dict) -> dict:
+    (folder / "transforms.json").write_text(json.dumps(content))
+    return content
+
+
+def parse(data: Path, split: str = "train", **flags):
+    return FewViewDataParserConfig(data=data, **flags).setup().get_dataparser_outputs(split)
+
+
+def names(outputs) -> list[str]:
+    return [p.stem for p in outputs.image_filenames]
+
+
+def test_every_eighth_is_held_out_and_views_are_spread_over_the_rest(tmp_path):
+    make_capture(tmp_path, 10)
+    assert names(parse(tmp_path, "test")) == ["f00", "f08"]
+    assert names(parse(tmp_path, num_views=3)) == ["f01", "f05", "f09"]  # of 1 2 3 4 5 6 7 9: positions 0, 3.5 -> 4, 7
+    assert len(names(parse(tmp_path))) == 8
+
+
+def test_lists_of_the_file_win_over_every_eighth(tmp_path):
+    content = make_capture(tmp_path, 10)
+    content["train_filenames"] = [f"images/f{i:02d}.png" for i in (0, 2, 4, 6, 8)]
+    content["test_filenames"] = ["images/f09.png", "./images/f01.png"]
+    write(tmp_path, content)
+    assert names(parse(tmp_path, num_views=3)) == ["f00", "f04", "f08"]
+    assert names(parse(tmp_path, "test")) == ["f01", "f09"]
+    del content["test_filenames"]
+    write(tmp_path, content)
+    assert names(parse(tmp_path, "test")) == ["f01", "f03", "f05", "f07", "f09"]
+    content["val_filenames"] = ["images/f03.png"]
+    write(tmp_path, content)
+    assert names(parse(tmp_path, "test")) == ["f03"]
+    del content["train_filenames"]
+    write(tmp_path, content)
+    assert "f03" not in names(parse(tmp_path))
+    assert len(names(parse(tmp_path))) == 9
+
+
+@pytest.mark.parametrize("orientation", ["up", "none"])
+def test_cameras_equal_those_of_nerfstudios_own_parser(tmp_path, orientation):
+    turned = {"applied_transform": [[0, 1, 0, 0.5], [1, 0, 0, 0], [0, 0, -1, 2]], "applied_scale": 0.7}
+    make_capture(tmp_path, 9, depth=True, k1=0.1, p2=-0.02, **turned)
+    theirs = NerfstudioDataParserConfig(
+        data=tmp_path, eval_mode="interval", orientation_method=orientation, downscale_factor=1
+    ).setup()
+    for split in ("train", "test"):
+        ours, their = parse(tmp_path, split, orientation_method=orientation), theirs.get_dataparser_outputs(split)
+        assert [p.name for p in ours.image_filenames] == [p.name for p in their.image_filenames]
+        assert torch.allclose(ours.cameras.camera_to_worlds, their.cameras.camera_to_worlds, atol=1e-6)
+        assert torch.allclose(ours.dataparser_transform, their.dataparser_transform, atol=1e-6)
+        assert ours.dataparser_scale == pytest.approx(their.dataparser_scale)
+        coords = torch.tensor([[3.5, 8.5]])
+        rays = [c.generate_rays(1, coords=coords).directions for c in (ours.cameras, their.cameras)]
+        assert torch.allclose(rays[0], rays[1], atol=1e-6)  # intrinsics and distortion
+
+
+def test_each_frame_may_have_its_own_intrinsics_and_distortion(tmp_path):
+    content = make_capture(tmp_path, 4)
+    for frame in content["frames"]:
+        frame |= {"fl_x": 30.0 + int(frame["file_path"][-6:-4]), "k1": 0.01, "cx": 20.0}
+    write(tmp_path, content)
+    cameras = parse(tmp_path, train_ids=(0, 3)).cameras
+    assert cameras.fx.flatten().tolist() == [30.0, 33.0]
+    assert cameras.fy.flatten().tolist() == [37.0, 37.0]
+    assert cameras.cx.flatten().tolist() == [20.0, 20.0]
+    assert cameras.distortion_params is not None
+    assert cameras.distortion_params[:, 0].tolist() == pytest.approx([0.01, 0.01])
+
+
+def test_a_field_of_view_serves_where_there_is_no_focal_length(tmp_path):
+    content = make_capture(tmp_path, 3)
+    for key in ("fl_x", "fl_y", "cx", "cy"):
+        del content[key]
+    write(tmp_path, content | {"camera_angle_x": 2 * math.atan(0.5)})
+    cameras = parse(tmp_path).cameras
+    assert cameras.fx[0].item() == pytest.approx(40.0)
+    assert (cameras.cx[0].item(), cameras.cy[0].item()) == (20, 15)
+
+
+def test_intrinsics_and_pixels_shrink_together(tmp_path):
+    make_capture(tmp_path, 4)
+    outputs = parse(tmp_path, downscale_factor=2)
+    assert outputs.image_filenames[0].parent == tmp_path / "images_2"
+    camera = outputs.cameras
+    found = [getattr(camera, key)[0].item() for key in ("fx", "fy", "cx", "cy", "width", "height")]
+    assert found == [18.0, 18.5, 9.5, 7.75, 20, 15]
+
+
+def test_reduced_images_of_the_user_are_used(tmp_path):
+    make_capture(tmp_path, 4)
+    (tmp_path / "images_2").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 15), (i, 0, 0)).save(tmp_path / "images_2" / f"f{i:02d}.png")
+    path = parse(tmp_path, downscale_factor=2).image_filenames[0]
+    assert np.asarray(Image.open(path))[0, 0].tolist() == [1, 0, 0]
+    assert len(list((tmp_path / "images_2").iterdir())) == 4
+
+
+def test_depth_is_planar_metres_and_goes_to_scene_units_by_the_stated_factor(tmp_path):
+    make_capture(tmp_path, 9, depth=True)
+    outputs = parse(tmp_path, "test", downscale_factor=2)
+    item = FewViewDataset(outputs)[1]  # f08: 1800 mm
+    assert item["image"].shape == (15, 20, 3)
+    assert item["depth_image"].shape == (15, 20, 1)
+    assert torch.allclose(item["depth_image"], torch.tensor(1.8))
+    # two cameras 0.3 m apart in x: their distance in the scene gives the same factor
+    c2w = parse(tmp_path, train_ids=(0, 3)).cameras.camera_to_worlds[:, :, 3]
+    assert float((c2w[1] - c2w[0]).norm()) == pytest.approx(0.9 * outputs.metadata["scene_units_per_metre"], rel=1e-5)
+
+
+def test_depth_that_some_frames_lack_is_zero_there_and_other_units_are_scaled(tmp_path):
+    content = make_capture(tmp_path, 4, depth=True)
+    for frame in content["frames"]:
+        if "f02" in frame["file_path"]:
+            del frame["depth_file_path"]
+    write(tmp_path, content)
+    dataset = FewViewDataset(parse(tmp_path, depth_unit_scale_factor=0.01))
+    assert [float(dataset[i]["depth_image"].max()) for i in range(3)] == pytest.approx([11.0, 0.0, 13.0])
+
+
+def test_a_capture_without_depth_makes_no_claim_to_be_metric(tmp_path):
+    make_capture(tmp_path, 4)
+    outputs = parse(tmp_path)
+    assert "scene_units_per_metre" not in outputs.metadata
+    assert "near" not in outputs.metadata
+    assert outputs.metadata["depth_filenames"] is None
+    assert "depth_image" not in FewViewDataset(outputs)[0]
+
+
+def test_masks_of_the_file_reach_training(tmp_path):
+    make_capture(tmp_path, 4, mask=True)
+    outputs = parse(tmp_path, downscale_factor=2)
+    mask = FewViewDataset(outputs)[0]["mask"]
+    assert mask.dtype == torch.bool
+    assert mask.shape == (15, 20, 1)
+    assert not mask[:, :10].any()
+    assert mask[:, 10:].all()
+
+
+def test_a_json_file_itself_can_be_given(tmp_path):
+    make_capture(tmp_path, 4)
+    (tmp_path / "transforms.json").rename(tmp_path / "mine.json")
+    assert names(parse(tmp_path / "mine.json")) == ["f01", "f02", "f03"]
+
+
+def frame_without(key):
+    def damage(content, _folder):
+        del content["frames"][3][key]
+
+    return damage
+
+
+def set_top(**values):
+    return lambda content, _folder: content.update(values)
+
+
+def damage_image_missing(_content, folder):
+    (folder / "images" / "f03.png").unlink()
+
+
+def damage_pose(content, _folder):
+    content["frames"][0]["transform_matrix"][0][3] = math.nan
+
+
+def damage_shape(content, _folder):
+    content["frames"][0]["transform_matrix"] = [[1, 2], [3, 4]]
+
+
+def damage_words(content, _folder):
+    content["frames"][0]["transform_matrix"] = [["a"] * 4] * 4
+
+
+def damage_mask(content, _folder):
+    content["frames"][0]["mask_path"] = "masks/f09.png"
+
+
+def damage_depth(content, _folder):
+    content["frames"][5]["depth_file_path"] = "depths/none.png"
+
+
+def damage_twice(content, _folder):
+    content["frames"][0]["file_path"] = content["frames"][1]["file_path"]
+
+
+def damage_focal(content, _folder):
+    del content["fl_x"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (frame_without("file_path"), "'file_path'"),
+        (frame_without("transform_matrix"), "'transform_matrix'"),
+        (set_top(frames=[]), "no frames"),
+        (set_top(camera_model="OPENCV_FISHEYE"), "OPENCV_FISHEYE is not supported"),
+        (set_top(train_filenames=["images/zz.png"]), r"zz\.png"),
+        (set_top(train_filenames=["images/f01.png"], test_filenames=["images/f01.png"]), r"f01\.png"),
+        (set_top(w=30, h=40), "another shape"),
+        (set_top(fl_x=-1.0), "intrinsics"),
+        (damage_focal, "no focal length"),
+        (damage_image_missing, r"missing: images/f03\.png"),
+        (damage_pose, "NaN"),
+        (damage_shape, "4 x 4"),
+        (damage_words, "other things than numbers"),
+        (damage_mask, "no mask_path"),
+        (damage_depth, r"none\.png"),
+        (damage_twice, "same file_path"),
+    ],
+)
+def test_bad_files_are_refused_with_what_is_wrong(tmp_path, damage, words):
+    content = make_capture(tmp_path, 10)
+    damage(content, tmp_path)
+    write(tmp_path, content)
+    with pytest.raises(InputError, match=words):
+        parse(tmp_path)
+
+
+def test_broken_json_is_refused(tmp_path):
+    make_capture(tmp_path, 3)
+    (tmp_path / "transforms.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        parse(tmp_path)
+
+
+def test_masks_and_depth_of_another_shape_are_refused(tmp_path):
+    make_capture(tmp_path, 3, mask=True, depth=True)
+    Image.new("L", (40, 40)).save(tmp_path / "masks" / "f01.png")
+    with pytest.raises(InputError, match=r"mask .*f01\.png is 40 x 40"):
+        FewViewDataset(parse(tmp_path))[0]
+    Image.fromarray(np.ones((20, 40), dtype=np.uint16)).save(tmp_path / "depths" / "f02.png")
+    with pytest.raises(InputError, match=r"depth .*f02\.png is 40 x 20"):
+        FewViewDataset(parse(tmp_path))[1]
+
+
+def test_images_of_other_modes_become_rgb(tmp_path):
+    make_capture(tmp_path, 3)
+    Image.new("L", (40, 30), 77).save(tmp_path / "images" / "f01.png")
+    palette = Image.new("RGB", (40, 30), (200, 10, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(tmp_path / "images" / "f02.png")
+    dataset = FewViewDataset(parse(tmp_path))
+    assert dataset.get_numpy_image(0)[0, 0].tolist() == [77, 77, 77]
+    assert dataset.get_numpy_image(1)[0, 0].tolist() == [200, 10, 30]
