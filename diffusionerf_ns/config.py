@@ -1,4 +1,4 @@
-"""Method and data parser specifications: what the entry points name.
+"""Method specifications: what the entry points of the methods name.
 
 nerfstudio loads this module in every one of its commands, so it must stay light and must not fail: nothing here imports
 diffusers, and a prior is only looked for when a model is built.
@@ -10,11 +10,9 @@ import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
-from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 from nerfstudio.plugins.types import MethodSpecification
 
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
-from diffusionerf_ns.dataparsers.llff import LLFFFewViewDataParserConfig
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.model import DiffusioNeRFModelConfig
 from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
@@ -89,12 +87,4 @@ diffusionerf_tiny = MethodSpecification(
         viewer=ViewerConfig(num_rays_per_chunk=1 << 12),
     ),
     description="DiffusioNeRF with small tables and few samples: laptops, CI, a first look in minutes without a GPU.",
-)
-
-few_view_data = DataParserSpecification(
-    config=FewViewDataParserConfig(), description="Few-view captures: finds out whether a folder is LLFF or nerfstudio."
-)
-
-llff_few_view_data = DataParserSpecification(
-    config=LLFFFewViewDataParserConfig(), description="LLFF captures (poses_bounds.npy) with the few-view splits."
 )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
-from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
@@ -58,8 +58,8 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Share of patches whose colours come from a training image; the others are rendered from perturbed training poses.
     The paper's value."""
     center_jitter: float = 0.2
-    """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned into
-    scene units by the metric scale."""
+    """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned
+    into scene units by the metric scale."""
     max_rotation: float = 0.1 * math.pi
     """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
 
@@ -115,16 +115,13 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if pipeline is not None:
             self.set_patch_source(pipeline.model.patch_request)  # pyright: ignore[reportArgumentType]
 
-        def write_split(step: int) -> None:
-            split = self.train_dataset.metadata.get("split")
-            if trainer is not None and split is not None:
-                path = Path(trainer.base_dir) / "split.json"
-                path.write_text(json.dumps(split, indent=2) + "\n")
-
-        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN], write_split)]
+        split = self.train_dataset.metadata.get("split")
+        if trainer is not None and split is not None:
+            (Path(trainer.base_dir) / "split.json").write_text(json.dumps(split, indent=2) + "\n")
+        return []
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
-        """Pixel rays with their colours in ``batch["image"]``; patch rays behind them, described in ``batch["patches"]``.
+        """Pixel rays, coloured by ``batch["image"]``; patch rays behind them, described by ``batch["patches"]``.
 
         The batch's "image" and "indices" have one row a pixel ray, fewer than the bundle has rays.
         """
