@@ -2,12 +2,17 @@
 
 import importlib
 import sys
+from dataclasses import make_dataclass
 from typing import Any
 
 from ddm_training.errors import InputError
 
-# Subcommand -> module and config class (a frozen dataclass with a method `main`).
+# Subcommand -> module and config class (a frozen dataclass with a method `main`). Two words: a command within a group.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "hypersim download": ("ddm_training.download", "HypersimDownloadConfig"),
+    "hypersim prepare": ("ddm_training.prepare", "HypersimPrepareConfig"),
+    "frames": ("ddm_training.prepare", "FramesConfig"),
+    "rooms": ("ddm_training.rooms", "RoomsConfig"),
     "train": ("ddm_training.train", "TrainConfig"),
     "sample": ("ddm_training.sample", "SampleConfig"),
     "eval": ("ddm_training.evaluate", "EvalConfig"),
@@ -20,19 +25,38 @@ def _load(name: str) -> type:
     return getattr(importlib.import_module(module), attribute)
 
 
-def main(args: list[str] | None = None) -> None:
-    """Entry point. Mistakes in what the user gives end with a message and exit status 2, without a traceback."""
+def _group(name: str) -> type:
+    """Stands for a group of commands on the page of `ddm --help`."""
+    group = make_dataclass(name, [])
+    group.__doc__ = f"See `ddm {name} --help`: {', '.join(c.split()[1] for c in COMMANDS if c.startswith(name + ' '))}."
+    return group
+
+
+def parse(args: list[str]) -> Any:
+    """The config that a command line describes; usage errors and --help end the program, as argparse does."""
     import tyro
 
-    args = sys.argv[1:] if args is None else args
+    group = args[0] if args and any(name.startswith(args[0] + " ") for name in COMMANDS) else None
+    prefix, rest = (f"{group} ", args[1:]) if group else ("", args)
+    names = [name for name in COMMANDS if name.startswith(prefix)]
+    if rest and prefix + rest[0] in COMMANDS:  # a known command needs only its own module
+        names = [prefix + rest[0]]
+    kinds: dict[str, Any] = {}
+    for name in names:
+        word, _, inner = name.removeprefix(prefix).partition(" ")
+        kinds[word] = _group(word) if inner else _load(name)
+    return tyro.extras.subcommand_cli_from_dict(kinds, args=rest, prog=f"ddm {prefix}".strip())
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. Mistakes in what the user gives end with a message and exit status 2, without a traceback."""
     try:
-        # A known first word needs only its own module; anything else (--help, a typo) shows them all.
-        names = [args[0]] if args and args[0] in COMMANDS else list(COMMANDS)
-        config: Any = tyro.extras.subcommand_cli_from_dict({n: _load(n) for n in COMMANDS if n in names}, args=args)
-        config.main()
+        parse(sys.argv[1:] if args is None else args).main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,74 +1,165 @@
-"""`ddm rooms`: procedural indoor scenes with exact depth and poses."""
+"""`ddm rooms`: procedural indoor scenes with exact depth and poses.
 
-from collections.abc import Callable, Iterator
+shapes      scenes as arrays of primitives          textures    the texture bank
+render      cameras and visibility                  shading     light, and the finished picture
+furniture   materials and objects                   scene       a random room
+cameras     where cameras stand                     store, hypersim_layout, capture    what is written
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ddm_training.errors import InputError
 from ddm_training.frames import Split
 
+Output = Literal["store", "hypersim", "capture"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoomsConfig:
-    """Make procedural rooms: frame stores for training, Hypersim's layout for tests, few-view captures for demos."""
+    """Make procedural rooms: frames for `ddm train`, Hypersim's layout for tests, few-view captures for demos.
+
+    Everything follows from the seed and a room's number. Running the same command again continues.
+    """
 
     folder: Path
     """Where to write."""
-    output: Literal["store", "hypersim", "capture"] = "store"
-    """store: frames for `ddm train`; hypersim: Hypersim's own files; capture: transforms.json for a few-view NeRF."""
+    output: Output = "store"
+    """store: a frame store for `ddm train`. hypersim: Hypersim's own files. capture: transforms.json, images and depth
+    of one room, for a few-view NeRF."""
     seed: int = 0
-    """Everything follows from the seed and a room's number."""
-    num_rooms: int = 400
-    """Rooms to make."""
+    """Another seed gives other rooms."""
     first_room: int = 0
-    """Number of the first room."""
-    num_views: int = 4
-    """Frames per room."""
-    val_every: int = 16
-    """Every n-th room is a validation room."""
-    width: int = 256
-    """Width of a frame in pixels."""
-    height: int = 192
-    """Height of a frame in pixels."""
-    focal: float = 175.0
-    """Focal length in pixels."""
+    """Number of the first room, or of the capture's room."""
+    num_rooms: int | None = None
+    """Rooms to make, by default 400 (store) or 4 (hypersim)."""
+    num_views: int | None = None
+    """Frames of each room, by default 4 (store, hypersim)."""
+    val_every: int | None = None
+    """Every n-th room is a validation room, by default 16 (store) or 4 (hypersim)."""
+    num_train: int | None = None
+    """Training images of a capture, by default 9."""
+    num_test: int | None = None
+    """Test images of a capture, by default 8."""
+    width: int | None = None
+    """Width of a frame in pixels, by default 256 (store), 1024 (hypersim) or 160 (capture)."""
+    height: int | None = None
+    """Height of a frame in pixels, by default three quarters of the width."""
+    focal: float | None = None
+    """Focal length in pixels, by default 175 / 256 (store, capture) or 886.81 / 1024 (hypersim) of the width."""
     workers: int = 2
-    """Processes; the result does not depend on it."""
+    """Processes; the result does not depend on their number."""
+
+    def __post_init__(self) -> None:
+        for name in _MEANINGLESS[self.output]:
+            if getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} has no meaning with --output {self.output}: leave it out.")
+        least = {"seed": 0, "first_room": 0, "num_train": 1, "num_test": 0, "width": 16, "height": 16, "focal": 1}
+        for name in ("num_rooms", "num_views", "val_every", "workers"):
+            least[name] = 1
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {low}, found {value}.")
 
     def main(self) -> None:
-        from ddm_training.rooms.write import write_store_room
+        """Write what is not there yet.
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        jobs = []
-        for index in range(self.first_room, self.first_room + self.num_rooms):
-            split: Split = "val" if index % self.val_every == 0 else "train"
-            jobs.append(
-                {
-                    "root": self.folder, "seed": self.seed, "index": index, "split": split, "views": self.num_views,
-                    "width": self.width, "height": self.height, "focal": self.focal,
-                }
-            )  # fmt: skip
-        run_jobs(write_store_room, jobs, workers=self.workers, title="rooms")
+        Raises:
+            InputError: the folder holds something else, or a room failed.
+        """
+        # Workers inherit this: rooms are made in parallel, and small matrix products gain nothing from threads.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        {"store": self._store, "hypersim": self._hypersim, "capture": self._capture}[self.output]()
+
+    def _view(self, width: int, focal: float) -> Any:
+        from ddm_training.rooms.store import View
+
+        width_ = self.width or width
+        return View(
+            width=width_, height=self.height or round(width_ * 3 / 4), focal=self.focal or focal * width_ / width
+        )
+
+    def _rooms(self, count: int, val_every: int) -> Iterable[tuple[int, Split]]:
+        for index in range(self.first_room, self.first_room + (self.num_rooms or count)):
+            yield index, "val" if index % (self.val_every or val_every) == 0 else "train"
+
+    def _store(self) -> None:
+        from ddm_training.rooms.store import StoreJob, write_store_room
+
+        size = self._view(256, 175.0)
+        jobs = [
+            StoreJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
+            for i, s in self._rooms(400, 16)
+        ]
+        run_rooms(write_store_room, jobs, workers=self.workers, folder=self.folder)
+
+    def _hypersim(self) -> None:
+        from ddm_training.rooms.hypersim_layout import HypersimJob, write_hypersim_room, write_metadata
+
+        size = self._view(1024, 886.81)
+        jobs = [
+            HypersimJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
+            for i, s in self._rooms(4, 4)
+        ]
+        run_rooms(write_hypersim_room, jobs, workers=self.workers, folder=self.folder)
+        write_metadata(self.folder, jobs)
+
+    def _capture(self) -> None:
+        from ddm_training.rooms.capture import CaptureJob, write_capture
+
+        job = CaptureJob(
+            folder=self.folder,
+            seed=self.seed,
+            index=self.first_room,
+            num_train=9 if self.num_train is None else self.num_train,
+            num_test=8 if self.num_test is None else self.num_test,
+            size=self._view(160, 175.0 * 160 / 256),
+        )
+        run_rooms(write_capture, [job], workers=1, folder=self.folder)
 
 
-def run_jobs(function: Callable[..., int], jobs: list[dict], *, workers: int, title: str) -> int:
-    """Call ``function(**job)`` for every job in ``workers`` processes, with a progress bar; the sum of the results."""
+_MEANINGLESS: dict[Output, tuple[str, ...]] = {
+    "store": ("num_train", "num_test"),
+    "hypersim": ("num_train", "num_test"),
+    "capture": ("num_rooms", "num_views", "val_every"),
+}
+
+
+def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path) -> int:
+    """Do the jobs that are not whole yet in ``workers`` processes, with a progress bar; the number of frames written.
+
+    Raises:
+        InputError: a job is in the way of something else, or failed.
+    """
+    import time
+
+    from rich.console import Console
     from rich.progress import track
 
-    total = 0
-    for result in track(_results(function, jobs, workers), description=title, total=len(jobs)):
-        total += result
-    return total
+    from ddm_training.jobs import EngineConfig, run_jobs
 
-
-def _results(function: Callable[..., int], jobs: list[dict], workers: int) -> Iterator[int]:
-    if workers <= 1:
-        yield from (function(**job) for job in jobs)
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(function, **job) for job in jobs]):
-            yield future.result()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--folder {folder} cannot be made: {error.strerror}.") from error
+    todo = [job for job in jobs if not job.is_whole()]
+    start, frames, console = time.perf_counter(), 0, Console(file=sys.stderr)
+    outcomes = run_jobs(write, todo, EngineConfig(workers=workers), folder)
+    for outcome in track(outcomes, description="rooms", total=len(todo), console=console, disable=not todo):
+        if outcome.error is not None:
+            raise InputError(
+                f"room {outcome.job.index} failed: {type(outcome.error).__name__}: {outcome.error}. Whole rooms are "
+                "kept; mend the cause and run the same command again."
+            ) from outcome.error
+        frames += outcome.result or 0
+    seconds = time.perf_counter() - start
+    rate = f", {frames / seconds:.1f} frames/s" if frames else ""
+    kept = f"; {len(jobs) - len(todo)} were there" if len(todo) < len(jobs) else ""
+    console.print(f"{folder}: {len(todo)} rooms, {frames} frames in {seconds:.1f} s{rate}{kept}", highlight=False)
+    return frames

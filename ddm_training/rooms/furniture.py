@@ -132,7 +132,9 @@ def put_thing(place: Place, looks: Looks, at, size: float) -> None:
         height = 0.0
         for _ in range(rng.integers(1, 5)):
             w, thick = rng.uniform(0.08, 0.14), rng.uniform(0.015, 0.05)
-            inner.inner((0, 0, height), rng.uniform(-0.3, 0.3)).box((-w, -0.7 * w, 0), (w, 0.7 * w, thick), looks.thing())
+            inner.inner((0, 0, height), rng.uniform(-0.3, 0.3)).box(
+                (-w, -0.7 * w, 0), (w, 0.7 * w, thick), looks.thing()
+            )
             height += thick
 
 
@@ -148,7 +150,7 @@ def put_plant(place: Place, looks: Looks, size: float) -> None:
         c, s = np.cos(pitch), np.sin(pitch)
         axes = rotation_z(yaw) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
         middle = axes @ np.array([length, 0, 0])
-        place.ball(middle + [0, 0, pot], (length, 0.3 * length, 0.015 * size + 0.004), leaf, axes=axes)
+        place.ball(middle + np.array([0, 0, pot]), (length, 0.3 * length, 0.015 * size + 0.004), leaf, axes=axes)
 
 
 def scatter(place: Place, looks: Looks, width: float, depth: float, z: float, count: int, size: float) -> None:
@@ -173,8 +175,7 @@ def table(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
         place.box((-w / 2, -d / 2, h - thick), (w / 2, d / 2, h), top)
         for x in (-w / 2 + leg, w / 2 - leg):
             for y in (-d / 2 + leg, d / 2 - leg):
-                if rng.uniform() < 2:
-                    place.box((x - leg, y - leg, 0), (x + leg, y + leg, h - thick), legs)
+                place.box((x - leg, y - leg, 0), (x + leg, y + leg, h - thick), legs)
     scatter(place, looks, w, d, h, rng.integers(0, 6), 0.3)
 
 

@@ -173,7 +173,7 @@ def _draw_face(hits: Hits, x, y, rectangle, to_unit, eye, surface: int, face: in
 
 
 def _draw_quadric(hits: Hits, x, y, rectangle, to_unit, eye, surface: int, kind: int, taper: float) -> None:
-    """The unit sphere |y| = 1, or the capped cylinder y_0^2 + y_1^2 = (1 - |k| + k y_2)^2 with the taper k, |y_2| <= 1."""
+    """The unit sphere |y| = 1, or the capped cylinder y_0^2 + y_1^2 = (1 - |k| + k y_2)^2, |y_2| <= 1 (k: taper)."""
     x0, x1, y0, y1 = rectangle.tolist()
     x, y = x[x0:x1].astype(np.float64), y[y0:y1, None].astype(np.float64)
     d = [to_unit[a, 0] * x + (to_unit[a, 1] * y + to_unit[a, 2]) for a in range(3)]
@@ -203,5 +203,3 @@ def _draw_quadric(hits: Hits, x, y, rectangle, to_unit, eye, surface: int, kind:
     hit = q > hits.inverse_depth[y0:y1, x0:x1]
     np.copyto(hits.inverse_depth[y0:y1, x0:x1], q, where=hit)
     np.copyto(hits.surface[y0:y1, x0:x1], surface, where=hit)
-
-

@@ -1,23 +1,19 @@
-"""A random room: shell with openings, what lies behind them, furniture, lights, and cameras that look at something.
+"""A random room: shell with openings, what lies behind them, furniture, lights.
 
 Everything is a function of (seed, room); no state is shared between rooms, so rooms may be made in any order and by any
 number of processes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from ddm_training.rooms.furniture import MAKERS, Looks
-from ddm_training.rooms.render import Camera, look_at, trace
-from ddm_training.rooms.shading import ShadowMap, shade, shadow_map
+from ddm_training.rooms.shading import ShadowMap, shadow_map
 from ddm_training.rooms.shapes import Light, Place, Scene, SceneBuilder
 
 WALL = 0.16  # metres
-PROBE = (48, 36)
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,14 @@ def make_room(seed: int, index: int, attempt: int = 0) -> Room:
         ambient_above=(level * warmth).astype(np.float32),
         ambient_below=(level * rng.uniform(0.6, 1.0) * warmth * [1.0, 0.95, 0.9]).astype(np.float32),
     )
-    return Room(scene, [shadow_map(scene, light) for light in scene.lights], size, tuple(footprints), (seed, index, attempt))
+    return Room(
+        scene, [shadow_map(scene, light) for light in scene.lights], size, tuple(footprints), (seed, index, attempt)
+    )
 
 
 @dataclass(frozen=True)
 class Opening:
-    """A hole in wall ``side`` (0: x = 0, 1: x = width, 2: y = 0, 3: y = depth), from ``low`` to ``high`` = (along, z)."""
+    """A hole in wall ``side`` (0: x = 0, 1: x = width, 2: y = 0, 3: y = depth); ``low``, ``high`` = (along, z)."""
 
     side: int
     low: tuple[float, float]
@@ -91,7 +89,9 @@ def _shell(builder: SceneBuilder, looks: Looks, size: np.ndarray) -> list[Openin
     paint, floor, ceiling = looks.wall(), looks.floor(), looks.paint((0.75, 1.0))
     accent = looks.wall() if rng.uniform() < 0.35 else paint
     builder.wall((-WALL, -WALL, -0.2), (size[0] + WALL, size[1] + WALL, 0), floor, builder.new_entity())
-    builder.wall((-WALL, -WALL, size[2]), (size[0] + WALL, size[1] + WALL, size[2] + 0.2), ceiling, builder.new_entity())
+    builder.wall(
+        (-WALL, -WALL, size[2]), (size[0] + WALL, size[1] + WALL, size[2] + 0.2), ceiling, builder.new_entity()
+    )
     openings, skirting, trim = [], looks.surface(), looks.surface()
     accented = rng.integers(4)
     for side in range(4):
@@ -175,7 +175,7 @@ def _next_room(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening
     box(a0 - 0.1, a0, 0, top, WALL, reach, paint)
     box(a1, a1 + 0.1, 0, top, WALL, reach, paint)
     maker, width, depth, height, _, _ = MAKERS[str(rng.choice(["shelf", "cupboard", "plant", "table"]))]
-    low, high = _wall_box(size, o.side, middle, middle, 0, 0, reach - 0.35, reach - 0.35)
+    low, _ = _wall_box(size, o.side, middle, middle, 0, 0, reach - 0.35, reach - 0.35)
     maker(
         Place(builder, np.array([low[0], low[1], 0.0]), _yaw_of(o.side), builder.new_entity()),
         looks, rng.uniform(*width), min(rng.uniform(*depth), 0.6), rng.uniform(*height),
@@ -191,7 +191,9 @@ def _outside(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) 
     if rng.uniform() < 0.7:
         ground = rng.choice([-0.3, -3.0])
         skin = looks.skin("grain", looks.shades(looks.color((0.2, 0.6)), 0.5), (1.0, 3.0))
-        builder.wall(*_wall_box(size, o.side, middle - 15, middle + 15, ground - 0.1, ground, WALL, reach), skin, entity)
+        builder.wall(
+            *_wall_box(size, o.side, middle - 15, middle + 15, ground - 0.1, ground, WALL, reach), skin, entity
+        )
         top = rng.choice([rng.uniform(1.0, 3.0), 12.0])
         skin = looks.skin("bricks tiles grain planks", looks.shades(looks.color((0.3, 0.9)), 0.5), (1.0, 4.0))
         builder.wall(*_wall_box(size, o.side, middle - 15, middle + 15, ground, top, reach, reach + 0.2), skin, entity)
@@ -293,85 +295,11 @@ def _lamps(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list
         else:
             place.box((-0.25, -0.12, -0.05), (0.25, 0.12, 0), looks.glow(3.0))
             at = place.point((0, 0, -0.15))
-        builder.lights.append(Light(at, warm * rng.uniform(2.0, 6.0) * area_factor(size) / count, softness=rng.uniform(1, 2.5)))
+        builder.lights.append(
+            Light(at, warm * rng.uniform(2.0, 6.0) * area_factor(size) / count, softness=rng.uniform(1, 2.5))
+        )
 
 
 def area_factor(size: np.ndarray) -> float:
     """Larger rooms have stronger lamps."""
     return float(size[0] * size[1] / 15.0)
-
-
-# Cameras
-
-
-def free(room: Room, position: Float[np.ndarray, " 3"], gap: float = 0.25) -> bool:
-    """Whether a camera may stand there: inside the room, not in or close to furniture."""
-    margin = 0.35
-    if not ((position > margin).all() and (position < room.size - 0.2).all()):
-        return False
-    xy = position[:2]
-    return not any(position[2] < f.height + gap and f.near(xy, xy, gap) for f in room.footprints)
-
-
-def view_quality(room: Room, camera: Camera) -> bool:
-    """Whether a view shows a room: nothing very close, not one bare wall, not only far away."""
-    small = camera.scaled(PROBE[0], round(PROBE[0] * camera.height / camera.width))
-    hits = trace(room.scene, small)
-    q = hits.inverse_depth
-    entities = len(np.unique(np.where(hits.surface >= 0, room.scene.entity[hits.surface // 6], -1)))
-    median = np.median(q)
-    return bool(
-        q.max() < 1 / 0.4 and 1 / 6.0 < median < 1 / 1.1 and entities >= 5 and (hits.surface < 0).mean() < 0.2
-        and np.quantile(q, 0.95) > 1.3 * np.quantile(q, 0.05)
-    )  # fmt: skip
-
-
-def random_camera(room: Room, rng: np.random.Generator, *, focal: float, width: int, height: int) -> Camera:
-    """A camera at eye, hand or tripod height that looks at furniture or across the room."""
-    camera = None
-    for attempt in range(60):
-        xy = rng.uniform(0.4, np.maximum(room.size[:2] - 0.4, 0.5))
-        position = np.append(xy, np.clip(rng.normal(1.4, 0.3), 0.6, min(1.9, room.size[2] - 0.3)))
-        if room.footprints and rng.uniform() < 0.7:
-            f = room.footprints[rng.integers(len(room.footprints))]
-            target = np.append(rng.uniform(f.low, f.high), rng.uniform(0.2, 1.3))
-        else:
-            target = rng.uniform([0.0, 0.0, 0.3], room.size * [1, 1, 0.7])
-        offset = target - position
-        flat = np.hypot(offset[0], offset[1])
-        if flat < 0.8 or abs(offset[2]) > 0.7 * flat:
-            continue
-        camera = look_at(position, target, focal=focal, width=width, height=height, roll=rng.normal(0, 0.03))
-        if free(room, position) and view_quality(room, camera):
-            return camera
-    raise NoView(f"room {room.seed} has no place for a camera after 60 tries")
-
-
-class NoView(RuntimeError):
-    """A room in which no camera finds a view; `room_with_views` takes another."""
-
-
-T = TypeVar("T")
-
-
-def room_with_views(seed: int, index: int, find: Callable[[Room], T]) -> tuple[Room, T]:
-    """The first attempt at room ``index`` in which ``find`` succeeds, and what it found."""
-    for attempt in range(20):
-        room = make_room(seed, index, attempt)
-        try:
-            return room, find(room)
-        except NoView:
-            continue
-    raise NoView(f"no view in 20 attempts at room {index} of seed {seed}")
-
-
-def exposure(room: Room, cameras: list[Camera], level: float = 0.6) -> float:
-    """Factor for linear colour such that the 80th percentile of brightness over all views becomes ``level``."""
-    values = []
-    for camera in cameras:
-        small = camera.scaled(PROBE[0], round(PROBE[0] * camera.height / camera.width))
-        hits = trace(room.scene, small)
-        x, y = np.meshgrid(hits.x, hits.y)
-        color = shade(room.scene, room.shadows, small, hits.surface.ravel(), hits.inverse_depth.ravel(), x.ravel(), y.ravel())
-        values.append(color @ np.array([0.3, 0.59, 0.11], np.float32))
-    return float(level / max(np.quantile(np.concatenate(values), 0.8), 1e-4))

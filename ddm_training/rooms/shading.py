@@ -217,7 +217,7 @@ def _round_frame(scene: Scene, which: np.ndarray, unit: Float[np.ndarray, "n 3"]
 def render(
     scene: Scene, shadows: list[ShadowMap], camera: Camera, samples: int = 2
 ) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"], Int[np.ndarray, "h w"]]:
-    """Linear colour (antialiased), planar depth in metres at pixel centres (inf: nothing hit), and entity (-1: nothing).
+    """Linear colour (antialiased), planar depth in metres at pixel centres (inf: nothing), and entity (-1: nothing).
 
     Textures are filtered by their mip levels, so a pixel whose ``samples`` x ``samples`` rays and centre meet one face
     is shaded once, at its centre; only pixels on an outline are shaded at every ray.

@@ -234,7 +234,8 @@ class SceneBuilder:
             {
                 "kind": kind, "centre": np.asarray(centre, np.float64), "to_unit": np.asarray(axes).T / half[:, None],
                 "half": half, "taper": taper, "entity": entity, "texture": skin.texture, "palette": skin.palette,
-                "tile": tile, "shift": shift, "turned": skin.turned, "specular": skin.specular, "emission": skin.emission,
+                "tile": tile, "shift": shift, "turned": skin.turned, "specular": skin.specular,
+                "emission": skin.emission,
             }
         )  # fmt: skip
 
@@ -265,7 +266,7 @@ class Place:
     def axes(self) -> Float[np.ndarray, "3 3"]:
         return rotation_z(self.yaw)
 
-    def point(self, at: Sequence[float]) -> Float[np.ndarray, " 3"]:
+    def point(self, at: Sequence[float] | np.ndarray) -> Float[np.ndarray, " 3"]:
         """World position of a point of the object."""
         return self.origin + self.axes @ np.asarray(at, np.float64)
 
@@ -293,4 +294,3 @@ class Place:
         """An ellipsoid."""
         axes = self.axes if axes is None else self.axes @ axes
         self.builder.add(ELLIPSOID, self.point(centre), radii, axes, skin, self.entity)
-

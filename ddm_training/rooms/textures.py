@@ -4,7 +4,7 @@ Notation
     n      side of a texture in texels, a power of two
     w      weights of a texel                            [3], in [0, 1]
     C      palette of a surface, linear RGB              [3, 3], one colour a row
-    colour of a texel = w C; a picture has the primaries (or a mix of them) as its palette, all else two or three colours
+    colour of a texel = w C; a picture has (nearly) the primaries as its palette, all else two or three colours
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,8 @@ def texture_bank(seed: int = 7) -> TextureBank:
 
 def _grid() -> tuple[np.ndarray, np.ndarray]:
     axis = (np.arange(SIZE) + 0.5) / SIZE
-    return np.meshgrid(axis, axis)
+    u, v = np.meshgrid(axis, axis)
+    return u, v
 
 
 def _noise(rng: np.random.Generator, slope: float, stretch: float = 1.0) -> np.ndarray:
@@ -124,7 +125,9 @@ def _noise(rng: np.random.Generator, slope: float, stretch: float = 1.0) -> np.n
     amplitude = np.maximum(np.hypot(fx, fy), 1.0) ** -slope
     amplitude[0, 0] = 0
     spectrum = rng.standard_normal((2, *amplitude.shape), np.float32)
-    field = scipy.fft.irfft2((spectrum[0] + 1j * spectrum[1]) * amplitude.astype(np.float32), s=(SIZE, SIZE))
+    field = np.asarray(
+        scipy.fft.irfft2((spectrum[0] + 1j * spectrum[1]) * amplitude.astype(np.float32), s=(SIZE, SIZE))
+    )
     return np.clip(0.5 + field / (4 * field.std() + 1e-9), 0, 1)
 
 

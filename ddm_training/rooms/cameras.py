@@ -1,0 +1,151 @@
+"""Where cameras stand in a room: free of furniture, at plausible heights, looking at something.
+
+A camera's quality is judged on a probe, a render of `PROBE` pixels, before the real one is made.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float
+
+from ddm_training.rooms.render import Camera, Hits, look_at, trace
+from ddm_training.rooms.scene import Room, make_room
+from ddm_training.rooms.shading import shade
+from ddm_training.rooms.shapes import rotation_z
+
+PROBE = 48  # pixels
+T = TypeVar("T")
+
+
+class NoView(RuntimeError):
+    """A room in which no camera finds a view; `room_with_views` takes another."""
+
+
+def room_with_views(seed: int, index: int, find: Callable[[Room], T]) -> tuple[Room, T]:
+    """The first attempt at room ``index`` in which ``find`` succeeds, and what it found."""
+    for attempt in range(20):
+        room = make_room(seed, index, attempt)
+        try:
+            return room, find(room)
+        except NoView:
+            continue
+    raise NoView(f"no view in 20 attempts at room {index} of seed {seed}")
+
+
+def is_free(room: Room, position: Float[np.ndarray, " 3"], gap: float = 0.25) -> bool:
+    """Whether a camera may stand there: inside the room, not in or close to furniture."""
+    if not ((position > 0.35).all() and (position < room.size - [0.35, 0.35, 0.2]).all()):
+        return False
+    xy = position[:2]
+    return not any(position[2] < f.height + gap and f.near(xy, xy, gap) for f in room.footprints)
+
+
+def probe(room: Room, camera: Camera) -> tuple[Camera, Hits]:
+    """The same view in few pixels."""
+    small = camera.scaled(PROBE, max(round(PROBE * camera.height / camera.width), 1))
+    return small, trace(room.scene, small)
+
+
+def shows_a_room(room: Room, hits: Hits) -> bool:
+    """Nothing very close, not one bare wall, not only far away, not much sky, several objects."""
+    q = hits.inverse_depth
+    nearest, near, median, far = np.quantile(q, [1.0, 0.9, 0.5, 0.05])
+    entities = np.unique(room.scene.entity[hits.surface[hits.surface >= 0] // 6])
+    return bool(
+        nearest < 1 / 0.4
+        and near < 1 / 0.7
+        and 1 / 6.0 < median < 1 / 1.1
+        and np.quantile(q, 0.95) > 1.3 * far
+        and (hits.surface < 0).mean() < 0.2
+        and len(entities) >= 5
+    )
+
+
+def random_camera(room: Room, rng: np.random.Generator, *, focal: float, width: int, height: int) -> Camera:
+    """A camera at eye, hand or tripod height that looks at furniture or across the room.
+
+    Raises:
+        NoView: none was found.
+    """
+    for _ in range(60):
+        xy = rng.uniform(0.4, np.maximum(room.size[:2] - 0.4, 0.5))
+        position = np.append(xy, np.clip(rng.normal(1.4, 0.3), 0.6, min(1.9, room.size[2] - 0.3)))
+        if room.footprints and rng.uniform() < 0.7:
+            f = room.footprints[rng.integers(len(room.footprints))]
+            target = np.append(rng.uniform(f.low, f.high), rng.uniform(0.2, 1.3))
+        else:
+            target = rng.uniform([0.0, 0.0, 0.3], room.size * [1, 1, 0.7])
+        offset = target - position
+        flat = np.hypot(offset[0], offset[1])
+        if flat < 0.8 or abs(offset[2]) > 0.7 * flat or not is_free(room, position):
+            continue
+        camera = look_at(position, target, focal=focal, width=width, height=height, roll=rng.normal(0, 0.03))
+        if shows_a_room(room, probe(room, camera)[1]):
+            return camera
+    raise NoView(f"room {room.seed} has no place for a camera after 60 tries")
+
+
+def capture_cameras(
+    room: Room, rng: np.random.Generator, *, num_train: int, num_test: int, focal: float, width: int, height: int
+) -> tuple[list[Camera], list[Camera]]:
+    """Cameras of a few-view capture: on an arc around common content, the test cameras between and a little outside.
+
+    Training cameras are in order along the arc, so that an evenly spaced choice of a few of them spreads over it. The
+    arc spans 30 to 60 degrees, about 1.5 to 3 m.
+
+    Raises:
+        NoView: no arc was found whose cameras are all free and see common content.
+    """
+    for attempt in range(40):
+        middle = random_camera(room, rng, focal=focal, width=width, height=height)
+        _, hits = probe(room, middle)
+        reach = float(np.clip(1.0 / np.median(hits.inverse_depth), 1.6, 3.8))
+        target = middle.position + reach * middle.rotation[2]
+        angle = np.radians(rng.uniform(18, 30)) * (1 - attempt / 80)
+        heights = 0.12 * np.where(np.arange(num_train) % 2, 1.0, -1.0) + rng.uniform(-0.06, 0.06, num_train)
+        train_at = list(zip(np.linspace(-1.0, 1.0, num_train) if num_train > 1 else [0.0], heights))
+        test_at = list(
+            zip(np.linspace(-1.08, 1.08, num_test) if num_test > 1 else [0.1], rng.uniform(-0.1, 0.1, num_test))
+        )
+        cameras: list[Camera] = []
+        for along, rise in train_at + test_at:
+            arm = rotation_z(angle * along) @ (middle.position - target) * rng.uniform(0.96, 1.04)
+            position = target + arm + [0.0, 0.0, rise]
+            aim = target + rng.uniform(-0.08, 0.08, 3)
+            camera = look_at(position, aim, focal=focal, width=width, height=height, roll=rng.normal(0, 0.01))
+            if not is_free(room, position):
+                break
+            small, seen = probe(room, camera)
+            if not shows_a_room(room, seen) or overlap(room, small, seen, middle) < 0.4:
+                break
+            cameras.append(camera)
+        else:
+            return cameras[:num_train], cameras[num_train:]
+    raise NoView(f"room {room.seed} has no arc of {num_train} + {num_test} cameras after 40 tries")
+
+
+def overlap(room: Room, small: Camera, seen: Hits, other: Camera) -> float:
+    """Share of a probe's pixels whose points another camera sees too (in its image and not hidden)."""
+    small_other, other_hits = probe(room, other)
+    valid = seen.surface >= 0
+    x, y = np.meshgrid(seen.x, seen.y)
+    rays = np.stack([x[valid], y[valid], np.ones(valid.sum())], -1) / seen.inverse_depth[valid][:, None]
+    local = (rays @ small.rotation + small.position - small_other.position) @ small_other.rotation.T
+    z = np.maximum(local[:, 2], 1e-6)
+    column = np.floor(local[:, 0] / z * small_other.focal + small_other.width / 2).astype(int)
+    row = np.floor(local[:, 1] / z * small_other.focal + small_other.height / 2).astype(int)
+    inside = (local[:, 2] > 0) & (column >= 0) & (column < small_other.width) & (row >= 0) & (row < small_other.height)
+    q = other_hits.inverse_depth[row[inside], column[inside]]
+    return float((q * z[inside] < 1.1).sum() / valid.size)
+
+
+def exposure(room: Room, cameras: list[Camera], level: float = 0.6) -> float:
+    """Factor for linear colour such that the 80th percentile of brightness over all views becomes ``level``."""
+    values = []
+    for camera in cameras:
+        small, hits = probe(room, camera)
+        x, y = (a.ravel() for a in np.meshgrid(hits.x, hits.y))
+        color = shade(room.scene, room.shadows, small, hits.surface.ravel(), hits.inverse_depth.ravel(), x, y)
+        values.append(color @ np.array([0.3, 0.59, 0.11], np.float32))
+    return float(level / max(np.quantile(np.concatenate(values), 0.8), 1e-4))

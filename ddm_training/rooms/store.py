@@ -1,0 +1,96 @@
+"""Rooms as scenes of a frame store (see `ddm_training.frames`): a room is a scene, a view is a frame."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ddm_training.errors import InputError
+from ddm_training.frames import SceneWriter, Split, open_scene
+from ddm_training.rooms.cameras import exposure, random_camera, room_with_views
+from ddm_training.rooms.render import Camera
+from ddm_training.rooms.scene import Room
+from ddm_training.rooms.shading import render
+
+NOISE = 0.006  # standard deviation of sensor noise in sRGB, at most
+SOURCE = "rooms"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Number of pixels of a frame, and the focal length in pixels."""
+
+    width: int
+    height: int
+    focal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreJob:
+    """One room of a frame store."""
+
+    root: Path
+    seed: int
+    index: int
+    split: Split
+    views: int
+    size: View
+
+    @property
+    def name(self) -> str:
+        return f"room_{self.seed:03d}_{self.index:06d}"
+
+    def is_whole(self) -> bool:
+        """Whether the store has this room.
+
+        Raises:
+            InputError: it has one of that name which is damaged or was made with other options.
+        """
+        folder = self.root / self.name
+        if not folder.exists():
+            return False
+        info = open_scene(folder).info
+        size, found = self.size, (info.width, info.height, len(info.frames), info.split, info.source)
+        wanted = (size.width, size.height, self.views, self.split, SOURCE)
+        if found != wanted or not math.isclose(info.intrinsics[0][0], size.focal):
+            raise InputError(
+                f"{folder} was made with other options: (width, height, frames, split, source) {found} with f = "
+                f"{info.intrinsics[0][0]} px, wanted {wanted} with f = {size.focal} px. Use those, or another --folder."
+            )
+        return True
+
+
+def develop(
+    linear: Float[np.ndarray, "h w 3"], gain: float, rng: np.random.Generator | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Linear colour -> 8 bit with gamma 2.2, as Hypersim's tone map; with some noise where ``rng`` is given."""
+    image = np.clip(linear * gain, 0.0, 1.0) ** (1 / 2.2)
+    if rng is not None:
+        image = image + rng.uniform(0, NOISE) * rng.standard_normal(image.shape, dtype=np.float32)
+    return (np.clip(image, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
+
+
+def write_store_room(job: StoreJob) -> int:
+    """Write one room into a frame store; returns the number of frames."""
+    size = job.size
+
+    def find(room: Room) -> list[Camera]:
+        rng = room.rng(1)
+        return [
+            random_camera(room, rng, focal=size.focal, width=size.width, height=size.height) for _ in range(job.views)
+        ]
+
+    room, cameras = room_with_views(job.seed, job.index, find)
+    gain, rng = exposure(room, cameras), room.rng(2)
+    writer = SceneWriter(
+        job.root, job.name, split=job.split, source=SOURCE, max_frames=job.views, height=size.height, width=size.width
+    )
+    for number, camera in enumerate(cameras):
+        linear, depth, _ = render(room.scene, room.shadows, camera)
+        color = develop(linear, gain * float(np.exp(rng.normal(0, 0.25))), rng)
+        mask = np.isfinite(depth)
+        writer.add(color, depth, mask, intrinsics=camera.intrinsics, name=f"{job.name}/{number:03d}")
+    writer.close()
+    return job.views
