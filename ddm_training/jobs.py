@@ -1,6 +1,7 @@
 """Run a list of independent jobs: here, on the processes of this machine, or as a SLURM array through submitit."""
 
 import multiprocessing
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -125,6 +126,8 @@ def _run_submitit(
         raise InputError(
             f"--engine {config.engine} needs the package submitit: pip install 'diffusionerf-ns[cluster]'."
         ) from error
+    if config.engine == "slurm" and shutil.which("sbatch") is None:
+        raise InputError("--engine slurm found no sbatch: run it on a machine of the cluster, or use --engine local.")
     log_dir.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(log_dir, cluster="slurm" if config.engine == "slurm" else "local")
     executor.update_parameters(timeout_min=config.slurm_minutes, mem_gb=config.slurm_mem_gb, cpus_per_task=1)

@@ -310,6 +310,12 @@ def test_a_job_that_raises_or_whose_process_dies_does_not_take_the_others_with_i
     assert "process died" in str(outcomes[99].error)
 
 
+def test_slurm_where_there_is_none_is_an_error_that_says_so(tree: Path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="found no sbatch"):
+        config(tree, engine=EngineConfig(engine="slurm")).main()
+
+
 def test_workers_below_one_are_refused() -> None:
     with pytest.raises(InputError, match="at least 1, found 0"):
         EngineConfig(workers=0)
