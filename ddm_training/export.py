@@ -1,5 +1,6 @@
 """Writing a prior folder from a training run: network, schedule, `rgbd.json`, model card, sample sheet."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -32,29 +33,48 @@ def export_prior(
     """Write or renew a prior folder.
 
     Files are replaced one by one, each at once, so that a reader beside a running training never meets half a file.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written.
     """
-    from ddm_training.sheets import save_picture
+    from safetensors import SafetensorError
 
     part = folder.with_name(f"{folder.name}.part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
-    network = unet
-    if dtype == "fp16":
-        network = type(unet).from_config(unet.config)
-        network.load_state_dict(unet.state_dict())
-        torch.nn.Module.to(network, torch.float16)
-    network.save_pretrained(part / UNET_FOLDER, safe_serialization=True)
-    scheduler.save_pretrained(part / SCHEDULER_FOLDER)
-    spec.save(part)
-    (part / "README.md").write_text(card)
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        _write(part, unet=unet, scheduler=scheduler, spec=spec, card=card, sheet=sheet, dtype=dtype)
+        for path in sorted(p for p in part.rglob("*") if p.is_file()):
+            target = folder / path.relative_to(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"prior {folder} could not be written ({error}): make room and run again.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    *,
+    unet: "UNet2DModel",
+    scheduler: "DDPMScheduler",
+    spec: RgbdSpec,
+    card: str,
+    sheet: np.ndarray | None,
+    dtype: ExportDtype,
+) -> None:
+    from ddm_training.sheets import save_picture
+
+    folder.mkdir(parents=True)
+    network = copy.deepcopy(unet)
+    torch.nn.Module.to(network, torch.float16 if dtype == "fp16" else torch.float32)
+    network.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)
+    scheduler.save_pretrained(folder / SCHEDULER_FOLDER)
+    spec.save(folder)
+    (folder / "README.md").write_text(card)
     if sheet is not None:
-        save_picture(part / "samples.png", sheet)
-    for path in sorted(p for p in part.rglob("*") if p.is_file()):
-        target = folder / path.relative_to(part)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    shutil.rmtree(part)
+        save_picture(folder / "samples.png", sheet)
 
 
 def model_card(spec: RgbdSpec, *, config: dict[str, Any], parameters: int, measured: dict[str, Any]) -> str:
@@ -94,17 +114,6 @@ Squared error of the predicted noise on held-out patches (predicting zero gives 
 
 `samples.png` shows unconditional samples, colour and depth side by side (depth: red .3 m, blue 20 m).
 """
-
-
-def check_hub(model_id: str | None) -> str:
-    """The hub id to push to.
-
-    Raises:
-        InputError: none was given.
-    """
-    if not model_id:
-        raise InputError("--push-to-hub needs --hub-model-id, e.g. name/rgbd-prior.")
-    return model_id
 
 
 def push_prior(folder: Path, model_id: str, *, private: bool) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,7 @@ def draw_samples(
     if sampler == "ddim":
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        stepper = DDIMScheduler.from_config(scheduler.config)
+        stepper: Any = DDIMScheduler.from_config(scheduler.config)
     else:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 

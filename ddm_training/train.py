@@ -1,9 +1,9 @@
 """`ddm train`: training of the noise predictor. Running the same command again goes on where the last run ended.
 
 Notation
-    x, m       patches [b, 4, P, P] in [-1, 1] and their depth validity [b, P, P]
-    eps, t     noise [b, 4, P, P] and timesteps [b]
-    theta      weights; their moving average is what is validated and exported
+    x, mask    patches [b, 4, P, P] in [-1, 1] and their depth validity [b, P, P]
+    noise, t   noise [b, 4, P, P] and timesteps [b]
+    average    moving average of the weights: this is what is validated and exported
 
 The state of a training is tensors and one integer: samples, noise and learning rate are functions of the step alone.
 """
@@ -11,9 +11,7 @@ The state of a training is tensors and one integer: samples, noise and learning 
 import copy
 import json
 import math
-import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,16 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ddm_training.errors import InputError
+from ddm_training.objective import LossType, learning_rate, noise_loss, update_average
 from ddm_training.unet import Preset
 
 if TYPE_CHECKING:
     from ddm_training.patches import PatchConfig, PatchSampler
 
-LossType = Literal["l1", "l2"]
 LEVELS = (3, 20, 49, 99, 250, 500, 900)  # timesteps of validation; a NeRF uses 3 ... 99
 IMAGE_SIZE = (256, 192)  # pseudo image of the paper that a patch is a window of
 
@@ -161,40 +158,6 @@ class TrainConfig:
         train(self)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step, counted from 0: linear warm-up, then cosine to 0 at the last step, or constant."""
-    warm = min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
-    if config.lr_scheduler == "constant":
-        return config.learning_rate * warm
-    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.max_train_steps))
-
-
-def noise_loss(
-    predicted: Float[Tensor, "b 4 h w"],
-    noise: Float[Tensor, "b 4 h w"],
-    mask: Bool[Tensor, "b h w"],
-    *,
-    kind: LossType,
-    depth_weight: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Error of the predicted noise, zero where depth is invalid, over all elements.
-
-    The divisor does not depend on the mask, so that the mean over processes is the mean over their joint batch.
-    """
-    difference = predicted - noise
-    error = difference.abs() if kind == "l1" else difference.square()
-    color = error[:, :3].sum(dim=1)
-    depth = error[:, 3] * mask
-    return (color + depth_weight * depth).mean() / (3.0 + depth_weight)
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, step: int, decay: float) -> None:
-    """theta' <- theta' + (1 - decay_n) (theta - theta') with decay_n = min(decay, (1 + n) / (10 + n))."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1.0 - decay)
-
-
 class StopRequest:
     """True once the time is over or the process was asked to end (SIGTERM, SIGINT, as clusters and people do)."""
 
@@ -245,6 +208,12 @@ def make_loader(config: TrainConfig, sampler: "PatchSampler", *, start: int, ran
         bias=config.timestep_bias,
     )
     workers = config.dataloader_num_workers
+
+    def ignore_signals(worker: int) -> None:
+        """The training process alone decides when to end; its workers go with it."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     return iter(
         DataLoader(
             batches,
@@ -252,6 +221,7 @@ def make_loader(config: TrainConfig, sampler: "PatchSampler", *, start: int, ran
             sampler=range(start, config.max_train_steps),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available() and config.device == "auto",
         )
     )
@@ -299,7 +269,7 @@ def train(config: TrainConfig) -> None:
         notes.append(f"resuming from {found.name}")
         notes += [f"--{k.replace('_', '-')} is {now}, was {was}" for k, (was, now) in sorted(differing.items())]
 
-    forward = torch.compile(network) if config.torch_compile else network
+    forward: Any = torch.compile(network) if config.torch_compile else network
     model = accelerator.prepare(NoisePredictor(forward, bf16=config.mixed_precision == "bf16"))
     abar = make_scheduler().alphas_cumprod.to(device)
     journal = Journal(config, start=start, patches_per_step=config.train_batch_size * world) if chief else None
@@ -314,7 +284,7 @@ def train(config: TrainConfig) -> None:
         accelerator.wait_for_everyone()
 
     stop = StopRequest(config.max_train_minutes)
-    step, saved = start, start
+    step, saved, rate = start, start, 0.0
     pending: list[Tensor] = []
     try:
         loader = make_loader(config, sampler, start=start, rank=accelerator.process_index, world=world)
@@ -325,7 +295,12 @@ def train(config: TrainConfig) -> None:
             waited += time.perf_counter() - before
 
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+                group["lr"] = rate = learning_rate(
+                    step,
+                    peak=config.learning_rate,
+                    warmup=config.lr_warmup_steps,
+                    total=config.max_train_steps if config.lr_scheduler == "cosine" else None,
+                )
             x_t = add_noise(batch["x"], batch["noise"], abar[batch["t"]])
             predicted = model(x_t, batch["t"])
             loss = noise_loss(
@@ -345,7 +320,7 @@ def train(config: TrainConfig) -> None:
             if checkpoint or validate or step % config.logging_steps == 0:
                 statistics = reduce_statistics(pending, step, accelerator)
                 if journal:
-                    journal.tick(step, **statistics, lr=learning_rate(step - 1, config), waited=waited, stop=stop)
+                    journal.tick(step, **statistics, lr=rate, waited=waited, stop=stop)
                 pending, waited = [], 0.0
             if checkpoint:
                 save(step)
@@ -400,8 +375,3 @@ def reduce_statistics(pending: list[Tensor], step: int, accelerator: Any) -> dic
         )
     loss, norm = rows.mean(dim=0).tolist()
     return {"loss": loss, "grad_norm": norm}
-
-
-def is_terminal() -> bool:
-    """Whether progress is watched by a person."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
