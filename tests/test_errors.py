@@ -45,3 +45,11 @@ def test_the_hook_that_was_there_before_is_kept_for_other_errors():
     )
     assert result.stdout == "earlier hook: 'k'\n"
     assert result.stderr == ""
+
+
+def test_asking_again_does_not_stack_hooks():
+    result = run(
+        "import sys\nshow_input_errors_plainly()\nhook = sys.excepthook\n"
+        "show_input_errors_plainly()\nassert sys.excepthook is hook"
+    )
+    assert result.returncode == 0, result.stderr
