@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.engine.trainer import TrainerConfig
-from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.model import DiffusioNeRFModelConfig
 from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
+from diffusionerf_ns.pipeline import DiffusioNeRFPipelineConfig
 
 
 def _optimizers(steps: int) -> dict:
@@ -42,7 +42,7 @@ diffusionerf = MethodSpecification(
         # Off, as the scores reach below what float16 resolves; the prior itself runs in bfloat16 where that pays.
         mixed_precision=False,
         machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
-        pipeline=VanillaPipelineConfig(
+        pipeline=DiffusioNeRFPipelineConfig(
             datamanager=DiffusioNeRFDataManagerConfig(
                 dataparser=FewViewDataParserConfig(), train_num_rays_per_batch=1024, eval_num_rays_per_batch=1024
             ),

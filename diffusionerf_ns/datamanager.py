@@ -12,10 +12,11 @@ from jaxtyping import Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import patches
+from diffusionerf_ns import patches, sparse
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 
@@ -37,6 +38,16 @@ class PatchBatch:
 
     def __len__(self) -> int:
         return len(self.rgb)
+
+
+@dataclass(frozen=True)
+class SparseBatch:
+    """Rays of a bundle that meet triangulated points."""
+
+    rays: slice
+    """Where in the bundle they are."""
+    distance: Float[Tensor, " rays"]
+    """Distance along the ray, scene units."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     into scene units by the metric scale."""
     max_rotation: float = 0.1 * math.pi
     """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
+
+    sparse_rays_per_batch: int = 64
+    """Rays per step through features of the training images that could be triangulated, for the model's sparse depth
+    term and its scale; 0 leaves the matching of features out. Not in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,18 +108,46 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     ) -> None:
         show_input_errors_plainly()
         self._request: Callable[[], PatchRequest | None] = lambda: None
+        self._sparse_wanted: Callable[[], bool] = lambda: False
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
+        self._sparse: sparse.SparsePoints | None = None
+        if test_mode == "val" and config.sparse_rays_per_batch > 0 and len(self.train_dataset) > 1:
+            self._triangulate()
 
     @property
     def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Data set class, also when the data parser is nerfstudio's own."""
         return FewViewDataset
 
-    def set_patch_source(self, request: Callable[[], PatchRequest | None]) -> None:
-        """Say which patches the next steps shall bring; ``request`` is called once a step and may return None."""
-        self._request = request
+    def _triangulate(self) -> None:
+        """Match features of the training images; keep the points, and tell the model how deep the scene lies."""
+        images = [self.train_dataset.get_numpy_image(i)[..., :3] for i in range(len(self.train_dataset))]
+        points = sparse.triangulate(self.train_dataset.cameras, images)
+        if len(points) < sparse.MIN_POINTS:
+            CONSOLE.print(
+                f"[yellow]Only {len(points)} features of the training images could be triangulated (at least "
+                f"{sparse.MIN_POINTS} are needed): training goes on without them."
+            )
+            return
+        near, far, median_disparity = sparse.depth_statistics(points)
+        CONSOLE.print(
+            f"{len(points)} triangulated features, at depths of {near:.3g} to {far:.3g} scene units "
+            f"(median {1 / median_disparity:.3g})."
+        )
+        self._sparse = points
+        self._sparse_rays = sparse.rays_of(points, self.train_dataset.cameras)
+        self.train_dataset.metadata["sparse"] = {"near": near, "far": far, "median_disparity": median_disparity}
+
+    def set_ray_wishes(self, patches: Callable[[], PatchRequest | None], sparse: Callable[[], bool]) -> None:
+        """Say what the next steps shall bring beside pixel rays; both are called once a step.
+
+        Args:
+            patches: which patches; None for none.
+            sparse: whether rays through triangulated features are wanted.
+        """
+        self._request, self._sparse_wanted = patches, sparse
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -113,7 +156,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         attributes = training_callback_attributes
         pipeline, trainer = attributes.pipeline, attributes.trainer
         if pipeline is not None:
-            self.set_patch_source(pipeline.model.patch_request)  # pyright: ignore[reportArgumentType]
+            model: Any = pipeline.model
+            self.set_ray_wishes(model.patch_request, model.sparse_wanted)
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:
@@ -126,18 +170,25 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         The batch's "image" and "indices" have one row a pixel ray, fewer than the bundle has rays.
         """
         rays, batch = super().next_train(step)
+        bundles = [rays]
+        if self._sparse is not None and self._sparse_wanted():
+            chosen = torch.randint(len(self._sparse_rays.distance), (self.config.sparse_rays_per_batch,))
+            bundles.append(self._sparse_rays.bundle[chosen].to(self.device))
+            batch["sparse"] = SparseBatch(
+                slice(len(rays), len(rays) + len(chosen)), self._sparse_rays.distance[chosen].to(self.device)
+            )
         request = self._request()
         if request is None or request.count == 0:
-            return rays, batch
+            return (rays if len(bundles) == 1 else patches.concatenate_rays(bundles)), batch
         drawn = [self._draw(request) for _ in range(request.count)]
         batch["patches"] = PatchBatch(
-            first_ray=len(rays),
+            first_ray=sum(len(b) for b in bundles),
             size=request.spec.patch_size,
             rgb=[p.rgb for p in drawn],
             cameras=[p.camera for p in drawn],
             poses=[p.pose for p in drawn],
         )
-        return patches.concatenate_rays([rays, *(p.rays.to(self.device) for p in drawn)]), batch
+        return patches.concatenate_rays([*bundles, *(p.rays.to(self.device) for p in drawn)]), batch
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
         cameras = self.train_ray_generator.cameras

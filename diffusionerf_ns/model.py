@@ -14,15 +14,18 @@ from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.losses import interlevel_loss
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
+from nerfstudio.utils import colormaps
 from nerfstudio.utils.external import TCNN_EXISTS
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
-from diffusionerf_ns import regularizers, schedules
+from diffusionerf_ns import metrics, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
-from diffusionerf_ns.datamanager import PatchBatch, PatchRequest
+from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, SparseBatch
 from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.hash_grid import speed_up_hash_grids
+from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.visibility import TrainingFrusta
 
@@ -92,6 +95,9 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     distortion_loss_mult: float = 0.0
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
+    sparse_depth_weight: float = 0.1
+    """Weight of the relative depth error at triangulated features of the training images. Not in the paper."""
+
     # Where the rays begin and end
     near_margin: float = 0.75
     """Where the scene's near bound is known, rays begin at this times it; else at `near_plane`."""
@@ -119,8 +125,18 @@ class DiffusioNeRFModel(NerfactoModel):
         # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
         with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
             super().populate_modules()
+        if not self.config.predict_normals:
+            speed_up_hash_grids(self)
         metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
+        self.metadata = metadata
+        self.protocol: metrics.ProtocolName = metadata.get("protocol", "nerfstudio")
+        self._lpips: LpipsNetworks | None = None
+        self.image_metrics: list[dict[str, float]] = []
+        found: dict[str, float] = metadata.get("sparse") or {}
         near, far = metadata.get("near"), metadata.get("far")
+        if near is None and found:
+            # Features lie on surfaces, not in front of the nearest one: leave as much room again before the first.
+            near = 0.5 * found["near"] / self.config.near_margin
         self.collider = BoundsCollider(
             self.config.near_plane if near is None else self.config.near_margin * near,
             self.config.far_plane if far is None else self.config.far_margin * far,
@@ -130,7 +146,9 @@ class DiffusioNeRFModel(NerfactoModel):
         self.total_steps = 1
         self._held_prior: PatchPrior | None = None
         scale = self.config.metric_scale
-        if scale is None and near is not None and far is not None:
+        if scale is None and found:
+            scale = metric_scale_from_disparity(found["median_disparity"], self._prior_spec())
+        elif scale is None and near is not None and far is not None:
             scale = metric_scale_from_bounds(near, far, self._prior_spec())
         # NaN: not known yet, to be read off the rendered depth.
         self.register_buffer("metric_scale", torch.tensor(float("nan") if scale is None else float(scale)))
@@ -189,6 +207,52 @@ class DiffusioNeRFModel(NerfactoModel):
             return None
         return PatchRequest(self.prior.spec, self.config.patches_per_step, float(self.metric_scale))
 
+    def sparse_wanted(self) -> bool:
+        """Whether the next step needs rays through triangulated features."""
+        return self.config.sparse_depth_weight > 0.0
+
+    # Evaluation
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Any], batch: dict[str, Any]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of one image under the capture's protocol, and pictures of it.
+
+        Metrics are called by the protocol and their name, e.g. "llff-regnerf/psnr"; plain "psnr", "ssim", "lpips" are
+        nerfstudio's own. Depth is judged where true depth exists: planar expected depth in metres by the capture's own
+        scale, so that the metric scale found for the prior does not enter. Depth pictures keep one range, the scene's.
+        """
+        true, pred = self.renderer_rgb.blend_background(batch["image"].to(self.device)), outputs["rgb"]
+        mask = batch["mask"][..., 0] if "mask" in batch else None
+        protocol = self.protocol if mask is not None or self.protocol != "dtu-regnerf" else "nerfstudio"
+        if self._lpips is None:
+            self._lpips = LpipsNetworks(self.device)
+        values = metrics.evaluate_image("nerfstudio", pred, true, lpips=self._lpips)
+        if protocol != "nerfstudio":
+            judged = metrics.evaluate_image(protocol, pred, true, mask, self._lpips)
+            values |= metrics.under_name(protocol, judged)
+        units_per_metre = self.metadata.get("scene_units_per_metre")
+        if "depth_image" in batch and units_per_metre is not None:
+            z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
+            values |= metrics.evaluate_depth(z, batch["depth_image"][..., 0].to(z))
+        self.image_metrics.append(dict(values))
+        near, far = self.depth_range(outputs)
+        images = {
+            "img": torch.cat([true, pred], dim=1),
+            "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
+            "depth": colormaps.apply_depth_colormap(
+                outputs["depth"], accumulation=outputs["accumulation"], near_plane=near, far_plane=far
+            ),
+        }
+        return values, images
+
+    def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
+        """Near and far for colouring depth, scene units: the scene's bounds, or quantiles of a render without them."""
+        near, far = self.collider.bounds.tolist()
+        if far >= self.config.far_plane and outputs is not None:
+            far = float(outputs["depth"].flatten()[:: max(outputs["depth"].numel() // 10_000, 1)].quantile(0.95))
+        return near, max(far, near * 1.01)
+
     # Training
 
     def get_training_callbacks(
@@ -223,9 +287,9 @@ class DiffusioNeRFModel(NerfactoModel):
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of the pixel rays; `get_loss_dict` adds the unweighted terms in training."""
         image = self.renderer_rgb.blend_background(batch["image"].to(self.device))
-        metrics = {"psnr": self.psnr(outputs["rgb"][: image.shape[0]], image)}
-        self.camera_optimizer.get_metrics_dict(metrics)
-        return metrics
+        values = {"psnr": self.psnr(outputs["rgb"][: image.shape[0]], image)}
+        self.camera_optimizer.get_metrics_dict(values)
+        return values
 
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
@@ -235,7 +299,7 @@ class DiffusioNeRFModel(NerfactoModel):
         Raises:
             NonFiniteLossError: names the step and the terms. Nothing of that step reaches the weights.
         """
-        metrics = {} if metrics_dict is None else metrics_dict
+        log = {} if metrics_dict is None else metrics_dict
         image = batch["image"].to(self.device)
         count = image.shape[0]
         rgb, image = self.renderer_rgb.blend_background_for_loss_computation(
@@ -246,16 +310,22 @@ class DiffusioNeRFModel(NerfactoModel):
             losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
                 outputs["weights_list"], outputs["ray_samples_list"]
             )
-            losses.update(self._geometric_losses(outputs, count, metrics))
+            losses.update(self._geometric_losses(outputs, count, log))
+            sparse: SparseBatch | None = batch.get("sparse")
+            if sparse is not None:
+                log["sparse_depth"] = regularizers.relative_depth(
+                    outputs["expected_depth"][sparse.rays, 0], sparse.distance
+                )
+                losses["sparse_depth_loss"] = self.config.sparse_depth_weight * log["sparse_depth"]
             patches: PatchBatch | None = batch.get("patches")
             if patches is not None:
-                losses["score_loss"] = self._score_loss(outputs, patches, metrics)
+                losses["score_loss"] = self._score_loss(outputs, patches, log)
             self._find_metric_scale(outputs)
             self.camera_optimizer.get_loss_dict(losses)
         _check_finite(losses, self.step)
         return losses
 
-    def _geometric_losses(self, outputs: dict[str, Any], pixel_rays: int, metrics: dict[str, Any]) -> dict[str, Tensor]:
+    def _geometric_losses(self, outputs: dict[str, Any], pixel_rays: int, log: dict[str, Any]) -> dict[str, Tensor]:
         """Frustum, foreground and distortion terms on all rays; a term whose weight is 0 is not computed."""
         c = self.config
         weights: Tensor = outputs["weights_list"][-1][..., 0]
@@ -269,26 +339,26 @@ class DiffusioNeRFModel(NerfactoModel):
             required = torch.full((weights.shape[0],), min(2, len(self.frusta)), device=weights.device)
             required[pixel_rays:] = 1
             seen = self.frusta.count(samples.frustums.get_positions().detach())
-            metrics["frustum"] = regularizers.frustum(weights, seen, required)
-            losses["frustum_loss"] = frustum_weight * metrics["frustum"]
+            log["frustum"] = regularizers.frustum(weights, seen, required)
+            losses["frustum_loss"] = frustum_weight * log["frustum"]
         if c.foreground_weight > 0.0:
-            metrics["foreground"] = regularizers.foreground(weights)
-            losses["foreground_loss"] = c.foreground_weight * metrics["foreground"]
+            log["foreground"] = regularizers.foreground(weights)
+            losses["foreground_loss"] = c.foreground_weight * log["foreground"]
         distortion_weight = c.distortion_weight * schedules.ramp(
             self.step, self.total_steps, start=c.distortion_start, end=c.distortion_full
         )
         if distortion_weight > 0.0:
             starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
-            metrics["distortion"] = regularizers.distortion(
+            log["distortion"] = regularizers.distortion(
                 weights,
                 torch.cat([starts, ends[:, -1:]], dim=-1),
                 outputs["expected_depth"][:, 0],
                 far=float(self.collider.bounds[1]),
             )
-            losses["distortion_loss"] = distortion_weight * metrics["distortion"]
+            losses["distortion_loss"] = distortion_weight * log["distortion"]
         return losses
 
-    def _score_loss(self, outputs: dict[str, Any], patches: PatchBatch, metrics: dict[str, Any]) -> Tensor:
+    def _score_loss(self, outputs: dict[str, Any], patches: PatchBatch, log: dict[str, Any]) -> Tensor:
         """The pseudo-loss whose gradient with respect to the patches is minus the weighted score."""
         c = self.config
         x, z = self._patch_of(outputs, patches)
@@ -303,10 +373,10 @@ class DiffusioNeRFModel(NerfactoModel):
             max_depth=c.score_max_depth,
         )
         self.last_patch = {"x": x.detach(), "score": score}
-        metrics["score_depth_rms"] = score[:, 3].square().mean().sqrt()
-        metrics["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
-        metrics["tau"] = torch.tensor(tau)
-        metrics["metric_scale"] = self.metric_scale.clone()
+        log["score_depth_rms"] = score[:, 3].square().mean().sqrt()
+        log["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
+        log["tau"] = torch.tensor(tau)
+        log["metric_scale"] = self.metric_scale.clone()
         return regularizers.score_pseudo_loss(x, weighted)
 
     def _patch_of(

@@ -100,3 +100,8 @@ def distortion(
             there would outweigh everything else.
     """
     return (distortion_per_ray(w, t.clamp_max(far)) / expected_depth.detach().clamp_min(1e-6)).mean()
+
+
+def relative_depth(depth: Float[Tensor, " rays"], known: Float[Tensor, " rays"]) -> Float[Tensor, ""]:
+    """Mean of |depth - known| / known: free of scene units; not squared, so that a wrong match weighs little."""
+    return ((depth - known).abs() / known).mean()

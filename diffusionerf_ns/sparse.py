@@ -10,16 +10,19 @@ Notation
 """
 
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from torch import Tensor
 
 MAX_FEATURES = 4000  # per image; matching is quadratic in it
 RATIO = 0.8  # Lowe's ratio test
+NEIGHBOURS = 6  # views that a view is matched with, the nearest ones: work stays linear in the number of views
 MAX_ERROR = 2.0  # pixels of an image 1,000 pixels wide: reprojection error of a kept point
+MIN_POINTS = 20  # fewer are too few for a quantile
 MIN_ANGLE = 0.02  # radians between the two rays: with less, depth is noise
 
 
@@ -49,7 +52,7 @@ def triangulate(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) ->
     """
     features = [_features(image) for image in images]
     parts = []
-    for first, second in combinations(range(len(images)), 2):
+    for first, second in _pairs(cameras.camera_to_worlds[..., 3].cpu().numpy()):
         pairs = _match(features[first][1], features[second][1])
         if len(pairs) == 0:
             continue
@@ -59,6 +62,13 @@ def triangulate(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) ->
         return SparsePoints(np.zeros((0, 3)), np.zeros((0, 2), np.int64), np.zeros((0, 2)), np.zeros((0, 2, 2)))
     xyz, views, depth, pixels = (np.concatenate([part[i] for part in parts]) for i in range(4))
     return SparsePoints(xyz, views, depth, pixels)
+
+
+def _pairs(centres: Float[np.ndarray, "n 3"]) -> list[tuple[int, int]]:
+    """Each view with its nearest others, each pair once."""
+    distance = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+    nearest = distance.argsort(axis=1, kind="stable")[:, 1 : NEIGHBOURS + 1]
+    return sorted({(min(i, j), max(i, j)) for i, row in enumerate(nearest.tolist()) for j in row if i != j})
 
 
 def _features(image: UInt8[np.ndarray, "h w 3"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "n d"]]:
@@ -142,14 +152,34 @@ def _project(
     return z, local[:, :2] / safe * focal + centre
 
 
+@dataclass(frozen=True)
+class SparseRays:
+    """The rays of all observations of sparse points."""
+
+    bundle: RayBundle
+    """[2 n] rays through the features; ``metadata["directions_norm"]`` is 1 / cosine to the optical axis."""
+    distance: Float[Tensor, " rays"]
+    """Distance along each ray to its point, scene units."""
+
+
+def rays_of(points: SparsePoints, cameras: Cameras) -> SparseRays:
+    """One ray for each of the two observations of each point."""
+    views = torch.from_numpy(points.views.reshape(-1))
+    coords = torch.from_numpy(points.pixels.reshape(-1, 2)[:, ::-1].copy()).float()
+    bundle = cameras.generate_rays(camera_indices=views[:, None].to(cameras.device), coords=coords.to(cameras.device))
+    bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
+    xyz = torch.from_numpy(points.xyz).float().repeat_interleave(2, dim=0).to(bundle.origins)
+    return SparseRays(bundle, (xyz - bundle.origins).norm(dim=-1))
+
+
 def depth_statistics(points: SparsePoints) -> tuple[float, float, float]:
     """Near bound, far bound and median disparity of the points: quantiles .02 and .98 of depth, and 1 / median depth.
 
     Raises:
-        ValueError: fewer than 20 points, too few for a quantile.
+        ValueError: fewer than `MIN_POINTS` points.
     """
-    if len(points) < 20:
-        raise ValueError(f"{len(points)} points are too few for depth statistics; at least 20 are needed.")
+    if len(points) < MIN_POINTS:
+        raise ValueError(f"{len(points)} points are too few for depth statistics; at least {MIN_POINTS} are needed.")
     depth = points.depth.reshape(-1)
     near, far = np.quantile(depth, [0.02, 0.98])
     return float(near), float(far), float(1.0 / np.median(depth))
