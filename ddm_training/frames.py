@@ -12,7 +12,9 @@ memory. A scene is written into ``<scene>.part`` and renamed when it is whole: a
 and one with it is what a killed run left behind (ignored when reading, replaced when written again).
 """
 
+import io
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,12 +53,15 @@ class SceneInfo:
 class SceneWriter:
     """Writes one scene frame by frame, in memory that does not grow with the number of frames.
 
+    Arrays are appended to plain files, not to memory maps: on a full disk a write raises OSError, while a store into a
+    map ends the process with SIGBUS, and the pages of a map count as memory of the process.
+
     Args:
         root: the store; made when absent.
         name: the scene; an existing scene of that name is replaced on `close`.
         split: which split it belongs to.
         source: data set it comes from.
-        max_frames: upper bound of the number of frames; arrays are cut to what was added.
+        max_frames: upper bound of the number of frames.
         height, width: frame size in pixels.
     """
 
@@ -66,18 +71,17 @@ class SceneWriter:
         self.final = root / name
         self.part = root / f"{name}.part"
         self._meta = {"name": name, "split": split, "source": source, "height": height, "width": width}
+        self._max_frames = max_frames
         self._names: list[str] = []
         self._intrinsics: list[tuple[float, float, float, float]] = []
         self._rejected: dict[str, int] = {}
         if self.part.exists():
             shutil.rmtree(self.part)
         self.part.mkdir(parents=True)
-        shape = (max(max_frames, 1), height, width)
-        self._arrays = {
-            "color": np.lib.format.open_memmap(self.part / "color.npy", "w+", np.uint8, (*shape, 3)),
-            "depth": np.lib.format.open_memmap(self.part / "depth.npy", "w+", np.float16, shape),
-            "mask": np.lib.format.open_memmap(self.part / "mask.npy", "w+", np.bool_, shape),
-        }
+        self._files = {}
+        for array, (dtype, tail) in _LAYOUT.items():
+            self._files[array] = (self.part / f"{array}.npy").open("wb", buffering=0)
+            self._files[array].write(_npy_header(dtype, (0, height, width, *tail)))
 
     def add(
         self,
@@ -89,11 +93,15 @@ class SceneWriter:
         name: str,
     ) -> None:
         """Append a frame: sRGB colour, planar depth in metres, validity; intrinsics fx, fy, cx, cy in pixels."""
-        index = len(self._names)
+        expected = (self._meta["height"], self._meta["width"])
+        if depth.shape != expected:
+            raise ValueError(f"frame {name!r} has the shape {depth.shape}, the scene is made for {expected}")
+        if len(self._names) >= self._max_frames:
+            raise IndexError(f"frame {name!r} is one more than max_frames = {self._max_frames}")
         valid = mask & np.isfinite(depth) & (depth > 0)
-        self._arrays["color"][index] = color
-        self._arrays["depth"][index] = np.where(valid, depth, 0.0).astype(np.float16)
-        self._arrays["mask"][index] = valid
+        content = {"color": color, "depth": np.where(valid, depth, 0.0), "mask": valid}
+        for array, (dtype, _) in _LAYOUT.items():
+            _write_all(self._files[array], np.ascontiguousarray(content[array], dtype))
         self._names.append(name)
         self._intrinsics.append(intrinsics)
 
@@ -102,13 +110,14 @@ class SceneWriter:
         self._rejected[reason] = self._rejected.get(reason, 0) + count
 
     def close(self) -> SceneInfo:
-        """Cut the arrays to the frames added, write `scene.json`, and rename the folder into place."""
-        count = len(self._names)
-        for name, array in self._arrays.items():
-            array.flush()
-            if count < len(array):
-                _truncate_npy(self.part / f"{name}.npy", array, count)
-        self._arrays.clear()
+        """Write the number of frames into the arrays, write `scene.json`, and rename the folder into place."""
+        height, width = self._meta["height"], self._meta["width"]
+        for array, file in self._files.items():
+            dtype, tail = _LAYOUT[array]
+            file.seek(0)
+            file.write(_npy_header(dtype, (len(self._names), height, width, *tail)))
+            os.fsync(file.fileno())
+            file.close()
         info = SceneInfo(
             **self._meta,  # pyright: ignore[reportArgumentType]
             frames=tuple(self._names),
@@ -122,18 +131,28 @@ class SceneWriter:
         return info
 
 
-def _truncate_npy(path: Path, array: np.memmap, count: int) -> None:
-    """Rewrite an .npy file with its first ``count`` rows only, a row at a time."""
-    short = path.with_suffix(".short.npy")
-    shape, dtype = (count, *array.shape[1:]), array.dtype
-    if count == 0:
-        np.save(short, np.empty(shape, dtype))
-    else:
-        target = np.lib.format.open_memmap(short, "w+", dtype, shape)
-        for index in range(count):
-            target[index] = array[index]
-        target.flush()
-    short.rename(path)
+_LAYOUT: dict[str, tuple[type, tuple[int, ...]]] = {
+    "color": (np.uint8, (3,)),
+    "depth": (np.float16, ()),
+    "mask": (np.bool_, ()),
+}
+
+
+def _npy_header(dtype: type, shape: tuple[int, ...]) -> bytes:
+    """Header of an .npy file, of one length whatever the number of rows, so that it can be written over."""
+    buffer = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    header = buffer.getvalue()
+    assert len(header) == 128  # numpy pads for a first axis that grows
+    return header
+
+
+def _write_all(file: io.FileIO, array: np.ndarray) -> None:
+    """Write all bytes: an unbuffered file may take a part of them, on a disk that is getting full."""
+    rest = memoryview(array).cast("B")
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 @dataclass(frozen=True)
@@ -185,7 +204,7 @@ def open_scene(folder: Path) -> Scene:
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r" if shape[0] else None)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} cannot be read ({error}): delete {folder} and prepare it again.") from error
         if array.shape != expected or array.dtype != np.dtype(dtype):
             raise InputError(

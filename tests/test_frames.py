@@ -139,7 +139,6 @@ def test_a_missing_truncated_or_foreign_array_is_an_error_that_names_it(tmp_path
         open_store(tmp_path)
 
 
-@pytest.mark.xfail(raises=EOFError, strict=True, reason="open_scene does not catch EOFError of np.load")
 def test_an_array_file_of_no_bytes_is_an_error_that_names_it(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "room" / "depth.npy").write_bytes(b"")
