@@ -109,7 +109,7 @@ def run(
     config.save_config()
     # nerfacto would fetch LPIPS weights when it is built; `metrics` makes LPIPS when it is wanted.
     with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
-        trainer.setup(test_mode="test")
+        trainer.setup(test_mode="val")
     clock.lap("setup")
     trainer.train()
     clock.lap("train")

@@ -17,6 +17,7 @@ NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,
     "pipeline.model.distortion_weight": 0.0,
+    "pipeline.model.sparse_depth_weight": 0.0,
 }
 
 
@@ -85,9 +86,12 @@ def base_config(method: str) -> "TrainerConfig":
     Raises:
         InputError: no method of ours has that name.
     """
+    from nerfstudio.plugins.types import MethodSpecification
+
     from diffusionerf_ns import config
 
-    methods = {spec.config.method_name: spec.config for spec in vars(config).values() if hasattr(spec, "config")}
+    specifications = [value for value in vars(config).values() if isinstance(value, MethodSpecification)]
+    methods = {specification.config.method_name: specification.config for specification in specifications}
     if method not in methods:
         raise InputError(f"method {method!r} is unknown; known are {', '.join(map(str, methods))}.")
     return copy.deepcopy(methods[method])
