@@ -71,7 +71,7 @@ class RoomsConfig:
         """Write what is not there yet.
 
         Raises:
-            InputError: the folder holds something else, or a room failed.
+            InputError: the folder holds something else, or cannot be written (a full disk).
         """
         # Workers inherit this: rooms are made in parallel, and small matrix products gain nothing from threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -135,7 +135,7 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
     """Do the jobs that are not whole yet in ``workers`` processes, with a progress bar; the number of frames written.
 
     Raises:
-        InputError: a job is in the way of something else, or failed.
+        InputError: the folder holds something else, or cannot be written (a full disk).
     """
     import time
 
@@ -152,11 +152,13 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
     start, frames, console = time.perf_counter(), 0, Console(file=sys.stderr)
     outcomes = run_jobs(write, todo, EngineConfig(workers=workers), folder)
     for outcome in track(outcomes, description="rooms", total=len(todo), console=console, disable=not todo):
-        if outcome.error is not None:
+        if isinstance(outcome.error, OSError):
             raise InputError(
-                f"room {outcome.job.index} failed: {type(outcome.error).__name__}: {outcome.error}. Whole rooms are "
-                "kept; mend the cause and run the same command again."
+                f"room {outcome.job.index} could not be written: {outcome.error}. Whole rooms are kept; mend the cause "
+                "and run the same command again."
             ) from outcome.error
+        if outcome.error is not None:
+            raise outcome.error
         frames += outcome.result or 0
     seconds = time.perf_counter() - start
     rate = f", {frames / seconds:.1f} frames/s" if frames else ""

@@ -51,7 +51,7 @@ def shows_a_room(room: Room, hits: Hits) -> bool:
     """Nothing very close, not one bare wall, not only far away, not much sky, several objects."""
     q = hits.inverse_depth
     nearest, near, median, far = np.quantile(q, [1.0, 0.9, 0.5, 0.05])
-    entities = np.unique(room.scene.entity[hits.surface[hits.surface >= 0] // 6])
+    entities, counts = np.unique(room.scene.entity[hits.surface[hits.surface >= 0] // 6], return_counts=True)
     return bool(
         nearest < 1 / 0.4
         and near < 1 / 0.7
@@ -59,6 +59,7 @@ def shows_a_room(room: Room, hits: Hits) -> bool:
         and np.quantile(q, 0.95) > 1.3 * far
         and (hits.surface < 0).mean() < 0.2
         and len(entities) >= 5
+        and counts.max() < 0.8 * q.size
     )
 
 

@@ -5,7 +5,7 @@ from colorsys import hsv_to_rgb
 
 import numpy as np
 
-from ddm_training.rooms.shapes import Light, Place, Skin, rotation_z
+from ddm_training.rooms.shapes import Light, Number, Place, Skin, rotation_z
 from ddm_training.rooms.textures import texture_bank
 
 
@@ -18,23 +18,23 @@ class Looks:
         self.muted = rng.uniform(0.15, 1.0)
         self.wood_hue = rng.uniform(0.03, 0.11)
 
-    def color(self, value: tuple[float, float] = (0.05, 0.95), saturation: float = 1.0) -> np.ndarray:
+    def color(self, value: tuple[Number, Number] = (0.05, 0.95), saturation: Number = 1.0) -> np.ndarray:
         """A linear colour, mostly near one of the room's hues."""
         rng = self.rng
         hue = (rng.choice(self.hues) + rng.normal(0, 0.03)) % 1 if rng.uniform() < 0.8 else rng.uniform()
         sat = min(rng.beta(1.2, 2.0) * saturation * self.muted, 1.0)
         return np.array(hsv_to_rgb(hue, sat, rng.uniform(*value))) ** 2.2
 
-    def skin(self, kinds: str, colors: list[np.ndarray], tile: tuple[float, float], *, square=True, **more) -> Skin:
+    def skin(self, kinds: str, colors: list[np.ndarray], tile: tuple[Number, Number], *, square=True, **more) -> Skin:
         """A surface with one of the texture kinds, repeated every ``tile`` = (least, most) metres."""
         rng = self.rng
         size = float(np.exp(rng.uniform(*np.log(tile))))
         other = size if square else float(np.exp(rng.uniform(*np.log(tile))))
-        texture = int(rng.choice(texture_bank().of_kind[str(rng.choice(kinds.split()))]))
+        texture = int(rng.choice(texture_bank().of_kind(str(rng.choice(kinds.split())))))
         palette = np.stack(colors).astype(np.float32)
         return Skin(texture, palette, (size, other), bool(rng.uniform() < 0.5), **more)
 
-    def shades(self, base: np.ndarray, spread: float = 0.5) -> list[np.ndarray]:
+    def shades(self, base: np.ndarray, spread: Number = 0.5) -> list[np.ndarray]:
         """A colour with a lighter or darker one and a third of its own."""
         factor = np.exp(self.rng.uniform(-spread, spread))
         return [base, np.clip(base * factor, 0, 0.95), np.clip(0.5 * base + 0.5 * self.color(), 0, 0.95)]
@@ -44,7 +44,7 @@ class Looks:
 
     def wall(self) -> Skin:
         rng, kind = self.rng, self.rng.uniform()
-        base = self.color((0.45, 0.97), 0.7)
+        base = self.color((0.45, 0.97), 0.5)
         if kind < 0.6:
             return self.skin("plain plain grain", self.shades(base, 0.15), (0.8, 4.0))
         if kind < 0.72:
@@ -63,7 +63,7 @@ class Looks:
             return self.skin("tiles checker marble", shades, (0.8, 2.2), specular=self.rng.uniform(0, 0.4))
         return self.skin("grain grain plain weave dots", self.shades(self.color((0.2, 0.8)), 0.4), (0.3, 1.5))
 
-    def wood(self, tile=(0.5, 2.0), specular: float | None = None, planks: bool = False) -> Skin:
+    def wood(self, tile=(0.5, 2.0), specular: Number | None = None, planks: bool = False) -> Skin:
         rng = self.rng
         base = np.array(hsv_to_rgb(self.wood_hue + rng.normal(0, 0.01), rng.uniform(0.25, 0.7), rng.uniform(0.2, 0.85)))
         base = base**2.2
@@ -90,18 +90,18 @@ class Looks:
         kinds = "plain plain grain marble stripes checker dots"
         return self.skin(kinds, self.shades(base, 1.0), (0.08, 0.5), specular=self.rng.uniform(0, 0.5))
 
-    def picture(self, contrast: float = 1.0) -> Skin:
+    def picture(self, contrast: Number = 1.0) -> Skin:
         """A poster stretched over one face; the palette mixes the picture's channels."""
         mix = np.eye(3) * 0.8 + self.rng.uniform(0, 0.2, size=(3, 3)) * contrast
         skin = self.skin("picture", list(mix), (1.0, 1.0), specular=0.1 * self.rng.uniform())
         return Skin(skin.texture, skin.palette, (0.0, 0.0), False, skin.specular)
 
-    def spines(self, width: float) -> Skin:
+    def spines(self, width: Number) -> Skin:
         mix = np.eye(3) * 0.6 + self.rng.uniform(0, 0.25, size=(3, 3))
         skin = self.skin("spines", list(mix), (width, width))
         return Skin(skin.texture, skin.palette, (width, 0.3), False)
 
-    def glow(self, strength: float) -> Skin:
+    def glow(self, strength: Number) -> Skin:
         warm = np.array([1.0, self.rng.uniform(0.75, 1.0), self.rng.uniform(0.5, 1.0)])
         return self.skin("plain", [warm, warm, warm], (1.0, 1.0), emission=strength)
 
@@ -109,7 +109,7 @@ class Looks:
 # Small things, standing at (x, y, z) of a place.
 
 
-def put_thing(place: Place, looks: Looks, at, size: float) -> None:
+def put_thing(place: Place, looks: Looks, at, size: Number) -> None:
     """A box, ball, vase, bottle, bowl or plant of about ``size`` metres."""
     rng = looks.rng
     inner = place.inner(at, rng.uniform(-np.pi, np.pi))
@@ -138,22 +138,25 @@ def put_thing(place: Place, looks: Looks, at, size: float) -> None:
             height += thick
 
 
-def put_plant(place: Place, looks: Looks, size: float) -> None:
-    """A pot with a few leaves: flat ellipsoids in all directions."""
+def put_plant(place: Place, looks: Looks, size: Number, reach: Number = 1.0) -> None:
+    """A pot with a few leaves, flat ellipsoids in all directions that stay within ``reach`` metres of the middle."""
     rng = looks.rng
     pot = rng.uniform(0.2, 0.35) * size
     place.cylinder((0, 0, 0), 0.55 * pot, pot, looks.thing(), taper=0.2)
-    green = np.array(hsv_to_rgb(rng.uniform(0.2, 0.42), rng.uniform(0.4, 0.9), rng.uniform(0.2, 0.7))) ** 2.2
+    green = np.array(hsv_to_rgb(rng.uniform(0.2, 0.4), rng.uniform(0.3, 0.75), rng.uniform(0.2, 0.6))) ** 2.2
     leaf = looks.skin("marble grain", [green, green * 0.5, green * 1.2], (0.1, 0.5))
     for _ in range(rng.integers(5, 12)):
         yaw, pitch, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 1.4), rng.uniform(0.2, 0.45) * size
+        length = min(length, reach / (2 * np.cos(pitch)))
         c, s = np.cos(pitch), np.sin(pitch)
         axes = rotation_z(yaw) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
         middle = axes @ np.array([length, 0, 0])
         place.ball(middle + np.array([0, 0, pot]), (length, 0.3 * length, 0.015 * size + 0.004), leaf, axes=axes)
 
 
-def scatter(place: Place, looks: Looks, width: float, depth: float, z: float, count: int, size: float) -> None:
+def scatter(
+    place: Place, looks: Looks, width: Number, depth: Number, z: Number, count: int | np.integer, size: Number
+) -> None:
     """Things on a board of width x depth at height z."""
     rng = looks.rng
     for _ in range(count):
@@ -164,7 +167,7 @@ def scatter(place: Place, looks: Looks, width: float, depth: float, z: float, co
 # Furniture. Each returns its height, after drawing; sizes are drawn before, by `SIZES`.
 
 
-def table(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def table(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng, top, legs = looks.rng, looks.surface(), looks.surface()
     thick, leg = rng.uniform(0.02, 0.06), rng.uniform(0.02, 0.05)
     if rng.uniform() < 0.2:
@@ -179,7 +182,7 @@ def table(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
     scatter(place, looks, w, d, h, rng.integers(0, 6), 0.3)
 
 
-def desk(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def desk(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng = looks.rng
     table(place, looks, w, d, h)
     side, drawers = rng.choice([-1, 1]), looks.surface()
@@ -192,7 +195,7 @@ def desk(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
     screen.box((-wide + 0.015, -0.023, 0.115), (wide - 0.015, -0.02, 0.105 + 1.2 * wide), looks.picture())
 
 
-def chair(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def chair(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng, wood, seat = looks.rng, looks.surface(), looks.fabric()
     z, leg = 0.45, 0.02
     place.box((-w / 2, -d / 2, z - 0.04), (w / 2, d / 2, z), seat)
@@ -206,7 +209,7 @@ def chair(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
             place.box((-w / 2, d / 2 - 0.03, bar), (w / 2, d / 2 - 0.01, bar + 0.05), wood)
 
 
-def sofa(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def sofa(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng, cloth = looks.rng, looks.fabric()
     seat, arm = rng.uniform(0.38, 0.46), rng.uniform(0.1, 0.25)
     place.box((-w / 2, -d / 2, 0.08), (w / 2, d / 2, seat - 0.12), cloth)
@@ -224,7 +227,7 @@ def sofa(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
             place.ball(at, (0.22, 0.11, 0.2), looks.fabric(), axes=rotation_z(rng.uniform(-0.4, 0.4)))
 
 
-def bed(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def bed(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng, wood, cloth = looks.rng, looks.surface(), looks.fabric()
     place.box((-w / 2, -d / 2, 0.12), (w / 2, d / 2, 0.32), wood)
     place.box((-w / 2 + 0.03, -d / 2 + 0.03, 0.32), (w / 2 - 0.03, d / 2 - 0.05, 0.5), looks.paint((0.7, 1.0)))
@@ -234,7 +237,7 @@ def bed(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
         place.ball((x, d / 2 - 0.3, 0.56), (0.33, 0.2, 0.1), looks.fabric())
 
 
-def shelf(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def shelf(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng, wood = looks.rng, looks.surface()
     t = rng.uniform(0.015, 0.035)
     for x in (-w / 2, w / 2 - t):
@@ -271,7 +274,7 @@ def shelf(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
             x += rng.uniform(0, 0.25)
 
 
-def cupboard(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def cupboard(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     """A closed body with doors or drawers, knobs, and things on top."""
     rng, body, front, knob = looks.rng, looks.surface(), looks.surface(), looks.metal()
     place.box((-w / 2, -d / 2, rng.choice([0.0, 0.1])), (w / 2, d / 2, h), body)
@@ -288,7 +291,7 @@ def cupboard(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
         scatter(place, looks, w, d, h, rng.integers(0, 5), 0.35)
 
 
-def floor_lamp(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def floor_lamp(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     rng, metal = looks.rng, looks.metal()
     place.cylinder((0, 0, 0), 0.14, 0.02, metal)
     place.cylinder((0, 0, 0), rng.uniform(0.008, 0.018), h - 0.1, metal)
@@ -298,11 +301,11 @@ def floor_lamp(place: Place, looks: Looks, w: float, d: float, h: float) -> None
         place.builder.lights.append(Light(place.point((0, 0, h - 0.15)), skin.palette[0] * rng.uniform(1, 3)))
 
 
-def plant(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
-    put_plant(place, looks, h)
+def plant(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
+    put_plant(place, looks, h, reach=w / 2)
 
 
-def column(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def column(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     """A pillar or a pole."""
     if looks.rng.uniform() < 0.5:
         place.cylinder((0, 0, 0), w / 2, 4.0, looks.paint())
@@ -310,7 +313,7 @@ def column(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
         place.box((-w / 2, -w / 2, 0), (w / 2, w / 2, 4.0), looks.wall())
 
 
-def stack(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def stack(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     """Boxes on top of each other, each turned a little."""
     z, rng = 0.0, looks.rng
     while z < h:
@@ -320,7 +323,7 @@ def stack(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
         z += tall
 
 
-def stool(place: Place, looks: Looks, w: float, d: float, h: float) -> None:
+def stool(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     """A round seat on three legs, or a pouffe."""
     rng, skin = looks.rng, looks.fabric()
     if rng.uniform() < 0.4:
@@ -343,7 +346,7 @@ MAKERS = {
     "shelf": (shelf, (0.6, 1.6), (0.25, 0.4), (0.8, 2.3), True, 4.0),
     "cupboard": (cupboard, (0.5, 2.0), (0.35, 0.6), (0.5, 2.2), True, 4.0),
     "floor_lamp": (floor_lamp, (0.35, 0.4), (0.35, 0.4), (1.3, 1.9), False, 2.0),
-    "plant": (plant, (0.5, 0.7), (0.5, 0.7), (0.6, 1.7), False, 2.5),
+    "plant": (plant, (0.6, 0.9), (0.6, 0.9), (0.5, 1.5), False, 1.6),
     "column": (column, (0.1, 0.45), (0.1, 0.45), (2.5, 2.6), False, 0.6),
     "stack": (stack, (0.4, 0.8), (0.4, 0.8), (0.3, 1.4), False, 1.5),
     "stool": (stool, (0.32, 0.4), (0.32, 0.4), (0.4, 0.75), False, 1.5),

@@ -150,7 +150,7 @@ def trace(scene: Scene, camera: Camera, samples: int = 1) -> Hits:
     for p in np.flatnonzero(~boxes & filled.any(1)).tolist():
         some = rectangles[p][filled[p]]
         union = np.array([some[:, 0].min(), some[:, 1].max(), some[:, 2].min(), some[:, 3].max()])
-        _draw_quadric(hits, x32, y32, union, to_unit[p], eye[p], 6 * p, scene.kind[p], float(scene.taper[p]))
+        _draw_quadric(hits, x32, y32, union, to_unit[p], eye[p], 6 * p, int(scene.kind[p]), float(scene.taper[p]))
     return hits
 
 

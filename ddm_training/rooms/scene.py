@@ -11,9 +11,10 @@ from jaxtyping import Float
 
 from ddm_training.rooms.furniture import MAKERS, Looks
 from ddm_training.rooms.shading import ShadowMap, shadow_map
-from ddm_training.rooms.shapes import Light, Place, Scene, SceneBuilder
+from ddm_training.rooms.shapes import Light, Number, Place, Scene, SceneBuilder
 
 WALL = 0.16  # metres
+MAX_LIGHTS = 4  # dimmer ones are left out: a shadow map costs as much as a tenth of a frame
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Footprint:
 
     low: Float[np.ndarray, " 2"]
     high: Float[np.ndarray, " 2"]
-    height: float
+    height: Number
 
-    def near(self, low: np.ndarray, high: np.ndarray, gap: float) -> bool:
+    def near(self, low: np.ndarray, high: np.ndarray, gap: Number) -> bool:
         return bool((self.low < high + gap).all() and (low < self.high + gap).all())
 
 
@@ -60,8 +61,9 @@ def make_room(seed: int, index: int, attempt: int = 0) -> Room:
         ambient_above=(level * warmth).astype(np.float32),
         ambient_below=(level * rng.uniform(0.6, 1.0) * warmth * [1.0, 0.95, 0.9]).astype(np.float32),
     )
+    brightest = sorted(scene.lights, key=lambda light: -light.importance(size))[:MAX_LIGHTS]
     return Room(
-        scene, [shadow_map(scene, light) for light in scene.lights], size, tuple(footprints), (seed, index, attempt)
+        scene, [shadow_map(scene, light) for light in brightest], size, tuple(footprints), (seed, index, attempt)
     )
 
 
@@ -70,12 +72,12 @@ class Opening:
     """A hole in wall ``side`` (0: x = 0, 1: x = width, 2: y = 0, 3: y = depth); ``low``, ``high`` = (along, z)."""
 
     side: int
-    low: tuple[float, float]
-    high: tuple[float, float]
+    low: tuple[Number, Number]
+    high: tuple[Number, Number]
     door: bool
 
 
-def _wall_box(size: np.ndarray, side: int, a0: float, a1: float, z0: float, z1: float, near: float, far: float):
+def _wall_box(size: np.ndarray, side: int, a0: Number, a1: Number, z0: Number, z1: Number, near: Number, far: Number):
     """Corners of a box along wall ``side``, between distances ``near`` and ``far`` outside its inner face."""
     axis = side // 2
     out = (size[axis] + near, size[axis] + far) if side % 2 else (-far, -near)
@@ -122,7 +124,7 @@ def _shell(builder: SceneBuilder, looks: Looks, size: np.ndarray) -> list[Openin
     return openings
 
 
-def _random_opening(rng: np.random.Generator, side: int, length: float, height: float) -> Opening:
+def _random_opening(rng: np.random.Generator, side: int, length: Number, height: Number) -> Opening:
     door = bool(rng.uniform() < 0.5)
     wide = rng.uniform(0.8, 1.0) if door and rng.uniform() < 0.7 else rng.uniform(0.7, min(2.4, length - 1.0))
     start = rng.uniform(0.3, length - wide - 0.3)
@@ -203,7 +205,7 @@ def _outside(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) 
         away = 2.2
         swing, rise = rng.uniform(-1.2, 1.2), rng.uniform(0.5, 2.2)
         sun = np.array(_wall_box(size, o.side, middle + swing, middle + swing, z + rise, z + rise, away, away)[0])
-        color = np.array([1.0, 0.93, 0.82]) * rng.uniform(0.8, 4.0)
+        color = np.array([1.0, 0.93, 0.82]) * rng.uniform(0.6, 3.0)
         wide = np.hypot(o.high[0] - o.low[0], o.high[1] - o.low[1]) / 2 / np.hypot(away, rise) * 1.3
         builder.lights.append(Light(sun, color, window, float(np.clip(wide, 0.3, 1.2)), softness=1.8))
 
@@ -259,6 +261,7 @@ def _furnish(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: li
 def _pictures(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> None:
     """Framed pictures, mirrors without reflection, switches and radiators' like on the walls."""
     rng = looks.rng
+    hung: list[tuple[int, Footprint]] = []
     for _ in range(rng.integers(2, 9)):
         side = int(rng.integers(4))
         length = size[1 - side // 2]
@@ -268,6 +271,10 @@ def _pictures(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: l
             o.side == side and o.low[0] - 0.1 < a + w / 2 and a - w / 2 < o.high[0] + 0.1 for o in openings
         ):
             continue
+        low, high = np.array([a - w / 2, z - h / 2]), np.array([a + w / 2, z + h / 2])
+        if any(other == side and place.near(low, high, 0.1) for other, place in hung):
+            continue
+        hung.append((side, Footprint(low, high, 0.0)))
         entity, thick, rim = builder.new_entity(), rng.uniform(0.01, 0.04), rng.choice([0.0, 0.015, 0.04])
         if rim:
             box = _wall_box(size, side, a - w / 2 - rim, a + w / 2 + rim, z - h / 2 - rim, z + h / 2 + rim, -thick, 0)

@@ -6,6 +6,7 @@ Notation
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -20,10 +21,11 @@ SHADOW_MARGIN = 1.06  # shadow maps see a little more than their face, so that b
 SHARPNESS = 25.0  # k; larger is crisper where caster and receiver touch, and needs more range of numbers
 DARK = 0.004  # light below this is not worth a shadow look-up; ambient light is about 0.5
 
-Vector = tuple[np.ndarray, np.ndarray, np.ndarray]
+Value = np.ndarray | np.floating
+Vector = tuple[Value, Value, Value]
 
 
-def dot(a: Vector, b: Vector) -> np.ndarray:
+def dot(a: Vector, b: Vector) -> Any:
     """Scalar product, ray by ray."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
@@ -120,6 +122,7 @@ def shade(
     n, u, v, size = _surface_frame(scene, surface, p)
     primitive = surface // 6
     footprint = z / (camera.focal * size * np.sqrt(np.maximum(np.abs(dot(n, view)), 0.15)))
+    texture_bank().prepare(scene.texture)
     weights = texture_bank().sample(scene.texture.take(primitive), u, v, footprint)
     light = _received_light(scene, shadows, primitive, p, n, view)
     palette = scene.palette.transpose(2, 1, 0).copy()  # [channel, weight, primitive]

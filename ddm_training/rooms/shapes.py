@@ -12,6 +12,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+Number = float | int | np.number
+Point = Sequence[Number] | np.ndarray
+
 BOX, ELLIPSOID, CYLINDER = 0, 1, 2
 CORNERS = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], np.float64)
 VOXEL = 0.12  # metres; grid of the ambient occlusion
@@ -23,12 +26,12 @@ class Skin:
 
     texture: int
     palette: Float[np.ndarray, "3 3"]
-    tile: tuple[float, float] = (1.0, 1.0)
+    tile: tuple[Number, Number] = (1.0, 1.0)
     """Width and height in metres of one repeat of the texture; (0, 0): stretched once over the front face."""
     turned: bool = False
     """Swap the texture's axes."""
-    specular: float = 0.0
-    emission: float = 0.0
+    specular: Number = 0.0
+    emission: Number = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,21 @@ class Light:
     position: Float[np.ndarray, " 3"]
     color: Float[np.ndarray, " 3"]
     target: Float[np.ndarray, " 3"] | None = None
-    tangent: float = 1.0
+    tangent: Number = 1.0
     """Half the width of daylight's cone at distance 1."""
-    softness: float = 1.5
+    softness: Number = 1.5
     """Blur of the shadow map in its pixels."""
-    reach: float = 14.0
+    reach: Number = 14.0
     """Metres; farther surfaces cast no shadow."""
 
     def falloff(self, distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Inverse square with a floor for lamps (a real lamp has a size); daylight does not fall off."""
         return np.ones_like(distance) if self.target is not None else 1.0 / (0.3 + distance * distance)
+
+    def importance(self, size: Float[np.ndarray, " 3"]) -> float:
+        """How much the light does for a room of this size: its strength in the middle."""
+        distance = np.linalg.norm(size / 2 - self.position)
+        return float(self.color.max() * self.falloff(np.array([distance]))[0])
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Scene:
         return self.to_unit.transpose(0, 2, 1) * self.half[:, None].astype(np.float64) ** 2
 
     @cached_property
-    def corners(self) -> Float[np.ndarray, "p*8 3"]:
+    def corners(self) -> Float[np.ndarray, "corners 3"]:
         """Corners of the primitives' (oriented) bounding boxes in the world; corner 4 i + 2 j + k has signs i, j, k."""
         return (np.einsum("pjk,ck->pcj", self.from_unit, CORNERS) + self.centre[:, None]).reshape(-1, 3)
 
@@ -196,7 +204,7 @@ _ROWS = {
 }  # fmt: skip
 
 
-def rotation_z(yaw: float) -> Float[np.ndarray, "3 3"]:
+def rotation_z(yaw: Number) -> Float[np.ndarray, "3 3"]:
     """Axes turned by ``yaw`` about z, as columns."""
     c, s = np.cos(yaw), np.sin(yaw)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
@@ -217,7 +225,7 @@ class SceneBuilder:
         return self.entities
 
     def add(
-        self, kind: int, centre, half, axes, skin: Skin, entity: int, taper: float = 0.0, world: bool = False
+        self, kind: int, centre, half, axes, skin: Skin, entity: int, taper: Number = 0.0, world: bool = False
     ) -> None:
         """Add a primitive. ``world``: the texture runs on over neighbours with unturned axes (walls in panels)."""
         half = np.maximum(np.asarray(half, np.float64), 1e-3)
@@ -259,38 +267,36 @@ class Place:
 
     builder: SceneBuilder
     origin: Float[np.ndarray, " 3"]
-    yaw: float
+    yaw: Number
     entity: int
 
     @property
     def axes(self) -> Float[np.ndarray, "3 3"]:
         return rotation_z(self.yaw)
 
-    def point(self, at: Sequence[float] | np.ndarray) -> Float[np.ndarray, " 3"]:
+    def point(self, at: Point) -> Float[np.ndarray, " 3"]:
         """World position of a point of the object."""
         return self.origin + self.axes @ np.asarray(at, np.float64)
 
-    def inner(self, at: Sequence[float], yaw: float = 0.0) -> "Place":
+    def inner(self, at: Point, yaw: Number = 0.0) -> "Place":
         """A place on or in this one, for another object."""
         return Place(self.builder, self.point(at), self.yaw + yaw, self.builder.new_entity())
 
-    def box(self, low: Sequence[float], high: Sequence[float], skin: Skin, tilt: float = 0.0) -> None:
+    def box(self, low: Point, high: Point, skin: Skin, tilt: Number = 0.0) -> None:
         """A box between two corners, leaned by ``tilt`` radians about its own x axis."""
         low_, high_ = np.asarray(low, np.float64), np.asarray(high, np.float64)
         c, s = np.cos(tilt), np.sin(tilt)
         axes = self.axes @ np.array([[1.0, 0, 0], [0, c, -s], [0, s, c]])
         self.builder.add(BOX, self.point((low_ + high_) / 2), (high_ - low_) / 2, axes, skin, self.entity)
 
-    def cylinder(
-        self, base: Sequence[float], radius: float, height: float, skin: Skin, taper: float = 0.0, axes=None
-    ) -> None:
+    def cylinder(self, base: Point, radius: Number, height: Number, skin: Skin, taper: Number = 0.0, axes=None) -> None:
         """An upright cylinder whose mean radius is ``radius``; taper in (-1, 1) widens it upwards."""
         axes = self.axes if axes is None else self.axes @ axes
         centre = self.point(base) + axes @ np.array([0, 0, height / 2])
         self.builder.add(CYLINDER, centre, (radius * (1 + abs(taper)),) * 2 + (height / 2,), axes, skin, self.entity,
                          taper=taper / (1 + abs(taper)))  # fmt: skip
 
-    def ball(self, centre: Sequence[float], radii: Sequence[float], skin: Skin, axes=None) -> None:
+    def ball(self, centre: Point, radii: Point, skin: Skin, axes=None) -> None:
         """An ellipsoid."""
         axes = self.axes if axes is None else self.axes @ axes
         self.builder.add(ELLIPSOID, self.point(centre), radii, axes, skin, self.entity)

@@ -7,7 +7,6 @@ Notation
     colour of a texel = w C; a picture has (nearly) the primaries as its palette, all else two or three colours
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -33,16 +32,38 @@ KINDS = {
 """Kinds of texture and how many of each the bank holds."""
 
 
-@dataclass(frozen=True)
 class TextureBank:
-    """All textures with their mip levels in one flat array.
+    """All textures with their mip levels in one flat array, each made when it is first wanted.
 
-    Texel (v, u) of level l of texture k is row ``start[l] + (k * (SIZE >> l) + v) * (SIZE >> l) + u``.
+    Texel (v, u) of level l of texture k is row ``start[l] + (k * (SIZE >> l) + v) * (SIZE >> l) + u``. The bank is the
+    same in every process.
     """
 
-    texels: UInt8[np.ndarray, "texels 3"]
-    start: Int[np.ndarray, " levels"]
-    of_kind: dict[str, Int[np.ndarray, " textures"]]
+    def __init__(self, seed: int = 7) -> None:
+        count, self._seed = sum(KINDS.values()), seed
+        sides = [SIZE >> level for level in range(SIZE.bit_length())]
+        self.start: Int[np.ndarray, " levels"] = np.cumsum([0] + [count * side * side for side in sides[:-1]])
+        self.start = self.start.astype(np.int32)
+        # Memory that is not written to is not taken.
+        self.texels: UInt8[np.ndarray, "texels 3"] = np.empty((sum(count * side * side for side in sides), 3), np.uint8)
+        self.kinds = np.repeat(list(KINDS), list(KINDS.values()))
+        self._made = np.zeros(count, bool)
+
+    def of_kind(self, kind: str) -> Int[np.ndarray, " textures"]:
+        """Numbers of the textures of a kind."""
+        return np.flatnonzero(self.kinds == kind)
+
+    def prepare(self, textures: Int[np.ndarray, " n"]) -> None:
+        """Make those of the textures that are not there yet; `sample` may then be asked for them."""
+        for number in np.unique(textures[~self._made[textures]]).tolist():
+            level = np.clip(_MAKERS[str(self.kinds[number])](np.random.default_rng([self._seed, number])), 0.0, 1.0)
+            for start in self.start.tolist():
+                side = len(level)
+                first = start + number * side * side
+                self.texels[first : first + side * side] = level.reshape(-1, 3) * 255 + 0.5
+                if side > 1:
+                    level = level.reshape(side // 2, 2, side // 2, 2, 3).mean((1, 3))
+            self._made[number] = True
 
     def sample(
         self,
@@ -88,25 +109,9 @@ def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def texture_bank(seed: int = 7) -> TextureBank:
-    """Make the bank (about a second, once per process); the same in every process."""
-    images, of_kind = [], {}
-    for number, (kind, count) in enumerate(KINDS.items()):
-        of_kind[kind] = np.arange(len(images), len(images) + count)
-        for index in range(count):
-            rng = np.random.default_rng([seed, number, index])
-            images.append(np.clip(_MAKERS[kind](rng), 0.0, 1.0).astype(np.float32))
-    level = np.stack(images)
-    levels, start, total = [], [], 0
-    while True:
-        start.append(total)
-        levels.append((level.reshape(-1, 3) * 255 + 0.5).astype(np.uint8))
-        total += len(levels[-1])
-        side = level.shape[1]
-        if side == 1:
-            break
-        level = level.reshape(len(level), side // 2, 2, side // 2, 2, 3).mean((2, 4))
-    return TextureBank(np.concatenate(levels), np.array(start, np.int32), of_kind)
+def texture_bank() -> TextureBank:
+    """The bank of this process."""
+    return TextureBank()
 
 
 # Fields in [0, 1] over one tile.
@@ -137,7 +142,9 @@ def _weights(a: np.ndarray, b: np.ndarray | float = 0.0) -> np.ndarray:
     return np.stack([(1 - a) * (1 - b), a * (1 - b), b], -1)
 
 
-def _cells(rng: np.random.Generator, rows: int, columns: int, shift: float, gap: float):
+def _cells(
+    rng: np.random.Generator, rows: int | np.integer, columns: int | np.integer, shift: float, gap: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Cells in rows, each row shifted: a random value per cell, and 1 in the joints between them."""
     u, v = _grid()
     row = np.floor(v * rows).astype(int)
