@@ -15,6 +15,7 @@ from diffusionerf_ns.bench.results import FAILED_FILE, LOG_FILE, Entry
 
 Engine = Literal["local", "slurm", "submitit-local"]
 POLL_SECONDS = 0.2
+WORKER = (sys.executable, "-m", "diffusionerf_ns.bench.worker")
 LOG_LINES = 15  # of a worker that died, in its failed.json
 
 
@@ -122,7 +123,7 @@ def _run_local(
 def _start(entry: Entry, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     with (entry.folder / LOG_FILE).open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "diffusionerf_ns.bench.worker", str(entry.folder)],
+            [*WORKER, str(entry.folder)],
             stdin=subprocess.PIPE,  # the worker ends when this end is gone
             stdout=log,
             stderr=subprocess.STDOUT,

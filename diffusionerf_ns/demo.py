@@ -1,0 +1,185 @@
+"""`make demo`: a capture of few images, trained without and with the prior; a table and a picture sheet.
+
+python -m diffusionerf_ns.demo [--data FOLDER] [--steps N] [--num-views 3]
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ddm_training.errors import InputError
+
+ROOM_SEED = 7
+TITLES = {"photometric": "without regularisation (photometric)", "full": "with the prior and geometric terms"}
+# Name in result files -> heading and decimals.
+SHOWN: dict[str, tuple[str, int]] = {
+    "psnr": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 3),
+    "lpips": ("LPIPS-Alex", 3),
+    "lpips_vgg": ("LPIPS-VGG", 3),
+    "lpips_alex": ("LPIPS-Alex", 3),
+    "depth_abs_rel": ("depth AbsRel", 3),
+    "depth_rmse": ("depth RMSE", 3),
+    "depth_delta": ("depth < 1.25", 3),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Train a few-view NeRF without and with the regularisation, and compare them on held-out images."""
+
+    data: Path | None = None
+    """Folder of a capture; unset: a made room, whose true depth is known."""
+    steps: int | None = None
+    """Length of each of the two runs; unset: as the method has it."""
+    num_views: int | Literal["all"] = 3
+    """Number of training images."""
+    method: Literal["diffusionerf", "diffusionerf-tiny"] = "diffusionerf-tiny"
+    """Preset."""
+    output: Path = Path("demo")
+    """Where everything is written."""
+    seed: int = 0
+    """Seed of both runs."""
+    prior: str | None = None
+    """Another prior than the built-in one."""
+
+    def main(self) -> None:
+        """Do it.
+
+        Raises:
+            InputError: the capture or the prior is not what it should be.
+        """
+        from diffusionerf_ns.bench.jobs import Job
+        from diffusionerf_ns.bench.pictures import SheetRow, contact_sheet
+
+        data = self.data or make_room(self.output / "room")
+        rows = []
+        for number, (variant, title) in enumerate(TITLES.items(), start=1):
+            job = Job(
+                scene=data.resolve().name,
+                data=str(data.resolve()),
+                views=self.num_views,
+                variant=variant,
+                seed=self.seed,
+                method=self.method,
+                steps=self.steps,
+                overrides={} if self.prior is None else {"pipeline.model.prior": self.prior},
+            )
+            folder = self.output / variant
+            result = train(job, folder, f"run {number} of {len(TITLES)}: {title}")
+            rows.append(SheetRow(title=title, folder=folder, result=result))
+        sheet = self.output / "sheet.png"
+        name = "a made room" if self.data is None else data.resolve().name
+        contact_sheet(sheet, rows, title=f"{name}, {self.num_views} training images, {rows[0].result['steps']} steps")
+        show(rows, sheet)
+
+
+def make_room(folder: Path) -> Path:
+    """Make a capture of a procedural room with true depth: 9 training and 8 test images."""
+    from ddm_training.rooms import RoomsConfig
+
+    RoomsConfig(output="capture", folder=folder, seed=ROOM_SEED).main()
+    return folder
+
+
+def train(job: Any, folder: Path, title: str) -> dict[str, Any]:
+    """One run with a progress bar; replaces what was in ``folder``. nerfstudio's own output goes to log.txt."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from diffusionerf_ns.bench.job import run
+    from diffusionerf_ns.bench.jobs import configure
+
+    for old in (folder / "pictures", folder / job.scene):
+        shutil.rmtree(old, ignore_errors=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    config = configure(job, folder)
+    console = Console(file=sys.stdout)
+    console.print(f"\n{title}", highlight=False)
+    progress = Progress(
+        *columns, console=console, speed_estimate_period=60, redirect_stdout=False, redirect_stderr=False
+    )
+    bars = {
+        "train": progress.add_task("training  ", total=config.max_num_iterations),
+        "evaluate": progress.add_task("evaluating", total=None, start=False),
+    }
+
+    def on_progress(phase: str, done: int, total: int) -> None:
+        if done == 1:
+            progress.start_task(bars[phase])
+        progress.update(bars[phase], completed=done, total=total)
+        if not console.is_terminal and done * 5 // total > (done - 1) * 5 // total:
+            console.print(f"  {phase}: {done} of {total}", highlight=False)
+
+    with (
+        (folder / "log.txt").open("w") as log,
+        progress,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        return run(config, folder, job=job.to_dict(), pictures=3, on_progress=on_progress)
+
+
+def show(rows: list[Any], sheet: Path) -> None:
+    """Print the table, and where things are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    first = rows[0].result
+    table = Table(title=f"{len(first['images'])} held-out images, protocol {first['protocol']}, {first['device']}")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row.title, justify="right")
+    for name, (heading, decimals) in SHOWN.items():
+        if all(name in row.result["metrics"] for row in rows):
+            unit = f", {first['depth_unit']}" if name == "depth_rmse" else ""
+            table.add_row(heading + unit, *(f"{row.result['metrics'][name]:.{decimals}f}" for row in rows))
+    table.add_row("minutes of training", *(f"{row.result['seconds']['train'] / 60:.1f}" for row in rows))
+    console.print()
+    console.print(table)
+    if "depth_abs_rel" in first["metrics"]:
+        print("Depth is judged against the true one, in its own unit and without alignment.")
+    if not any("lpips" in name for name in first["metrics"]):
+        print(f"LPIPS is left out: its network's weights are not here and could not be had ({rows[0].folder}/log.txt).")
+    config = os.path.relpath(rows[-1].folder / rows[-1].result["config_file"])
+    print(f"\nPicture sheet:  {sheet}")
+    print(f"All pictures:   {', '.join(str(row.folder / 'pictures') for row in rows)}")
+    print(f"Walk through it: ns-viewer --load-config {config}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    import tyro
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about nerfstudio's decorators
+    try:
+        tyro.cli(DemoConfig, args=args).main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
