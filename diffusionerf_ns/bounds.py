@@ -12,6 +12,7 @@ import torch
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.model_components.scene_colliders import SceneCollider
 
+from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 
 
@@ -47,7 +48,15 @@ def metric_scale_from_bounds(near: float, far: float, spec: RgbdSpec) -> float:
     In log depth, the middle of [near, far] is put on the middle of the prior's 5 % to 95 % range of disparity:
     s sqrt(near far) = 1 / sqrt(q05 q95). Far is held below 20 near first: a patch of sky or a far wall seen through a
     window moves the far bound by orders of magnitude and the surfaces in front of it not at all.
+
+    Raises:
+        InputError: not 0 < near < far.
     """
+    if not 0.0 < near < far < math.inf:
+        raise InputError(
+            f"the scene's bounds must satisfy 0 < near < far, found near {near:g} and far {far:g}: correct them in the "
+            "capture, or give the scale with --pipeline.model.metric-scale."
+        )
     middle = math.sqrt(near * min(far, 20.0 * near))
     return 1.0 / (middle * math.sqrt(_quantile(spec, "0.05", 0.15) * _quantile(spec, "0.95", 1.2)))
 

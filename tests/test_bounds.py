@@ -6,6 +6,7 @@ import pytest
 import torch
 from nerfstudio.cameras.rays import RayBundle
 
+from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
 
@@ -31,6 +32,12 @@ def test_the_middle_of_the_scene_in_log_depth_meets_that_of_the_prior():
 def test_a_far_bound_of_twenty_times_near_and_more_changes_nothing_further():
     assert metric_scale_from_bounds(1.0, 19.0, SPEC) > metric_scale_from_bounds(1.0, 20.0, SPEC)
     assert metric_scale_from_bounds(1.0, 20.0, SPEC) == metric_scale_from_bounds(1.0, 1e6, SPEC)
+
+
+@pytest.mark.parametrize(("near", "far"), [(0.0, 5.0), (-1.0, 5.0), (5.0, 5.0), (1.0, math.nan), (1.0, math.inf)])
+def test_bounds_that_bracket_nothing_are_refused(near, far):
+    with pytest.raises(InputError, match=r"0 < near < far.*metric-scale"):
+        metric_scale_from_bounds(near, far, SPEC)
 
 
 def test_the_median_disparity_in_metres_becomes_the_priors():
