@@ -23,7 +23,7 @@ from ddm_training import rgbd
 from diffusionerf_ns import metrics, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, SparseBatch
-from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.prior import PatchPrior
@@ -145,13 +145,7 @@ class DiffusioNeRFModel(NerfactoModel):
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self.total_steps = 1
         self._held_prior: PatchPrior | None = None
-        scale = self.config.metric_scale
-        if scale is None and found:
-            scale = metric_scale_from_disparity(found["median_disparity"], self._prior_spec())
-        elif scale is None and near is not None and far is not None:
-            scale = metric_scale_from_bounds(near, far, self._prior_spec())
-        # NaN: not known yet, to be read off the rendered depth.
-        self.register_buffer("metric_scale", torch.tensor(float("nan") if scale is None else float(scale)))
+        self.register_buffer("metric_scale", torch.tensor(self._first_metric_scale(near, far, found)))
         self.last_patch: dict[str, Tensor] = {}
 
     def _choose_implementation(self) -> None:
@@ -163,6 +157,23 @@ class DiffusioNeRFModel(NerfactoModel):
             self.config.implementation = "torch"
 
     # The prior
+
+    def _first_metric_scale(self, near: float | None, far: float | None, sparse: dict[str, float]) -> float:
+        """Metres per scene unit; NaN: not known yet, to be read off the rendered depth or loaded from a checkpoint."""
+        if self.config.metric_scale is not None:
+            return float(self.config.metric_scale)
+        if not sparse and (near is None or far is None):
+            return float("nan")
+        try:
+            spec = self._prior_spec()
+        except InputError:
+            # Evaluating and rendering do without a prior. Training loads it before the first step, and stops there.
+            return float("nan")
+        if sparse:
+            return metric_scale_from_disparity(sparse["median_disparity"], spec)
+        assert near is not None
+        assert far is not None
+        return metric_scale_from_bounds(near, far, spec)
 
     def _prior_spec(self) -> rgbd.RgbdSpec:
         from diffusionerf_ns.prior import find_prior
@@ -261,7 +272,8 @@ class DiffusioNeRFModel(NerfactoModel):
         """nerfacto's, and keeping the step and the length of the run."""
         trainer = training_callback_attributes.trainer
         if trainer is not None:
-            self.total_steps = trainer.config.max_num_iterations
+            # A resumed run goes on for that many steps: it ends where the whole run would have, and so do schedules.
+            self.total_steps = getattr(trainer, "_start_step", 0) + trainer.config.max_num_iterations
 
         def set_step(step: int) -> None:
             self.step = step
@@ -281,7 +293,9 @@ class DiffusioNeRFModel(NerfactoModel):
         """
         outputs = super().get_outputs(ray_bundle)
         scale = torch.nan_to_num(self.metric_scale, nan=1.0)
-        outputs["planar_depth"] = outputs["expected_depth"] / ray_bundle.metadata["directions_norm"] * scale
+        # nerfstudio's --render-nearest-camera asks for single rays without an optical axis.
+        norm = ray_bundle.metadata.get("directions_norm", 1.0)
+        outputs["planar_depth"] = outputs["expected_depth"] / norm * scale
         return outputs
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
