@@ -22,10 +22,10 @@ class Looks:
         """A linear colour, mostly near one of the room's hues."""
         rng = self.rng
         hue = (rng.choice(self.hues) + rng.normal(0, 0.03)) % 1 if rng.uniform() < 0.8 else rng.uniform()
-        sat = min(rng.beta(1.2, 2.0) * saturation * self.muted, 1.0)
+        sat = float(min(rng.beta(1.2, 2.0) * saturation * self.muted, 1.0))
         return np.array(hsv_to_rgb(hue, sat, rng.uniform(*value))) ** 2.2
 
-    def skin(self, kinds: str, colors: list[np.ndarray], tile: tuple[Number, Number], *, square=True, **more) -> Skin:
+    def skin(self, kinds: str, colors: list[np.ndarray], tile: tuple[float, float], *, square=True, **more) -> Skin:
         """A surface with one of the texture kinds, repeated every ``tile`` = (least, most) metres."""
         rng = self.rng
         size = float(np.exp(rng.uniform(*np.log(tile))))
@@ -96,7 +96,7 @@ class Looks:
         skin = self.skin("picture", list(mix), (1.0, 1.0), specular=0.1 * self.rng.uniform())
         return Skin(skin.texture, skin.palette, (0.0, 0.0), False, skin.specular)
 
-    def spines(self, width: Number) -> Skin:
+    def spines(self, width: float) -> Skin:
         mix = np.eye(3) * 0.6 + self.rng.uniform(0, 0.25, size=(3, 3))
         skin = self.skin("spines", list(mix), (width, width))
         return Skin(skin.texture, skin.palette, (width, 0.3), False)

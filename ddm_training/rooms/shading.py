@@ -183,7 +183,7 @@ def _received_light(
 def _surface_frame(scene: Scene, surface: np.ndarray, p: Vector) -> tuple[Vector, np.ndarray, np.ndarray, np.ndarray]:
     """Unit normal, texture coordinates in tiles, and the size of a tile in metres."""
     faces = scene.faces
-    n = _vector(faces.normal[a].take(surface) for a in range(3))
+    n = [faces.normal[a].take(surface) for a in range(3)]
     u, v = (
         row[0].take(surface) * p[0] + row[1].take(surface) * p[1] + row[2].take(surface) * p[2] + row[3].take(surface)
         for row in (faces.u, faces.v)
@@ -200,7 +200,7 @@ def _surface_frame(scene: Scene, surface: np.ndarray, p: Vector) -> tuple[Vector
         for a in range(3):
             n[a][round_] = normal[:, a]
         u[round_], v[round_] = (uv / scene.tile[which] + scene.shift[which]).T
-    return n, u, v, faces.size.take(surface)
+    return _vector(n), u, v, faces.size.take(surface)
 
 
 def _round_frame(scene: Scene, which: np.ndarray, unit: Float[np.ndarray, "n 3"]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Number = float | int | np.number
+Number = float | int | np.floating | np.integer
 Point = Sequence[Number] | np.ndarray
 
 BOX, ELLIPSOID, CYLINDER = 0, 1, 2
@@ -41,7 +41,7 @@ class Light:
     position: Float[np.ndarray, " 3"]
     color: Float[np.ndarray, " 3"]
     target: Float[np.ndarray, " 3"] | None = None
-    tangent: Number = 1.0
+    tangent: float = 1.0
     """Half the width of daylight's cone at distance 1."""
     softness: Number = 1.5
     """Blur of the shadow map in its pixels."""
