@@ -158,6 +158,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if pipeline is not None:
             model: Any = pipeline.model
             self.set_ray_wishes(model.patch_request, model.sparse_wanted)
+            if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
+                # Now, not at the first patch of an image, which may come late.
+                patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:
