@@ -277,6 +277,8 @@ def train(config: TrainConfig) -> None:
         journal.say(note)  # pyright: ignore[reportOptionalMemberAccess]
 
     def save(step: int) -> None:
+        if not all(p.isfinite().all() for p in network.parameters()):
+            raise InputError(f"weights are not finite after step {step}: training stopped, nothing was saved.")
         if chief:
             state = {"model": network.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()}
             limit = config.checkpoints_total_limit

@@ -29,7 +29,7 @@ _PRESETS: dict[str, tuple[tuple[int, ...], int, tuple[bool, ...]]] = {
     "prototype": ((32, 64, 96), 1, (False, False, True)),
     "tiny": ((32, 64, 96, 128), 1, (False, False, False, True)),
     "small": ((64, 128, 192, 256), 2, (False, False, True, True)),
-    "paper": ((64, 128, 256, 384), 2, (False, False, True, True)),
+    "paper": ((64, 128, 256, 352), 2, (False, False, True, True)),
 }
 
 
@@ -186,4 +186,3 @@ def load_scheduler(folder: Path) -> "DDPMScheduler":
             f"{path}: prediction_type is {scheduler.config['prediction_type']!r}; a prior predicts 'epsilon'."
         )
     return scheduler
-

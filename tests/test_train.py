@@ -22,6 +22,15 @@ from ddm_training.train import TrainConfig, train
 from ddm_training.unet import Preset, add_noise, load_scheduler, load_unet, make_scheduler, make_unet, predict_clean
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small gain nothing from threads, and waiting for them is slow on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("store")
