@@ -144,6 +144,18 @@ def run(
     return result
 
 
+def make_trainer(config: "TrainerConfig", on_step: Callable[[int], None] = lambda _: None) -> RecordingTrainer:
+    """A trainer that is ready to train, seeded, without viewer and evaluation in between; changes ``config``."""
+    seed_everything(config.machine.seed)
+    _quieten(config)
+    trainer = RecordingTrainer(config, on_step)
+    config.save_config()
+    # nerfacto would fetch LPIPS weights when it is built; `metrics` makes LPIPS when it is wanted.
+    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
+        trainer.setup(test_mode="test")
+    return trainer
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch, as `ns-train` does."""
     random.seed(seed)

@@ -1,0 +1,314 @@
+"""Everything of the project that runs on CUDA, against the CPU where that is the reference: what, error, time.
+
+Run it through `scripts/gpu_check.sh`. It exits 0 with a plain message where there is no CUDA, and 1 if a check fails.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PRESETS = ("diffusionerf-tiny", "diffusionerf")
+# fp32 on both sides; sums run in another order, and a sample can fall into the neighbouring bin of the proposal's CDF.
+MAX_LOSS_ERROR = 1e-3
+MAX_GRADIENT_ERROR = 5e-2
+MAX_BFLOAT16_ERROR = 5e-2  # of the predicted noise, relative: bfloat16 has 8 bits
+WARM_UP = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A line of the table."""
+
+    what: str
+    against: str = ""
+    error: str = ""
+    time: str = ""
+    passed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuCheckConfig:
+    """Run both presets on CUDA, compare a step with the CPU's, time steps and the prior."""
+
+    data: Path | None = None
+    """Capture to run on; unset: a procedural room is made."""
+    prior: str | None = None
+    """Prior; unset: the presets' own."""
+    steps: int = 300
+    """Training steps of each preset."""
+    timed_steps: int = 50
+    """Steps over which a step is timed."""
+    num_views: int | Literal["all"] = 3
+    """Training images."""
+    output: Path | None = None
+    """Keep the runs in this folder; unset: a temporary one."""
+
+
+class Checks:
+    """The checks, on ``device``; the CPU is the reference."""
+
+    def __init__(self, config: GpuCheckConfig, device: str, folder: Path) -> None:
+        self.config = config
+        self.device = device
+        self.folder = folder
+        self.data = config.data or self._make_room()
+
+    def _make_room(self) -> Path:
+        from ddm_training.rooms import RoomsConfig
+
+        RoomsConfig(output="capture", folder=self.folder / "room", seed=7).main()
+        return self.folder / "room"
+
+    def trainer_config(self, preset: str, device: str, name: str, **overrides: Any) -> Any:
+        """Configuration of a preset that writes below the folder of the checks."""
+        from diffusionerf_ns.bench.jobs import Job, configure
+
+        values = {f"pipeline.model.{key}": value for key, value in overrides.items()}
+        if self.config.prior is not None:
+            values["pipeline.model.prior"] = self.config.prior
+        job = Job(
+            scene="scene",
+            data=str(self.data),
+            views=self.config.num_views,
+            variant="full",
+            method=preset,
+            steps=self.config.steps,
+            overrides=values,
+        )
+        config: Any = configure(job, self.folder / name)
+        config.machine.device_type = device
+        return config
+
+    def one_step(self, preset: str) -> Check:
+        """Loss terms and gradients of one step: same weights, same rays, no jitter, hash grids in plain torch."""
+        import torch
+
+        def prepare(device: str) -> Any:
+            from diffusionerf_ns.bench.job import make_trainer
+
+            # A given metric scale: the prior is on from the first step.
+            config = self.trainer_config(preset, device, f"{preset}-step", implementation="torch", metric_scale=1.0)
+            trainer = make_trainer(config)
+            model: Any = trainer.pipeline.model
+            model.prior.autocast = False
+            for sampler in (model.proposal_sampler.initial_sampler, model.proposal_sampler.pdf_sampler):
+                sampler.train_stratified = False
+            return trainer
+
+        reference, other = prepare("cpu"), prepare(self.device)
+        other.pipeline.load_state_dict(reference.pipeline.state_dict())
+        bundle, batch = reference.pipeline.datamanager.next_train(0)
+        start = time.perf_counter()
+        expected = losses_and_gradients(reference.pipeline.model, bundle, batch)
+        seconds = time.perf_counter() - start
+        bundle = bundle.to(torch.device(self.device))
+        found = losses_and_gradients(other.pipeline.model, bundle, batch)
+        loss_error, gradient_error = compare(expected[0], found[0]), compare(expected[1], found[1])
+        worst = max(gradient_error, key=gradient_error.__getitem__)
+        return Check(
+            what=f"{preset}: loss and gradients of a step ({len(expected[0])} terms)",
+            against="CPU",
+            error=f"loss {max(loss_error.values()):.1e}, gradient {gradient_error[worst]:.1e} ({worst})",
+            time=f"CPU {seconds:.2f} s",
+            passed=max(loss_error.values()) <= MAX_LOSS_ERROR and gradient_error[worst] <= MAX_GRADIENT_ERROR,
+        )
+
+    def training(self, preset: str) -> Check:
+        """A whole run with its evaluation."""
+        from diffusionerf_ns.bench.job import run
+
+        name = f"{preset}-run"
+        result = run(self.trainer_config(preset, self.device, name), self.folder / name, pictures=1)
+        psnr = [point["psnr"] for point in result["curve"]]
+        return Check(
+            what=f"{preset}: {result['steps']} steps, {len(result['images'])} test images",
+            against="its own start",
+            error=f"training PSNR {psnr[0]:.1f} -> {psnr[-1]:.1f}, test {result['metrics']['psnr']:.2f} dB",
+            time=f"{result['seconds']['train']:.0f} s, {result['peak_memory'].get('gpu_gb', 0):.2f} GB",
+            passed=psnr[-1] > psnr[0],
+        )
+
+    def step_times(self, preset: str) -> Check:
+        """Mean time of a step with and without the prior."""
+        without = self._step_seconds(preset, score_weight=0.0)
+        with_prior = self._step_seconds(preset, metric_scale=1.0)
+        return Check(
+            what=f"{preset}: a step with and without the prior",
+            error=f"x {with_prior / without:.2f}",
+            time=f"{1e3 * with_prior:.1f} and {1e3 * without:.1f} ms",
+        )
+
+    def _step_seconds(self, preset: str, **overrides: Any) -> float:
+        from nerfstudio.engine.callbacks import TrainingCallbackLocation
+
+        from diffusionerf_ns.bench.job import make_trainer
+
+        trainer = make_trainer(self.trainer_config(preset, self.device, f"{preset}-time", **overrides))
+        trainer.pipeline.train()
+        start = 0.0
+        for step in range(WARM_UP + self.config.timed_steps):
+            if step == WARM_UP:
+                synchronise(self.device)
+                start = time.perf_counter()
+            for callback in trainer.callbacks:
+                callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+            trainer.train_iteration(step)
+            for callback in trainer.callbacks:
+                callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+        synchronise(self.device)
+        return (time.perf_counter() - start) / self.config.timed_steps
+
+    def prior(self) -> list[Check]:
+        """The prior's network: float32 against the CPU's, bfloat16 against float32."""
+        import torch
+
+        from diffusionerf_ns.prior import PatchPrior
+
+        source = self.trainer_config(PRESETS[0], self.device, "prior").pipeline.model.prior
+        reference, other = PatchPrior.load(source, device="cpu"), PatchPrior.load(source, device=self.device)
+        size = reference.spec.patch_size
+        x = torch.rand(1, 4, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        t = torch.tensor([99])
+        reference.autocast = False
+        expected = reference.predict_noise(x, t)
+        x, t = x.to(self.device), t.to(self.device)
+        checks = []
+        for name, autocast, limit in (("float32", False, MAX_LOSS_ERROR), ("bfloat16", True, MAX_BFLOAT16_ERROR)):
+            other.autocast = autocast
+            error = relative_error(expected, other.predict_noise(x, t))
+            seconds = timed(lambda: other.predict_noise(x, t), self.device, self.config.timed_steps)
+            checks.append(
+                Check(
+                    what=f"prior {source!r}: forward in {name}, one {size} x {size} patch",
+                    against="CPU float32",
+                    error=f"{error:.1e}",
+                    time=f"{1e3 * seconds:.2f} ms",
+                    passed=error <= limit,
+                )
+            )
+        return checks
+
+
+def losses_and_gradients(model: Any, bundle: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weighted loss terms, and the gradient of their sum with respect to each parameter, on the CPU."""
+    import torch
+
+    model.train()
+    model.zero_grad(set_to_none=True)
+    outputs = model(dataclasses.replace(bundle))
+    metrics = model.get_metrics_dict(outputs, batch)
+    losses = model.get_loss_dict(outputs, batch, metrics)
+    torch.stack(list(losses.values())).sum().backward()
+    gradients = {n: p.grad.detach().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().cpu() for name, value in losses.items()}, gradients
+
+
+def relative_error(expected: Any, found: Any) -> float:
+    """|found - expected| / |expected|, Euclidean norms in float64."""
+    expected, found = expected.double().cpu(), found.double().cpu()
+    difference, size = float((found - expected).norm()), float(expected.norm())
+    return difference / size if size > 0 else difference
+
+
+def compare(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Relative error of each entry; infinite for one that only one side has."""
+    return {
+        name: relative_error(expected[name], found[name]) if name in expected and name in found else float("inf")
+        for name in {**expected, **found}
+    }
+
+
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any], device: str, count: int) -> float:
+    """Mean seconds of a call, after a few that are not counted."""
+    for _ in range(3):
+        call()
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - start) / count
+
+
+def run_checks(config: GpuCheckConfig, device: str, folder: Path) -> list[Check]:
+    """All checks; one that raises is a failed line, and the others go on. Their own output goes to log.txt."""
+    checks = Checks(config, device, folder)
+    todo: list[tuple[str, Callable[[], Check | list[Check]]]] = [("prior", checks.prior)]
+    for preset in PRESETS:
+        todo.append((f"{preset}: one step", lambda preset=preset: checks.one_step(preset)))
+        todo.append((f"{preset}: time of a step", lambda preset=preset: checks.step_times(preset)))
+        todo.append((f"{preset}: training", lambda preset=preset: checks.training(preset)))
+    lines: list[Check] = []
+    for what, check in todo:
+        print(f"{what} ...", flush=True)
+        with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                done = check()
+            except Exception as error:
+                traceback.print_exc()
+                summary = str(error).splitlines()[0] if str(error) else ""
+                done = Check(what=what, error=f"{type(error).__name__}: {summary}"[:160], passed=False)
+        lines += done if isinstance(done, list) else [done]
+    return lines
+
+
+def show(checks: list[Check], title: str) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "against", "error", "time", "", title=title)
+    for check in checks:
+        table.add_row(check.what, check.against, check.error, check.time, "ok" if check.passed else "[red]FAILED")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> int:
+    """Entry point; the exit status."""
+    try:
+        import torch
+    except ImportError as error:
+        print(f"torch cannot be imported ({error}): nothing was checked.")
+        return 1
+    import tyro
+
+    config = tyro.cli(GpuCheckConfig)
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here: nothing to check.")
+        return 0
+    from nerfstudio.utils.external import TCNN_EXISTS
+
+    tcnn = "with tinycudann" if TCNN_EXISTS else "without tinycudann"
+    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tcnn}"
+    with contextlib.ExitStack() as stack:
+        if config.output is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = config.output
+            folder.mkdir(parents=True, exist_ok=True)
+        checks = run_checks(config, "cuda", folder)
+        show(checks, title)
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            print((folder / "log.txt").read_text()[-6000:])
+            print(f"{len(failed)} of {len(checks)} checks failed.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""The GPU check: what it says without CUDA, and that its comparison finds what differs (with the CPU on both sides)."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_bench import small_prior, wall_capture
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    """`scripts/gpu_check.py` as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPTS / "gpu_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_cuda_it_says_so_and_exits_0() -> None:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([SCRIPTS / "gpu_check.sh"], env=environment, capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stdout) == (0, "There is no CUDA device here: nothing to check.\n"), done.stderr
+
+
+def test_errors_are_relative_and_a_missing_term_is_infinite(gpu_check: ModuleType) -> None:
+    expected = {"a": torch.tensor([3.0, 4.0]), "zero": torch.zeros(2), "gone": torch.ones(1)}
+    found = {"a": torch.tensor([3.0, 4.5]), "zero": torch.tensor([0.0, 0.25])}
+    assert gpu_check.compare(expected, found) == pytest.approx({"a": 0.1, "zero": 0.25, "gone": float("inf")})
+
+
+def test_a_check_that_raises_is_a_failed_line_and_the_others_go_on(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    passing = gpu_check.Check(what="fine")
+    stand_in = SimpleNamespace(prior=lambda: [passing], one_step=fail, step_times=lambda _: passing, training=fail)
+    monkeypatch.setattr(gpu_check, "Checks", lambda *_: stand_in)
+    lines = gpu_check.run_checks(gpu_check.GpuCheckConfig(), "cpu", tmp_path)
+    assert [line.passed for line in lines] == [True, False, True, False, False, True, False]
+    assert "no kernel image" in lines[1].error
+    assert "no kernel image" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, tmp_path: Path) -> None:
+    config = gpu_check.GpuCheckConfig(
+        data=wall_capture(tmp_path / "wall"), prior=str(small_prior(tmp_path / "prior")), steps=4, timed_steps=1
+    )
+    checks = gpu_check.Checks(config, "cpu", tmp_path)
+    lines = [checks.one_step("diffusionerf-tiny"), checks.step_times("diffusionerf-tiny"), *checks.prior()]
+    assert "loss 0.0e+00, gradient 0.0e+00" in lines[0].error
+    assert "(6 terms)" in lines[0].what or "(5 terms)" in lines[0].what
+    assert all(line.passed for line in lines)
