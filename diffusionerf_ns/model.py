@@ -4,13 +4,16 @@ Start reading at `get_loss_dict`. The maths is in `regularizers`, the shape of t
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.losses import interlevel_loss
 from nerfstudio.models.nerfacto import NerfactoModel, NerfactoModelConfig
@@ -20,13 +23,14 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
-from diffusionerf_ns import metrics, regularizers, schedules
+from diffusionerf_ns import inspection, metrics, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, SparseBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.viewer import InspectionPanel, LastPatch
 from diffusionerf_ns.visibility import TrainingFrusta
 
 
@@ -71,6 +75,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Noise level of the prior at the end. The paper's value."""
     tau_until: float = 0.25
     """Fraction of the run at which `tau_end` is reached. The paper: step 2,500 of 10,000."""
+    tau_fixed: float | None = None
+    """Noise level of the prior throughout, instead of the schedule; the viewer's control sets it."""
     metric_scale: float | None = None
     """Metres per scene unit; None finds it from the scene's bounds, or else from the depth of the first steps."""
     metric_scale_warmup: float = 0.05
@@ -144,9 +150,11 @@ class DiffusioNeRFModel(NerfactoModel):
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self.total_steps = 1
-        self._held_prior: PatchPrior | None = None
         self.register_buffer("metric_scale", torch.tensor(self._first_metric_scale(near, far, found)))
-        self.last_patch: dict[str, Tensor] = {}
+        self.last_patch: LastPatch | None = None
+        self.depth_colours = inspection.DepthRange()
+        self.verdict_tau = self.config.tau_start
+        self.inspection_panel = InspectionPanel(self)
 
     def _choose_implementation(self) -> None:
         """tinycudann where it imports and the device is CUDA, else torch; the change is said in one line."""
@@ -178,22 +186,18 @@ class DiffusioNeRFModel(NerfactoModel):
     def _prior_spec(self) -> rgbd.RgbdSpec:
         from diffusionerf_ns.prior import find_prior
 
-        if self._held_prior is not None:
-            return self._held_prior.spec
+        if "prior" in self.__dict__:
+            return self.prior.spec
         return rgbd.RgbdSpec.load(find_prior(self.config.prior, self.config.prior_revision))
 
-    @property
+    @cached_property  # not a property: nerfstudio's viewer reads every property of a model when it opens
     def prior(self) -> PatchPrior:
-        """The prior, loaded when it is first used: evaluation and rendering never need it."""
-        if self._held_prior is None:
-            self._held_prior = PatchPrior.load(
-                self.config.prior, revision=self.config.prior_revision, device=self.device
-            )
-        return self._held_prior
+        """The prior, loaded when it is first used: evaluation and rendering seldom need it."""
+        return PatchPrior.load(self.config.prior, revision=self.config.prior_revision, device=self.device)
 
     def set_prior(self, prior: PatchPrior) -> None:
         """Use this prior instead of the one that the configuration names."""
-        self._held_prior = prior
+        self.prior = prior
 
     @property
     def score_factor(self) -> float:
@@ -208,6 +212,8 @@ class DiffusioNeRFModel(NerfactoModel):
     def tau(self) -> float:
         """Noise level of the prior at this step."""
         c = self.config
+        if c.tau_fixed is not None:
+            return c.tau_fixed
         return schedules.tau(self.step, self.total_steps, start=c.tau_start, end=c.tau_end, until=c.tau_until)
 
     def patch_request(self) -> PatchRequest | None:
@@ -247,15 +253,33 @@ class DiffusioNeRFModel(NerfactoModel):
             z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
             values |= metrics.evaluate_depth(z, batch["depth_image"][..., 0].to(z))
         self.image_metrics.append(dict(values))
-        near, far = self.depth_range(outputs)
         images = {
-            "img": torch.cat([true, pred], dim=1),
+            "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
-            "depth": colormaps.apply_depth_colormap(
-                outputs["depth"], accumulation=outputs["accumulation"], near_plane=near, far_plane=far
-            ),
         }
-        return values, images
+        return values, images | inspection.cheap_pictures(outputs)
+
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> inspection.ViewOutputs:
+        """nerfacto's outputs of a view, and on demand those of `inspection`."""
+        outputs = super().get_outputs_for_camera(camera, obb_box)
+        near, far = self.depth_colour_range(outputs)
+        if self.frusta is not None:
+            self.frusta.near = float(self.collider.bounds[0])  # a checkpoint may have brought other bounds
+        context = inspection.ViewContext(
+            near=near,
+            far=far,
+            metric_scale=float(torch.nan_to_num(self.metric_scale, nan=1.0)),
+            spec=self._prior_spec,
+            prior=lambda: self.prior,
+            count=None if self.frusta is None else self.frusta.count,
+            tau=self.verdict_tau,
+        )
+        return inspection.view_outputs(outputs, camera, context)
+
+    def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
+        """Near and far of depth's colours, scene units: the same in every view."""
+        known = float(self.collider.bounds[1]) < self.config.far_plane
+        return self.depth_colours.get(known, lambda: self.depth_range(outputs), self.step)
 
     def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far for colouring depth, scene units: the scene's bounds, or quantiles of a render without them."""
@@ -283,6 +307,11 @@ class DiffusioNeRFModel(NerfactoModel):
         return [
             *super().get_training_callbacks(training_callback_attributes),
             TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], set_step, update_every_num_iters=1),
+            TrainingCallback(
+                [TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
+                self.inspection_panel.after_step,
+                update_every_num_iters=1,
+            ),
         ]
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
@@ -335,6 +364,7 @@ class DiffusioNeRFModel(NerfactoModel):
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)
             self._find_metric_scale(outputs)
+            log |= _depth_quantiles(outputs["depth"][:count, 0])
             self.camera_optimizer.get_loss_dict(losses)
         _check_finite(losses, self.step)
         return losses
@@ -386,7 +416,7 @@ class DiffusioNeRFModel(NerfactoModel):
             rgb_norm=c.score_rgb_norm,
             max_depth=c.score_max_depth,
         )
-        self.last_patch = {"x": x.detach(), "score": score}
+        self.last_patch = LastPatch.of(outputs["ray_samples_list"][-1], patches, x.detach(), score, tau)
         log["score_depth_rms"] = score[:, 3].square().mean().sqrt()
         log["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
         log["tau"] = torch.tensor(tau)
@@ -414,6 +444,12 @@ class DiffusioNeRFModel(NerfactoModel):
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
             self.metric_scale.fill_(metric_scale_from_disparity(disparity, self.prior.spec))
             CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
+
+
+def _depth_quantiles(depth: Float[Tensor, " rays"]) -> dict[str, Tensor]:
+    """Curves that tell a scene from fog and from a wall in front of the camera: quantiles of depth, scene units."""
+    values = depth.detach().quantile(torch.tensor([0.05, 0.5, 0.95], device=depth.device))
+    return {f"depth_q{percent:02d}": value for percent, value in zip((5, 50, 95), values)}
 
 
 def _check_finite(losses: dict[str, Tensor], step: int) -> None:

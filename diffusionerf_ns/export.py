@@ -1,0 +1,185 @@
+"""`diffusionerf-export-depth`: planar depth in metres of the images of a finished run, with their cameras.
+
+Layout of an export::
+
+    <output>/depth/<split>_<number>_<image>.png   uint16, millimetres, 0 where unknown or beyond 65.535 m
+                                          .npy   float32 [h, w], metres, 0 where unknown
+             transforms.json                     cameras in nerfstudio's format, positions in metres
+
+Depth is planar (along the optical axis), and depth and camera positions share one unit, so points can be formed from
+both: X = R (u z, -v z, -z) + t for a pixel at u = (column + .5 - cx) / fx, v = (row + .5 - cy) / fy.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Float, UInt16
+
+from diffusionerf_ns.errors import InputError
+
+if TYPE_CHECKING:
+    from nerfstudio.cameras.cameras import Cameras
+
+MAX_MILLIMETRES = 65_535
+_DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportDepthConfig:
+    """Write planar depth in metres (16-bit PNG in millimetres, NPY) and cameras of a finished run."""
+
+    load_config: Path
+    """The run's config.yml."""
+    output_dir: Path
+    """Where to write; made when absent."""
+    split: Literal["train", "test", "train+test"] = "train+test"
+    """Which images."""
+    depth: Literal["median", "expected"] = "median"
+    """median: where half of the light is stopped, sharp at edges. expected: the mean, as the prior sees it."""
+    metres_per_unit: float | None = None
+    """Metres per scene unit; unset: the capture's own where it is metric, else what training found for the prior."""
+    min_accumulation: float = 0.5
+    """Where less of the light is stopped, depth is unknown."""
+    downscale: float = 1.0
+    """Divides the images' size."""
+
+    def __post_init__(self) -> None:
+        if self.metres_per_unit is not None and not self.metres_per_unit > 0:
+            raise InputError(f"--metres-per-unit must be positive, found {self.metres_per_unit}.")
+        if not self.downscale > 0:
+            raise InputError(f"--downscale must be positive, found {self.downscale}.")
+
+    def main(self) -> None:
+        """Render and write.
+
+        Raises:
+            InputError: no such run, or nothing says how long a scene unit is.
+        """
+        from nerfstudio.utils.eval_utils import eval_setup  # imports all of nerfstudio
+
+        if not self.load_config.is_file():
+            raise InputError(f"{self.load_config} is not a file; expected the config.yml of a run.")
+        _, pipeline, checkpoint, _ = eval_setup(self.load_config, test_mode="inference")
+        scale, source = metres_per_unit(pipeline, self.metres_per_unit)
+        frames: list[dict[str, Any]] = []
+        datamanager: Any = pipeline.datamanager
+        datasets = {"train": datamanager.train_dataset, "test": datamanager.eval_dataset}
+        for split in self.split.split("+"):
+            frames += self._export_split(pipeline, datasets[split], split, scale)
+        world: Any = datamanager.train_dataparser_outputs
+        write_transforms(
+            self.output_dir,
+            frames,
+            {
+                "metres_per_scene_unit": scale,
+                "metres_from": source,
+                "depth_kind": self.depth,
+                "checkpoint": checkpoint.name,
+                "dataparser_transform": world.dataparser_transform.tolist(),
+                "dataparser_scale": float(world.dataparser_scale),
+            },
+        )
+        print(f"{len(frames)} depth maps in {self.output_dir}; a scene unit is {scale:.4g} m ({source}).")
+
+    def _export_split(self, pipeline: Any, dataset: Any, split: str, scale: float) -> list[dict[str, Any]]:
+        cameras = dataset.cameras.to(pipeline.device)
+        if self.downscale != 1.0:
+            cameras.rescale_output_resolution(1.0 / self.downscale)
+        frames = []
+        for i, image in enumerate(dataset.image_filenames):
+            name = f"{split}_{i:05d}_{Path(image).stem}"
+            z = self._render(pipeline, cameras[i : i + 1]) * scale
+            beyond = write_depth(self.output_dir / "depth", name, z)
+            if beyond:
+                print(
+                    f"{name}: {beyond} pixels beyond {MAX_MILLIMETRES / 1000:g} m are 0 in the PNG; the NPY has them."
+                )
+            frames.append({"split": split, "file_path": str(image)} | frame_of(cameras[i : i + 1], name, scale))
+        return frames
+
+    def _render(self, pipeline: Any, camera: "Cameras") -> Float[np.ndarray, "h w"]:
+        """Planar depth in scene units, 0 where unknown."""
+        outputs = pipeline.model.get_outputs_for_camera(camera)
+        norm = camera.generate_rays(camera_indices=0, keep_shape=True).metadata["directions_norm"]
+        z = outputs["depth" if self.depth == "median" else "expected_depth"] / norm
+        return (z * (outputs["accumulation"] >= self.min_accumulation))[..., 0].cpu().numpy()
+
+
+def metres_per_unit(pipeline: Any, by_hand: float | None) -> tuple[float, str]:
+    """Metres per scene unit, and who says so: "by hand", "capture" or "prior".
+
+    Raises:
+        InputError: nobody says so.
+    """
+    if by_hand is not None:
+        return by_hand, "by hand"
+    known = pipeline.datamanager.train_dataset.metadata.get("scene_units_per_metre")
+    if known is not None:
+        return 1.0 / float(known), "capture"
+    scale = float(pipeline.model.metric_scale)
+    if not np.isfinite(scale):
+        raise InputError("nothing says how many metres a scene unit of this run is: give --metres-per-unit.")
+    return scale, "prior"
+
+
+def millimetres(z: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:
+    """Metres to whole millimetres; 0 where z is 0, not finite or more than 16 bits hold."""
+    rounded = np.rint(np.nan_to_num(z.astype(np.float64), nan=0.0, posinf=np.inf) * 1000.0)
+    return np.where((rounded > 0) & (rounded <= MAX_MILLIMETRES), rounded, 0).astype(np.uint16)
+
+
+def write_depth(folder: Path, name: str, z: Float[np.ndarray, "h w"]) -> int:
+    """Write the PNG and the NPY of one image; gives the number of pixels too far away for the PNG."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{name}.npy", z.astype(np.float32))
+    stored = millimetres(z)
+    Image.fromarray(stored).save(folder / f"{name}.png")
+    return int(((stored == 0) & (z > 0.001)).sum())
+
+
+def frame_of(camera: "Cameras", name: str, scale: float) -> dict[str, Any]:
+    """A frame of `transforms.json`: OpenGL camera-to-world with the position in metres, intrinsics in pixels."""
+    pose = np.vstack([camera.camera_to_worlds[0].cpu().numpy(), [0.0, 0.0, 0.0, 1.0]])
+    pose[:3, 3] *= scale
+    frame: dict[str, Any] = {
+        "depth_file_path": f"depth/{name}.png",
+        "depth_npy_path": f"depth/{name}.npy",
+        "transform_matrix": pose.tolist(),
+        "fl_x": float(camera.fx[0]),
+        "fl_y": float(camera.fy[0]),
+        "cx": float(camera.cx[0]),
+        "cy": float(camera.cy[0]),
+        "w": int(camera.width[0]),
+        "h": int(camera.height[0]),
+    }
+    if camera.distortion_params is not None:
+        frame |= dict(zip(_DISTORTION, map(float, camera.distortion_params[0])))
+    return frame
+
+
+def write_transforms(folder: Path, frames: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write `transforms.json`; depth is in millimetres there, as nerfstudio expects by default."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"camera_model": "OPENCV", "depth_unit_scale_factor": 1e-3} | about | {"frames": frames}
+    (folder / "transforms.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. Mistakes in what the user gives end with a message and exit status 2, without a traceback."""
+    import tyro
+
+    try:
+        tyro.cli(ExportDepthConfig, args=args, prog="diffusionerf-export-depth").main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
