@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
@@ -16,7 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import patches, sparse
+from diffusionerf_ns import patches, stereo
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 
@@ -41,8 +43,8 @@ class PatchBatch:
 
 
 @dataclass(frozen=True)
-class SparseBatch:
-    """Rays of a bundle that meet triangulated points."""
+class StereoBatch:
+    """Rays of a bundle whose depth stereo knows."""
 
     rays: slice
     """Where in the bundle they are."""
@@ -74,9 +76,9 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     max_rotation: float = 0.1 * math.pi
     """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
 
-    sparse_rays_per_batch: int = 64
-    """Rays per step through features of the training images that could be triangulated, for the model's sparse depth
-    term and its scale; 0 leaves the matching of features out. Not in the paper."""
+    stereo_rays_per_batch: int = 128
+    """Rays per step through pixels of the training images whose depth is known from stereo, for the stereo depth term; 0
+    leaves stereo out, and with it what it tells of the scene's bounds and scale. Not in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,46 +110,58 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     ) -> None:
         show_input_errors_plainly()
         self._request: Callable[[], PatchRequest | None] = lambda: None
-        self._sparse_wanted: Callable[[], bool] = lambda: False
+        self._stereo_wanted: Callable[[], bool] = lambda: False
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
-        self._sparse: sparse.SparsePoints | None = None
-        if test_mode == "val" and config.sparse_rays_per_batch > 0 and len(self.train_dataset) > 1:
-            self._triangulate()
+        self._matched: stereo.MatchedDepth | None = None
+        if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
+            self._match_images()
 
     @property
     def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Data set class, also when the data parser is nerfstudio's own."""
         return FewViewDataset
 
-    def _triangulate(self) -> None:
-        """Match features of the training images; keep the points, and tell the model how deep the scene lies."""
+    def _match_images(self) -> None:
+        """Match the training images; keep the depth that is found, and tell the model where the scene lies."""
+        cameras = self.train_dataset.cameras
+        if not bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all()):
+            CONSOLE.print("[yellow]Stereo is left out: it is made for perspective cameras.")
+            return
+        started = time.perf_counter()
         images = [self.train_dataset.get_numpy_image(i)[..., :3] for i in range(len(self.train_dataset))]
-        points = sparse.triangulate(self.train_dataset.cameras, images)
-        if len(points) < sparse.MIN_POINTS:
+        matched = stereo.match(cameras, images)
+        seconds = time.perf_counter() - started
+        if len(matched) == 0:
             CONSOLE.print(
-                f"[yellow]Only {len(points)} features of the training images could be triangulated (at least "
-                f"{sparse.MIN_POINTS} are needed): training goes on without them."
+                "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap or texture may "
+                "be the reason): training goes on without it."
             )
             return
-        near, far, median_disparity = sparse.depth_statistics(points)
+        near, far = matched.near_far()
         CONSOLE.print(
-            f"{len(points)} triangulated features, at depths of {near:.3g} to {far:.3g} scene units "
-            f"(median {1 / median_disparity:.3g})."
+            f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, in "
+            f"{seconds:.1f} s."
         )
-        self._sparse = points
-        self._sparse_rays = sparse.rays_of(points, self.train_dataset.cameras)
-        self.train_dataset.metadata["sparse"] = {"near": near, "far": far, "median_disparity": median_disparity}
+        self._matched = matched
+        centre, radius = matched.content_cube(cameras)
+        self.train_dataset.metadata["stereo"] = {
+            "near": near,
+            "far": far,
+            "median_disparity": matched.median_disparity(),
+            "centre": centre,
+            "radius": radius,
+        }
 
-    def set_ray_wishes(self, patches: Callable[[], PatchRequest | None], sparse: Callable[[], bool]) -> None:
+    def set_ray_wishes(self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], bool]) -> None:
         """Say what the next steps shall bring beside pixel rays; both are called once a step.
 
         Args:
             patches: which patches; None for none.
-            sparse: whether rays through triangulated features are wanted.
+            stereo: whether rays whose depth stereo knows are wanted.
         """
-        self._request, self._sparse_wanted = patches, sparse
+        self._request, self._stereo_wanted = patches, stereo
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -157,7 +171,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         pipeline, trainer = attributes.pipeline, attributes.trainer
         if pipeline is not None:
             model: Any = pipeline.model
-            self.set_ray_wishes(model.patch_request, model.sparse_wanted)
+            self.set_ray_wishes(model.patch_request, model.stereo_wanted)
             if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
                 # Now, not at the first patch of an image, which may come late.
                 patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
@@ -174,12 +188,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """
         rays, batch = super().next_train(step)
         bundles = [rays]
-        if self._sparse is not None and self._sparse_wanted():
-            chosen = torch.randint(len(self._sparse_rays.distance), (self.config.sparse_rays_per_batch,))
-            bundles.append(self._sparse_rays.bundle[chosen].to(self.device))
-            batch["sparse"] = SparseBatch(
-                slice(len(rays), len(rays) + len(chosen)), self._sparse_rays.distance[chosen].to(self.device)
-            )
+        if self._matched is not None and self._stereo_wanted():
+            chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch,))
+            bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
+            bundles.append(bundle)
+            batch["stereo"] = StereoBatch(slice(len(rays), len(rays) + len(chosen)), distance)
         request = self._request()
         if request is None or request.count == 0:
             return (rays if len(bundles) == 1 else patches.concatenate_rays(bundles)), batch

@@ -8,8 +8,8 @@ Notation
     corner  one of the 8 grid points around x, with its entry's row and its trilinear weight
 
 nerfstudio's version gathers the 8 corners one by one in 64-bit integers and differentiates every product of the
-interpolation. Here one `embedding_bag` sums the weighted corners, hashes are 32 bits wide (only their low bits are used),
-and the backward pass adds into the table alone.
+interpolation. Here one `embedding_bag` sums the weighted corners, hashes are 32 bits wide (only their low bits are
+used), and the backward pass adds into the table alone.
 """
 
 from types import MethodType
@@ -21,7 +21,7 @@ from nerfstudio.field_components.encodings import HashEncoding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The primes of Instant-NGP (Mueller et al. 2022, eq. 4); the first is 1. As signed 32-bit integers, whose products wrap.
+# The primes of Instant-NGP (Mueller et al. 2022, eq. 4); the first is 1. As signed 32-bit integers: products wrap.
 PRIME_Y = 2654435761 - 2**32
 PRIME_Z = 805459861
 

@@ -3,7 +3,7 @@
 Start reading at `get_loss_dict`. The maths is in `regularizers`, the shape of the schedules in `schedules`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from unittest import mock
@@ -23,9 +23,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
-from diffusionerf_ns import inspection, metrics, regularizers, schedules
+from diffusionerf_ns import backbone, inspection, metrics, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
-from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, SparseBatch
+from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
@@ -69,6 +69,11 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Factor of the prior's weight at the end of the run, where it is faded."""
     patches_per_step: int = 1
     """Patches a step. The paper's value."""
+    patch_every: int = 1
+    """Steps from one with patches to the next; the weight is multiplied by it. 1 in the paper."""
+    patch_size: int | None = None
+    """Side of a patch in pixels, a multiple of 8 up to the prior's; None takes the prior's. Half the side is a quarter
+    of the rays, and in the paper's ablation 24 is as good as 48."""
     tau_start: float = 0.1
     """Noise level of the prior at the start. The paper's value."""
     tau_end: float = 0.0
@@ -101,14 +106,26 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     distortion_loss_mult: float = 0.0
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
-    sparse_depth_weight: float = 0.1
-    """Weight of the relative depth error at triangulated features of the training images. Not in the paper."""
+    stereo_depth_weight: float = 0.1
+    """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper."""
 
     # Where the rays begin and end
     near_margin: float = 0.75
     """Where the scene's near bound is known, rays begin at this times it; else at `near_plane`."""
     far_margin: float = 1.25
     """Where the scene's far bound is known, rays end at this times it; else at `far_plane`."""
+
+    # Changes to the backbone, none of them in the paper
+    center_grid: bool = True
+    """Put the uncontracted part of the hash grid where stereo finds the scene, not where the cameras are."""
+    grid_margin: float = 1.0
+    """Half side of that part, as a multiple of what holds most of the scene."""
+    levels_start: float = 1.0
+    """Share of the hash levels that are switched on at the start; 1 switches coarse-to-fine off."""
+    levels_until: float = 0.5
+    """Fraction of the run at which all hash levels are switched on."""
+    view_degrees: int = 4
+    """Degrees of spherical harmonics through which colour depends on the view, 1 (not at all) to 4 (nerfacto's)."""
 
     # Deviations of the backbone from nerfacto's defaults
     camera_optimizer: CameraOptimizerConfig = field(default_factory=lambda: CameraOptimizerConfig(mode="off"))
@@ -131,17 +148,16 @@ class DiffusioNeRFModel(NerfactoModel):
         # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
         with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
             super().populate_modules()
-        if not self.config.predict_normals:
-            speed_up_hash_grids(self)
+        self._adapt_backbone()
         metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
         self.metadata = metadata
         self.protocol: metrics.ProtocolName = metadata.get("protocol", "nerfstudio")
         self._lpips: LpipsNetworks | None = None
         self.image_metrics: list[dict[str, float]] = []
-        found: dict[str, float] = metadata.get("sparse") or {}
+        found: dict[str, float] = metadata.get("stereo") or {}
         near, far = metadata.get("near"), metadata.get("far")
         if near is None and found:
-            # Features lie on surfaces, not in front of the nearest one: leave as much room again before the first.
+            # Not all surfaces can be matched: leave as much room again in front of the nearest match.
             near = 0.5 * found["near"] / self.config.near_margin
         self.collider = BoundsCollider(
             self.config.near_plane if near is None else self.config.near_margin * near,
@@ -156,6 +172,20 @@ class DiffusioNeRFModel(NerfactoModel):
         self.verdict_tau = self.config.tau_start
         self.inspection_panel = InspectionPanel(self)
 
+    def _adapt_backbone(self) -> None:
+        """Changes to nerfacto's fields; see `backbone`."""
+        c = self.config
+        found: dict[str, Any] = (self.kwargs.get("metadata") or {}).get("stereo") or {}
+        if c.center_grid and not c.disable_scene_contraction:
+            contraction = backbone.ContentContraction(
+                found.get("centre", (0.0, 0.0, 0.0)), found.get("radius", 1.0) * c.grid_margin
+            )
+            backbone.use_contraction([self.field, *self.proposal_networks], contraction)
+        backbone.limit_view_dependence(self.field, c.view_degrees)
+        self.level_mask = backbone.insert_level_mask(self.field, c, c.implementation)
+        if not c.predict_normals:
+            speed_up_hash_grids(self)
+
     def _choose_implementation(self) -> None:
         """tinycudann where it imports and the device is CUDA, else torch; the change is said in one line."""
         on_cuda = torch.device(self.kwargs.get("device", "cpu")).type == "cuda"
@@ -166,19 +196,19 @@ class DiffusioNeRFModel(NerfactoModel):
 
     # The prior
 
-    def _first_metric_scale(self, near: float | None, far: float | None, sparse: dict[str, float]) -> float:
+    def _first_metric_scale(self, near: float | None, far: float | None, found: dict[str, float]) -> float:
         """Metres per scene unit; NaN: not known yet, to be read off the rendered depth or loaded from a checkpoint."""
         if self.config.metric_scale is not None:
             return float(self.config.metric_scale)
-        if not sparse and (near is None or far is None):
+        if not found and (near is None or far is None):
             return float("nan")
         try:
             spec = self._prior_spec()
         except InputError:
             # Evaluating and rendering do without a prior. Training loads it before the first step, and stops there.
             return float("nan")
-        if sparse:
-            return metric_scale_from_disparity(sparse["median_disparity"], spec)
+        if found:
+            return metric_scale_from_disparity(found["median_disparity"], spec)
         assert near is not None
         assert far is not None
         return metric_scale_from_bounds(near, far, spec)
@@ -206,7 +236,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if c.score_weight == 0.0 or schedules.fraction(self.step, self.total_steps) < c.score_start:
             return 0.0
         fade = schedules.fade_out(self.step, self.total_steps, start=c.score_fade_start, end=1.0, final=c.score_final)
-        return c.score_weight * fade
+        return c.score_weight * c.patch_every * fade
 
     @property
     def tau(self) -> float:
@@ -216,17 +246,36 @@ class DiffusioNeRFModel(NerfactoModel):
             return c.tau_fixed
         return schedules.tau(self.step, self.total_steps, start=c.tau_start, end=c.tau_end, until=c.tau_until)
 
+    @property
+    def active_levels(self) -> float:
+        """Hash levels that are switched on at this step, not whole while one is fading in."""
+        c = self.config
+        x = schedules.fraction(self.step, self.total_steps)
+        return schedules.linear(x, 0.0, c.levels_until, c.levels_start * c.num_levels, c.num_levels)
+
     def patch_request(self) -> PatchRequest | None:
         """Which patches the next step needs; None while the prior is off."""
         if self.score_factor == 0.0:
             return None
-        if bool(self.metric_scale.isnan()):
+        if self.step % self.config.patch_every != 0 or bool(self.metric_scale.isnan()):
             return None
-        return PatchRequest(self.prior.spec, self.config.patches_per_step, float(self.metric_scale))
+        return PatchRequest(self.patch_spec(), self.config.patches_per_step, float(self.metric_scale))
 
-    def sparse_wanted(self) -> bool:
-        """Whether the next step needs rays through triangulated features."""
-        return self.config.sparse_depth_weight > 0.0
+    def patch_spec(self) -> rgbd.RgbdSpec:
+        """The prior's, with the size of patches that the configuration asks for."""
+        spec, size = self.prior.spec, self.config.patch_size
+        if size is None:
+            return spec
+        if size > spec.patch_size:
+            raise InputError(
+                f"--pipeline.model.patch-size {size} is larger than the patches that the prior {self.prior.name!r} was "
+                f"trained on ({spec.patch_size}): give at most that."
+            )
+        return replace(spec, patch_size=size)
+
+    def stereo_wanted(self) -> bool:
+        """Whether the next step needs rays whose depth stereo knows."""
+        return self.config.stereo_depth_weight > 0.0
 
     # Evaluation
 
@@ -301,9 +350,10 @@ class DiffusioNeRFModel(NerfactoModel):
 
         def set_step(step: int) -> None:
             self.step = step
+            self.level_mask.set_active(self.active_levels)
 
         if self.config.score_weight != 0.0:
-            self.prior  # noqa: B018  a bad prior shall be found before the first step
+            self.patch_spec()  # a bad prior shall be found before the first step
         return [
             *super().get_training_callbacks(training_callback_attributes),
             TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], set_step, update_every_num_iters=1),
@@ -354,12 +404,12 @@ class DiffusioNeRFModel(NerfactoModel):
                 outputs["weights_list"], outputs["ray_samples_list"]
             )
             losses.update(self._geometric_losses(outputs, count, log))
-            sparse: SparseBatch | None = batch.get("sparse")
-            if sparse is not None:
-                log["sparse_depth"] = regularizers.relative_depth(
-                    outputs["expected_depth"][sparse.rays, 0], sparse.distance
+            stereo: StereoBatch | None = batch.get("stereo")
+            if stereo is not None:
+                log["stereo_depth"] = regularizers.relative_depth(
+                    outputs["expected_depth"][stereo.rays, 0], stereo.distance
                 )
-                losses["sparse_depth_loss"] = self.config.sparse_depth_weight * log["sparse_depth"]
+                losses["stereo_depth_loss"] = self.config.stereo_depth_weight * log["stereo_depth"]
             patches: PatchBatch | None = batch.get("patches")
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)

@@ -44,7 +44,7 @@ TERMS = {
     "frustum_weight": "Frustum",
     "foreground_weight": "Foreground",
     "distortion_weight": "Distortion",
-    "sparse_depth_weight": "Sparse depth",
+    "stereo_depth_weight": "Stereo depth",
 }
 
 

@@ -98,18 +98,12 @@ def run(
     """
     report = on_progress or (lambda *_: None)
     digest = config_hash(config)
-    seed_everything(config.machine.seed)
-    _quieten(config)
     description = describe(config)
     device = config.machine.device_type
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = _Clock(device)
-    trainer = RecordingTrainer(config, lambda step: report("train", step, config.max_num_iterations))
-    config.save_config()
-    # nerfacto would fetch LPIPS weights when it is built; `metrics` makes LPIPS when it is wanted.
-    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
-        trainer.setup(test_mode="val")
+    trainer = make_trainer(config, lambda step: report("train", step, config.max_num_iterations))
     clock.lap("setup")
     trainer.train()
     clock.lap("train")
@@ -152,7 +146,7 @@ def make_trainer(config: "TrainerConfig", on_step: Callable[[int], None] = lambd
     config.save_config()
     # nerfacto would fetch LPIPS weights when it is built; `metrics` makes LPIPS when it is wanted.
     with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
-        trainer.setup(test_mode="test")
+        trainer.setup(test_mode="val")
     return trainer
 
 

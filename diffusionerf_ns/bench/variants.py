@@ -17,7 +17,7 @@ NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,
     "pipeline.model.distortion_weight": 0.0,
-    "pipeline.model.sparse_depth_weight": 0.0,
+    "pipeline.model.stereo_depth_weight": 0.0,
 }
 
 

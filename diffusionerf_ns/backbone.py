@@ -1,0 +1,124 @@
+"""What few views change in nerfacto's fields: where the grid lies, when its fine levels join, and how far colour may
+depend on the view.
+
+Notation
+    c, r    centre and half side of the cube that holds the scene's content     scene units
+    a       number of hash levels switched on, not whole while one is fading in
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from nerfstudio.field_components.encodings import HashEncoding
+from nerfstudio.field_components.mlp import MLP
+from nerfstudio.field_components.spatial_distortions import SceneContraction
+from nerfstudio.fields.base_field import Field
+from nerfstudio.fields.nerfacto_field import NerfactoField
+from torch import Tensor, nn
+
+
+class ContentContraction(SceneContraction):
+    """mip-NeRF 360's contraction (L-infinity) of (x - c) / r instead of x.
+
+    nerfstudio scales a scene by its cameras. In a forward-facing capture the cameras are close together and all content
+    lies several scene units away, where the contraction leaves it a few percent of the grid. Here the uncontracted cube
+    is where the content is.
+
+    Args:
+        centre: c; the origin keeps nerfstudio's own.
+        radius: r; 1 keeps nerfstudio's own.
+    """
+
+    centre: Float[Tensor, "3"]
+    radius: Float[Tensor, ""]
+
+    def __init__(self, centre: tuple[float, float, float] = (0.0, 0.0, 0.0), radius: float = 1.0) -> None:
+        super().__init__(order=float("inf"))
+        # In checkpoints: they come from the training images, which rendering a finished run need not load.
+        self.register_buffer("centre", torch.tensor(centre, dtype=torch.float32))
+        self.register_buffer("radius", torch.tensor(radius, dtype=torch.float32))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Positions in scene units -> (-2, 2) on each axis."""
+        return super().forward((positions - self.centre) / self.radius)
+
+
+class LevelMask(nn.Module):
+    """Multiplies the features of hash level l (from 0) by min(max(a - l, 0), 1).
+
+    Coarse to fine: with few views the fine levels can explain the images without any geometry (FreeNeRF, Yang et al.
+    2023, does the same to the frequencies of a positional encoding).
+
+    Args:
+        levels: number of levels.
+        features: features per level.
+    """
+
+    weights: Float[Tensor, " features"]
+
+    def __init__(self, levels: int, features: int) -> None:
+        super().__init__()
+        self.levels, self.features = levels, features
+        # In checkpoints: a run that is rendered half way must be rendered with the levels that it had.
+        self.register_buffer("weights", torch.ones(levels * features))
+
+    @torch.no_grad()
+    def set_active(self, active: float) -> None:
+        """Switch on the first ``active`` levels."""
+        level = torch.arange(self.levels, device=self.weights.device)
+        self.weights.copy_((active - level).clamp(0.0, 1.0).repeat_interleave(self.features))
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """Features of all levels, masked."""
+        return x * self.weights.to(x.dtype)
+
+
+def insert_level_mask(field: NerfactoField, config: Any, implementation: str) -> LevelMask:
+    """Rebuild the density network of nerfacto's field as hash grid, mask, MLP, and return the mask.
+
+    Args:
+        field: its `mlp_base` is replaced.
+        config: a `NerfactoModelConfig`, for the sizes.
+        implementation: "tcnn" or "torch"; as two modules, tinycudann's encoding and network work the same.
+    """
+    grid = HashEncoding(
+        num_levels=config.num_levels,
+        min_res=config.base_res,
+        max_res=config.max_res,
+        log2_hashmap_size=config.log2_hashmap_size,
+        features_per_level=config.features_per_level,
+        implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+    mask = LevelMask(config.num_levels, config.features_per_level)
+    network = MLP(
+        in_dim=grid.get_out_dim(),
+        num_layers=2,
+        layer_width=config.hidden_dim,
+        out_dim=1 + field.geo_feat_dim,
+        activation=nn.ReLU(),
+        out_activation=None,
+        implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+    field.mlp_base = nn.Sequential(grid, mask, network)
+    return mask
+
+
+def limit_view_dependence(field: NerfactoField, degrees: int) -> None:
+    """Let colour depend on the view only through spherical harmonics of fewer than ``degrees`` degrees (at most 4).
+
+    With few views, colour that depends freely on the view lets each view explain itself on any geometry.
+    """
+    keep = degrees**2
+
+    def drop(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[..., :keep], torch.zeros_like(output[..., keep:])], dim=-1)
+
+    if degrees < 4:
+        field.direction_encoding.register_forward_hook(drop)
+
+
+def use_contraction(fields: list[Field], contraction: ContentContraction) -> None:
+    """Give fields a contraction in place of their own."""
+    for field in fields:
+        field.spatial_distortion = contraction  # pyright: ignore[reportArgumentType]

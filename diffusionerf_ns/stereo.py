@@ -1,0 +1,224 @@
+"""Depth of the training images by plane-sweep stereo, kept only where several views agree.
+
+Few views can be matched densely: every pixel of a view is tried at a number of depths, and the depth at which the other
+views look most alike wins (Collins 1996; Yang and Pollefeys 2003). It answers where there is texture and is silent
+elsewhere, which is where a prior of plausible surfaces is needed.
+
+Notation
+    z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
+    zncc    zero-mean normalised cross-correlation of 7 x 7 windows, in [-1, 1]
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
+from torch import Tensor
+from torch.nn import functional as F
+
+COARSE_WIDTH, COARSE_PLANES = 160, 64  # pixels, depths: the sweep that finds where the scene lies
+WIDTH, PLANES = 256, 96  # pixels, depths: the sweep whose depth is used
+NEIGHBOURS = 4  # views that a view is matched with, the nearest ones: work stays linear in the number of views
+MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
+WINDOW = 7  # pixels
+MIN_ZNCC = 0.7  # of the winning depth
+MARGIN = 0.05  # by which the winner must beat all depths that are not its neighbours
+TOLERANCE = 0.03  # relative difference of depth up to which two views agree
+MIN_DEVIATION = 0.01  # of grey values in a window, in [0, 1]: with less there is nothing to match
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera and its grey image at the working size, lens distortion left out."""
+
+    grey: Float[Tensor, "1 1 h w"]
+    focal: Float[Tensor, "2"]
+    centre: Float[Tensor, "2"]
+    rotation: Float[Tensor, "3 3"]
+    position: Float[Tensor, "3"]
+
+    def directions(self) -> Float[Tensor, "h w 3"]:
+        """World directions of all pixels with planar depth 1."""
+        height, width = self.grey.shape[-2:]
+        v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        x, y = (u - self.centre[0]) / self.focal[0], (v - self.centre[1]) / self.focal[1]
+        return torch.stack([x, -y, -torch.ones_like(x)], dim=-1) @ self.rotation.T
+
+    def project(self, points: Float[Tensor, "*batch 3"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
+        """Position for `grid_sample` and planar depth of world points."""
+        local = (points - self.position) @ self.rotation
+        z = -local[..., 2]
+        slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-6)[..., None]
+        size = torch.tensor([self.grey.shape[-1], self.grey.shape[-2]], dtype=torch.float32)
+        grid = 2.0 * (slope * self.focal + self.centre) / size - 1.0
+        return torch.where((z > 1e-6)[..., None], grid, torch.full_like(grid, 2.0)), z
+
+
+@dataclass(frozen=True)
+class MatchedDepth:
+    """Pixels of the training images whose depth several views agree on."""
+
+    view: Int[Tensor, " n"]
+    """Index of the image."""
+    pixel: Float[Tensor, "n 2"]
+    """Continuous (u, v) in the image, the centre of its first pixel at (0.5, 0.5)."""
+    depth: Float[Tensor, " n"]
+    """Planar depth, scene units."""
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+    def near_far(self) -> tuple[float, float]:
+        """Quantiles .02 and .98 of depth, scene units."""
+        near, far = np.quantile(self.depth.numpy(), [0.02, 0.98])
+        return float(near), float(far)
+
+    def median_disparity(self) -> float:
+        """1 / median depth, in 1 / scene units."""
+        return float(1.0 / self.depth.median())
+
+    def rays(self, cameras: Cameras, chosen: Int[Tensor, " k"]) -> tuple[RayBundle, Float[Tensor, " k"]]:
+        """Rays through some of the pixels, and the distance along each to its surface in scene units."""
+        bundle = cameras.generate_rays(
+            camera_indices=self.view[chosen][:, None].to(cameras.device),
+            coords=self.pixel[chosen].flip(-1).to(cameras.device),
+        )
+        bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
+        return bundle, self.depth[chosen].to(cameras.device) * bundle.metadata["directions_norm"][:, 0]
+
+    def content_cube(self, cameras: Cameras, share: float = 0.8) -> tuple[tuple[float, float, float], float]:
+        """Centre and half side, scene units, of the cube about the median point that holds ``share`` of the points."""
+        chosen = torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long()
+        bundle, distance = self.rays(cameras, chosen)
+        points = bundle.origins + bundle.directions * distance[:, None]
+        centre = points.median(dim=0).values
+        radius = (points - centre).abs().amax(dim=1).quantile(share)
+        return (float(centre[0]), float(centre[1]), float(centre[2])), max(float(radius), 1e-6)
+
+
+@torch.no_grad()
+def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> MatchedDepth:
+    """Depth of all training images as far as they tell it, with no bounds given.
+
+    A coarse sweep over all depths that the baseline can tell apart finds where the scene lies; a fine one sweeps there.
+
+    Args:
+        cameras: of the images, perspective, in scene units.
+        images: RGB.
+    """
+    centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
+    distance = torch.cdist(centres, centres)
+    baseline = float(distance.max())
+    nothing = MatchedDepth(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
+    if baseline <= 0.0:
+        return nothing
+    nearest = [row.argsort()[1 : NEIGHBOURS + 1].tolist() for row in distance]
+    coarse = [_view(cameras, i, image, COARSE_WIDTH) for i, image in enumerate(images)]
+    found = torch.cat([d[d > 0] for d in agreed_depth(coarse, nearest, 0.5 * baseline, 50.0 * baseline, COARSE_PLANES)])
+    if len(found) < MIN_MATCHES:
+        return nothing
+    near, far = np.quantile(found.numpy(), [0.05, 0.95])
+    fine = [_view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
+    depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), PLANES)
+    parts = []
+    for index, depth in enumerate(depths):
+        v, u = torch.nonzero(depth > 0, as_tuple=True)
+        height, width = images[index].shape[:2]
+        ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
+        pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
+        parts.append((torch.full_like(u, index), pixel, depth[v, u]))
+    matched = MatchedDepth(*(torch.cat(column) for column in zip(*parts)))
+    return matched if len(matched) >= MIN_MATCHES else nothing
+
+
+@torch.no_grad()
+def agreed_depth(
+    views: list[View], nearest: list[list[int]], near: float, far: float, planes: int
+) -> list[Float[Tensor, "_h _w"]]:
+    """Planar depth of each view, 0 where no other view confirms it.
+
+    Args:
+        views: all views.
+        nearest: for each, the others that it is matched with.
+        near, far: range of depth that is swept, scene units.
+        planes: number of depths.
+    """
+    depths = [_sweep(index, views, others, near, far, planes) for index, others in enumerate(nearest)]
+    return [_confirm(index, views, others, depths) for index, others in enumerate(nearest)]
+
+
+def _view(cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], working_width: int) -> View:
+    grey = torch.from_numpy(image).float().mean(-1)[None, None] / 255.0
+    height, width = grey.shape[-2:]
+    scale = min(1.0, working_width / width)
+    size = (round(height * scale), round(width * scale))
+    small = F.interpolate(grey, size=size, mode="area") if scale < 1.0 else grey
+    ratio = torch.tensor([size[1] / width, size[0] / height])
+    camera = cameras[index].to("cpu")
+    pose = camera.camera_to_worlds.reshape(3, 4).float()
+    return View(
+        small,
+        torch.tensor([float(camera.fx), float(camera.fy)]) * ratio,
+        torch.tensor([float(camera.cx), float(camera.cy)]) * ratio,
+        pose[:, :3],
+        pose[:, 3],
+    )
+
+
+def _blur(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, WINDOW, stride=1, padding=WINDOW // 2, count_include_pad=False)
+
+
+def _sweep(
+    index: int, views: list[View], others: list[int], near: float, far: float, planes: int
+) -> Float[Tensor, "h w"]:
+    """Winning depth of one view, 0 where no depth stands out."""
+    reference = views[index]
+    directions = reference.directions()
+    mean = _blur(reference.grey)
+    variance = (_blur(reference.grey.square()) - mean.square()).clamp_min(1e-6)
+    disparity = torch.linspace(1.0 / near, 1.0 / far, planes)
+    scores = []
+    for d in disparity:
+        points = reference.position + directions / d
+        best = torch.full_like(mean, -1.0)
+        for view in (views[other] for other in others):
+            grid, _ = view.project(points)
+            warped = F.grid_sample(view.grey, grid[None], align_corners=False)
+            inside = (grid.abs() < 1.0).all(-1)[None, None]
+            m = _blur(warped)
+            var = (_blur(warped.square()) - m.square()).clamp_min(1e-6)
+            zncc = (_blur(reference.grey * warped) - mean * m) / (variance * var).sqrt()
+            # The best view, not the mean: with wide baselines many points are hidden in one of the others.
+            best = torch.maximum(best, torch.where(inside, zncc, torch.full_like(zncc, -1.0)))
+        scores.append(best[0, 0])
+    score = torch.stack(scores)
+    top, winner = score.max(dim=0)
+    neighbours = (torch.arange(planes)[:, None, None] - winner).abs() <= 3
+    rival = score.masked_fill(neighbours, -1.0).max(dim=0).values
+    sure = (top > MIN_ZNCC) & (top - rival > MARGIN) & (variance[0, 0].sqrt() > MIN_DEVIATION)
+    sure &= (winner > 0) & (winner < planes - 1)
+    refined = disparity[0] + (disparity[1] - disparity[0]) * (winner + _parabola(score, winner))
+    return torch.where(sure, 1.0 / refined, torch.zeros_like(refined))
+
+
+def _parabola(score: Float[Tensor, "planes h w"], winner: Tensor) -> Float[Tensor, "h w"]:
+    """Offset in planes of the peak of the parabola through the winner and its neighbours, in [-0.5, 0.5]."""
+    last = score.shape[0] - 1
+    below, at, above = (score.gather(0, (winner + k).clamp(0, last)[None])[0] for k in (-1, 0, 1))
+    return (0.5 * (below - above) / (below - 2.0 * at + above).clamp_max(-1e-6)).clamp(-0.5, 0.5)
+
+
+def _confirm(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Float[Tensor, "h w"]:
+    """Keep a depth where some other view found the same surface."""
+    reference, depth = views[index], depths[index]
+    points = reference.position + reference.directions() * depth[..., None]
+    agreed = torch.zeros_like(depth, dtype=torch.bool)
+    for other in others:
+        grid, z = views[other].project(points)
+        seen = F.grid_sample(depths[other][None, None], grid[None], mode="nearest", align_corners=False)[0, 0]
+        agreed |= (seen > 0) & ((seen - z).abs() < TOLERANCE * z)
+    return torch.where(agreed & (depth > 0), depth, torch.zeros_like(depth))
