@@ -84,8 +84,8 @@ class EvalConfig:
     """Focal length of the patches in pixels; by default the nominal one of the first prior, the scale a NeRF uses."""
     num_samples: int = 64
     """Unconditional samples for the comparison with data; 0 leaves it out."""
-    num_inference_steps: int = 50
-    """DDIM steps of a sample."""
+    num_inference_steps: int = 100
+    """DDPM steps of a sample."""
     batch_size: int = 32
     """Patches at a time."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -228,8 +228,14 @@ def compare_samples(
     )
     samples = torch.cat(
         [
-            draw_samples(network, scheduler, part.to(device), steps=config.num_inference_steps).cpu()
-            for part in noise.split(config.batch_size)
+            draw_samples(
+                network,
+                scheduler,
+                part.to(device),
+                steps=config.num_inference_steps,
+                generator=torch.Generator(device).manual_seed(config.seed + index),
+            ).cpu()
+            for index, part in enumerate(noise.split(config.batch_size))
         ]
     )
     drawn_as = PatchConfig(

@@ -23,8 +23,8 @@ def draw_samples(
     scheduler: "DDPMScheduler",
     noise: Float[Tensor, "n 4 h w"],
     *,
-    sampler: SamplerName = "ddim",
-    steps: int = 50,
+    sampler: SamplerName = "ddpm",
+    steps: int = 100,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "n 4 h w"]:
     """Patches drawn from a prior, starting from unit noise.
@@ -33,18 +33,19 @@ def draw_samples(
         denoise: (x_t, t [n]) -> noise.
         scheduler: noise schedule of the prior.
         noise: start, standard normal.
-        sampler: "ddim" (deterministic) or "ddpm" (ancestral).
+        sampler: "ddpm" (ancestral: the noise added on the way corrects earlier errors, which small networks need) or
+            "ddim" (deterministic).
         steps: number of network evaluations.
         generator: source of the noise that DDPM adds.
     """
     if sampler == "ddim":
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        stepper: Any = DDIMScheduler.from_config(scheduler.config)
+        stepper: Any = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     else:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        stepper = DDPMScheduler.from_config(scheduler.config)
+        stepper = DDPMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     stepper.set_timesteps(steps)
     x = noise
     for t in stepper.timesteps:
@@ -74,9 +75,9 @@ class SampleConfig:
     """Picture to write."""
     num_samples: int = 32
     """Number of patches."""
-    sampler: SamplerName = "ddim"
-    """DDIM (deterministic) or DDPM (ancestral)."""
-    num_inference_steps: int = 50
+    sampler: SamplerName = "ddpm"
+    """DDPM (ancestral) or DDIM (deterministic)."""
+    num_inference_steps: int = 100
     """Network evaluations per patch."""
     seed: int = 0
     """Seed of the noise."""

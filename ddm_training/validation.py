@@ -117,7 +117,14 @@ class Validation:
         if count:
             generator = torch.Generator().manual_seed(self.config.seed)
             noise = torch.randn(count, *self.x.shape[1:], generator=generator).to(self.device)
-            sheet = patch_sheet(draw_samples(model, self.scheduler, noise, steps=25), columns=min(count, 8))
+            drawn = draw_samples(
+                model,
+                self.scheduler,
+                noise,
+                steps=50,
+                generator=torch.Generator(self.device).manual_seed(self.config.seed),
+            )
+            sheet = patch_sheet(drawn, columns=min(count, 8))
         measured = {
             "val_loss": sum(level["all"] for level in losses.values()) / len(losses),
             "val": losses,

@@ -19,7 +19,16 @@ from ddm_training.frames import SceneWriter
 from ddm_training.progress import truncate_log
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.train import TrainConfig, train
-from ddm_training.unet import Preset, add_noise, load_scheduler, load_unet, make_scheduler, make_unet, predict_clean
+from ddm_training.unet import (
+    NoisePredictor,
+    Preset,
+    add_noise,
+    load_scheduler,
+    load_unet,
+    make_scheduler,
+    make_unet,
+    predict_clean,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -166,6 +175,18 @@ def test_presets_have_the_sizes_that_they_promise(preset: Preset, low: float, hi
     with torch.device("meta"):
         network = make_unet(preset)
     assert low <= sum(p.numel() for p in network.parameters()) <= high
+
+
+def test_bf16_does_not_round_the_input_of_the_network():
+    """The first convolution is the same to the bit under autocast; the output is fp32."""
+    network = NoisePredictor(make_unet("prototype", patch_size=16), bf16=True)
+    x, t = torch.rand(1, 4, 16, 16), torch.tensor([3])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        first = network.unet.conv_in(x)
+        assert network.unet.conv_out(first).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(first, network.unet.conv_in(x))
+        assert network(x, t).dtype == torch.float32
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
