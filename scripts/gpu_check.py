@@ -109,7 +109,7 @@ class Checks:
         expected = losses_and_gradients(reference.pipeline.model, bundle, batch)
         seconds = time.perf_counter() - start
         bundle = bundle.to(torch.device(self.device))
-        found = losses_and_gradients(other.pipeline.model, bundle, batch)
+        found = losses_and_gradients(other.pipeline.model, bundle, to_device(batch, self.device))
         loss_error, gradient_error = compare(expected[0], found[0]), compare(expected[1], found[1])
         worst = max(gradient_error, key=gradient_error.__getitem__)
         return Check(
@@ -208,6 +208,22 @@ def losses_and_gradients(model: Any, bundle: Any, batch: dict[str, Any]) -> tupl
     torch.stack(list(losses.values())).sum().backward()
     gradients = {n: p.grad.detach().cpu() for n, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach().cpu() for name, value in losses.items()}, gradients
+
+
+def to_device(value: Any, device: str) -> Any:
+    """The same data with every tensor in it on ``device``."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: to_device(v, device) for name, v in value.items()}
+    if isinstance(value, list):
+        return [to_device(v, device) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: to_device(getattr(value, name), device) for name in names})
+    return value
 
 
 def relative_error(expected: Any, found: Any) -> float:

@@ -480,7 +480,7 @@ def test_plots_are_drawn_for_every_scene_and_data_set(tmp_path: Path) -> None:
 # The real commands
 
 
-def bench(*args: str, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+def bench(*args: str, timeout: float = 1800) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "diffusionerf_ns.bench.cli", *args]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 

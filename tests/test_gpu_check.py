@@ -1,6 +1,7 @@
 """The GPU check: what it says without CUDA, and that its comparison finds what differs (with the CPU on both sides)."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,9 @@ def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, 
     )
     checks = gpu_check.Checks(config, "cpu", tmp_path)
     lines = [checks.one_step("diffusionerf-tiny"), checks.step_times("diffusionerf-tiny"), *checks.prior()]
-    assert "loss 0.0e+00, gradient 0.0e+00" in lines[0].error
-    assert "(6 terms)" in lines[0].what or "(5 terms)" in lines[0].what
+    # Not zero: with several threads the hash grid's gradients are summed in another order each time.
+    errors = [float(number) for number in re.findall(r"\d\.\de[+-]\d\d", lines[0].error)]
+    assert len(errors) == 2
+    assert max(errors) < 1e-4
+    assert "5 terms" in lines[0].what  # the prior's among them
     assert all(line.passed for line in lines)
