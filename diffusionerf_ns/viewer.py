@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import viser
 import viser.transforms
 from jaxtyping import Float
 from nerfstudio.cameras.rays import RaySamples
@@ -40,6 +41,7 @@ LOG_FILE = "viewer_changes.log"
 STEPS_PER_REFRESH = 5
 """Steps between two refreshes of the panel of the last patch, at most one a second."""
 MAX_TEST_CAMERAS = 50
+OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])
 TERMS = {
     "frustum_weight": "Frustum",
     "foreground_weight": "Foreground",
@@ -125,6 +127,7 @@ class InspectionPanel(ViewerControl):
                 with gui.add_folder("Last patch"):
                     self._patch = gui.add_markdown("No patch yet.")
         self._add_test_cameras()
+        viewer.viser_server.on_client_connect(self._start_at_training_camera)
         self._ready = True
 
     # Changes
@@ -254,6 +257,18 @@ class InspectionPanel(ViewerControl):
         for handle in (choice, *numbers):
             handle.on_update(choose)
 
+    def _start_at_training_camera(self, client: viser.ClientHandle) -> None:
+        """With few views there is little to see from anywhere else."""
+        dataset: Any = getattr(self.viewer.pipeline.datamanager, "train_dataset", None)
+        if dataset is None:
+            return
+        cameras, i = dataset.cameras, len(dataset) // 2
+        pose = cameras.camera_to_worlds[i].cpu().numpy()
+        with client.atomic():
+            client.camera.position = pose[:, 3] * VISER_NERFSTUDIO_SCALE_RATIO
+            client.camera.wxyz = viser.transforms.SO3.from_matrix(pose[:, :3] @ OPENGL_TO_OPENCV).wxyz
+            client.camera.fov = float(2.0 * torch.atan(cameras.cy[i] / cameras.fy[i]))
+
     def _add_test_cameras(self) -> None:
         dataset: Any = getattr(self.viewer.pipeline.datamanager, "eval_dataset", None)
         if dataset is None:
@@ -267,7 +282,7 @@ class InspectionPanel(ViewerControl):
                 aspect=float(cameras.width[i] / cameras.height[i]),
                 scale=0.7 * self.viewer.config.camera_frustum_scale,
                 color=(80, 160, 255),
-                wxyz=viser.transforms.SO3.from_matrix(pose[:, :3] @ np.diag([1.0, -1.0, -1.0])).wxyz,
+                wxyz=viser.transforms.SO3.from_matrix(pose[:, :3] @ OPENGL_TO_OPENCV).wxyz,
                 position=pose[:, 3] * VISER_NERFSTUDIO_SCALE_RATIO,
             )
 
