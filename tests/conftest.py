@@ -9,7 +9,7 @@ import torch
 
 DATA_ROOT = Path(os.environ.get("DIFFUSIONERF_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
