@@ -9,6 +9,7 @@ Notation
     zncc    zero-mean normalised cross-correlation of 7 x 7 windows, in [-1, 1]
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +20,9 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
-COARSE_WIDTH, COARSE_PLANES = 160, 64  # pixels, depths: the sweep that finds where the scene lies
-WIDTH, PLANES = 256, 96  # pixels, depths: the sweep whose depth is used
+COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
+WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
+MAX_PLANES = 128  # depths of a sweep
 NEIGHBOURS = 4  # views that a view is matched with, the nearest ones: work stays linear in the number of views
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
 WINDOW = 7  # pixels
@@ -117,12 +119,13 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
         return nothing
     nearest = [row.argsort()[1 : NEIGHBOURS + 1].tolist() for row in distance]
     coarse = [_view(cameras, i, image, COARSE_WIDTH) for i, image in enumerate(images)]
-    found = torch.cat([d[d > 0] for d in agreed_depth(coarse, nearest, 0.5 * baseline, 50.0 * baseline, COARSE_PLANES)])
+    depths = agreed_depth(coarse, nearest, 0.5 * baseline, 50.0 * baseline, COARSE_STEP)
+    found = torch.cat([d[d > 0] for d in depths])
     if len(found) < MIN_MATCHES:
         return nothing
     near, far = np.quantile(found.numpy(), [0.05, 0.95])
     fine = [_view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
-    depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), PLANES)
+    depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), STEP)
     parts = []
     for index, depth in enumerate(depths):
         v, u = torch.nonzero(depth > 0, as_tuple=True)
@@ -136,7 +139,7 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
 
 @torch.no_grad()
 def agreed_depth(
-    views: list[View], nearest: list[list[int]], near: float, far: float, planes: int
+    views: list[View], nearest: list[list[int]], near: float, far: float, step: float
 ) -> list[Float[Tensor, "_h _w"]]:
     """Planar depth of each view, 0 where no other view confirms it.
 
@@ -144,9 +147,9 @@ def agreed_depth(
         views: all views.
         nearest: for each, the others that it is matched with.
         near, far: range of depth that is swept, scene units.
-        planes: number of depths.
+        step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views.
     """
-    depths = [_sweep(index, views, others, near, far, planes) for index, others in enumerate(nearest)]
+    depths = [_sweep(index, views, others, near, far, step) for index, others in enumerate(nearest)]
     return [_confirm(index, views, others, depths) for index, others in enumerate(nearest)]
 
 
@@ -168,18 +171,25 @@ def _view(cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], worki
     )
 
 
-def _blur(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, WINDOW, stride=1, padding=WINDOW // 2, count_include_pad=False)
+def _blur(x: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 c h w"]:
+    """Mean over the window, rows and columns one after the other; at the border over what there is."""
+    half = WINDOW // 2
+    x = F.avg_pool2d(x, (1, WINDOW), stride=1, padding=(0, half), count_include_pad=False)
+    return F.avg_pool2d(x, (WINDOW, 1), stride=1, padding=(half, 0), count_include_pad=False)
 
 
 def _sweep(
-    index: int, views: list[View], others: list[int], near: float, far: float, planes: int
+    index: int, views: list[View], others: list[int], near: float, far: float, step: float
 ) -> Float[Tensor, "h w"]:
     """Winning depth of one view, 0 where no depth stands out."""
     reference = views[index]
     directions = reference.directions()
     mean = _blur(reference.grey)
     variance = (_blur(reference.grey.square()) - mean.square()).clamp_min(1e-6)
+    baseline = max(float((views[other].position - reference.position).norm()) for other in others)
+    moved = (1.0 / near - 1.0 / far) * baseline * float(reference.focal[0])
+    # More depths than the images can tell apart would make every winner its own neighbours' rival.
+    planes = min(max(math.ceil(moved / step), 8), MAX_PLANES)
     disparity = torch.linspace(1.0 / near, 1.0 / far, planes)
     scores = []
     for d in disparity:
@@ -189,9 +199,9 @@ def _sweep(
             grid, _ = view.project(points)
             warped = F.grid_sample(view.grey, grid[None], align_corners=False)
             inside = (grid.abs() < 1.0).all(-1)[None, None]
-            m = _blur(warped)
-            var = (_blur(warped.square()) - m.square()).clamp_min(1e-6)
-            zncc = (_blur(reference.grey * warped) - mean * m) / (variance * var).sqrt()
+            moments = _blur(torch.cat([warped, warped.square(), reference.grey * warped], dim=1))
+            m, square, product = moments.split(1, dim=1)
+            zncc = (product - mean * m) / (variance * (square - m.square()).clamp_min(1e-6)).sqrt()
             # The best view, not the mean: with wide baselines many points are hidden in one of the others.
             best = torch.maximum(best, torch.where(inside, zncc, torch.full_like(zncc, -1.0)))
         scores.append(best[0, 0])

@@ -1,0 +1,63 @@
+"""The changes to nerfacto's fields do what they say and nothing else."""
+
+import torch
+from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.field_components.spatial_distortions import SceneContraction
+from nerfstudio.fields.nerfacto_field import NerfactoField
+
+from diffusionerf_ns import backbone
+
+
+def test_contraction_is_nerfstudios_for_the_unit_cube() -> None:
+    x = 5.0 * torch.randn(200, 3)
+    torch.testing.assert_close(backbone.ContentContraction()(x), SceneContraction(order=float("inf"))(x))
+
+
+def test_contraction_moves_with_the_content() -> None:
+    contraction = backbone.ContentContraction((1.0, -2.0, 3.0), 4.0)
+    inside = torch.tensor([1.0, -2.0, 3.0]) + 4.0 * (2 * torch.rand(100, 3) - 1)
+    torch.testing.assert_close(contraction(inside), (inside - torch.tensor([1.0, -2.0, 3.0])) / 4.0)
+    assert float(contraction(torch.tensor([[1e6, 0.0, 0.0]])).abs().max()) < 2.0
+
+
+def test_contraction_is_kept_in_the_state_dict() -> None:
+    saved = backbone.ContentContraction((1.0, 2.0, 3.0), 4.0).state_dict()
+    fresh = backbone.ContentContraction()
+    fresh.load_state_dict(saved)
+    x = torch.randn(10, 3)
+    torch.testing.assert_close(fresh(x), backbone.ContentContraction((1.0, 2.0, 3.0), 4.0)(x))
+
+
+def test_level_mask_fades_levels_in_one_after_the_other() -> None:
+    mask = backbone.LevelMask(levels=4, features=2)
+    ones = torch.ones(1, 8)
+    assert torch.equal(mask(ones), ones)
+    mask.set_active(2.25)
+    assert mask(ones)[0].tolist() == [1.0, 1.0, 1.0, 1.0, 0.25, 0.25, 0.0, 0.0]
+    mask.set_active(4.0)
+    assert torch.equal(mask(ones), ones)
+
+
+def make_field() -> NerfactoField:
+    torch.manual_seed(0)
+    return NerfactoField(
+        SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1, 1, 1]])).aabb,
+        num_images=3,
+        num_levels=4,
+        log2_hashmap_size=8,
+        max_res=64,
+        appearance_embedding_dim=0,
+        implementation="torch",
+    )
+
+
+def test_colour_cannot_see_higher_harmonics_than_allowed() -> None:
+    directions = torch.nn.functional.normalize(torch.randn(50, 3), dim=-1)
+    full = make_field().direction_encoding(directions)
+    for degrees in (1, 2, 3):
+        field = make_field()
+        backbone.limit_view_dependence(field, degrees)
+        limited = field.direction_encoding(directions)
+        torch.testing.assert_close(limited[:, : degrees**2], full[:, : degrees**2])
+        assert float(limited[:, degrees**2 :].abs().max()) == 0.0
+        assert float(full[:, degrees**2 :].abs().max()) > 0.1

@@ -1,0 +1,92 @@
+"""Stereo of the training images finds true depth where there is texture, is silent elsewhere, and needs no bounds."""
+
+import numpy as np
+import pytest
+import torch
+from nerfstudio.cameras.cameras import Cameras, CameraType
+
+from diffusionerf_ns import stereo
+
+HEIGHT, WIDTH, FOCAL = 60, 80, 90.0
+
+
+def make_cameras(centres: list[tuple[float, float, float]]) -> Cameras:
+    """Cameras that all look along -z."""
+    poses = torch.eye(3, 4).repeat(len(centres), 1, 1)
+    poses[:, :, 3] = torch.tensor(centres)
+    return Cameras(
+        camera_to_worlds=poses,
+        fx=FOCAL,
+        fy=FOCAL,
+        cx=WIDTH / 2,
+        cy=HEIGHT / 2,
+        width=WIDTH,
+        height=HEIGHT,
+        camera_type=CameraType.PERSPECTIVE,
+    )
+
+
+def texture(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Smooth noise of fixed waves, in [0, 1]."""
+    rng = np.random.default_rng(0)
+    waves = [(rng.normal(size=2) * 7.0, rng.uniform(0, 6.3)) for _ in range(30)]
+    value = sum(np.sin(k[0] * x + k[1] * y + phase) for k, phase in waves)
+    return 0.5 + 0.5 * np.tanh(value / 4.0)
+
+
+def plane_view(centre: tuple[float, float, float], depth: float, slope: float, plain: bool = False) -> tuple:
+    """Image and true planar depth of the plane z = -(depth + slope x)."""
+    v, u = np.meshgrid(np.arange(HEIGHT) + 0.5, np.arange(WIDTH) + 0.5, indexing="ij")
+    x, y = (u - WIDTH / 2) / FOCAL, -(v - HEIGHT / 2) / FOCAL
+    # centre + z (x, y, -1) on the plane: cz - z = -(depth + slope (cx + z x)).
+    z = (centre[2] + depth + slope * centre[0]) / (1.0 - slope * x)
+    grey = texture(centre[0] + z * x, centre[1] + z * y)
+    if plain:
+        grey = np.full_like(grey, 0.5)
+    return (np.repeat(grey[..., None], 3, -1) * 255).astype(np.uint8), z
+
+
+CENTRES = [(-0.4, 0.0, 0.0), (0.0, 0.1, 0.1), (0.4, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize(("depth", "slope"), [(3.0, 0.0), (6.0, 0.0), (4.0, 0.5)])
+def test_depth_of_a_textured_plane_is_found_without_bounds(depth: float, slope: float) -> None:
+    views = [plane_view(c, depth, slope) for c in CENTRES]
+    matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
+    assert len(matched) > 0.3 * 3 * HEIGHT * WIDTH
+    true = torch.tensor(
+        np.array([views[i][1][int(p[1]), int(p[0])] for i, p in zip(matched.view.tolist(), matched.pixel.tolist())])
+    )
+    error = (matched.depth - true).abs() / true
+    assert float(error.median()) < 0.01
+    assert float((error > 0.05).float().mean()) < 0.02
+    near, far = matched.near_far()
+    assert 0.9 * true.min() < near < far < 1.1 * true.max()
+
+
+def test_rays_end_on_the_surface() -> None:
+    views = [plane_view(c, 4.0, 0.0) for c in CENTRES]
+    cameras = make_cameras(CENTRES)
+    matched = stereo.match(cameras, [image for image, _ in views])
+    rays, distance = matched.rays(cameras, torch.arange(0, len(matched), 37))
+    z = (rays.origins + rays.directions * distance[:, None])[:, 2]
+    assert float((z + 4.0).abs().median()) < 0.04
+    centre, radius = matched.content_cube(cameras)
+    assert centre[2] == pytest.approx(-4.0, abs=0.1)
+    assert 0.5 < radius < 3.0
+
+
+def test_there_is_nothing_to_find_without_texture() -> None:
+    images = [plane_view(c, 4.0, 0.0, plain=True)[0] for c in CENTRES]
+    assert len(stereo.match(make_cameras(CENTRES), images)) == 0
+
+
+def test_there_is_nothing_to_find_without_a_baseline() -> None:
+    images = [plane_view(CENTRES[0], 4.0, 0.0)[0]] * 3
+    assert len(stereo.match(make_cameras([CENTRES[0]] * 3), images)) == 0
+
+
+def test_unrelated_images_give_next_to_nothing() -> None:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8) for _ in CENTRES]
+    assert len(stereo.match(make_cameras(CENTRES), images)) < 0.02 * 3 * HEIGHT * WIDTH
