@@ -1,0 +1,291 @@
+"""A real browser at the viewer of a real training: pictures on the screen, and a slider that reaches the next step."""
+
+import io
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import box_room
+import matplotlib
+import numpy as np
+import pytest
+from commands import environment
+from PIL import Image
+
+from diffusionerf_ns.viewer import LOG_FILE
+
+pytestmark = pytest.mark.slow
+
+PATIENCE = 400.0  # seconds: a browser without a GPU beside a training, on two busy cores
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-dev-shm-usage",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--window-size=900,600",
+    "--hide-scrollbars",
+]
+
+
+def eventually(get: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """The first true value of a function; fails with ``what`` after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        value = get()
+        if value is not None and value is not False:
+            return value
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.5)
+
+
+class Training:
+    """`ns-train` in a process of its own, its viewer at the port after one that is in use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = folder / "out" / "e" / "diffusionerf-tiny" / "t"
+        self.output = folder / "output.txt"
+        self._taken = socket.socket()
+        self._taken.bind(("0.0.0.0", 0))
+        self._taken.listen()
+        self.wanted = self._taken.getsockname()[1]
+        command = [
+            *(str(Path(sys.executable).parent / "ns-train"), "diffusionerf-tiny"),
+            *("--data", box_room.write_transforms(folder / "box"), "--output-dir", folder / "out"),
+            *("--experiment-name", "e", "--timestamp", "t", "--max-num-iterations", "100000"),
+            *("--viewer.websocket-port", self.wanted),
+            *("--pipeline.model.prior", box_room.write_prior(folder / "prior")),
+            *("--pipeline.datamanager.train-num-rays-per-batch", 256),
+        ]
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=file, stderr=file, env=environment(folder), cwd=folder
+            )
+        said = eventually(self._said_port, "the viewer says that its port is in use and which it takes")
+        self.address = f"http://localhost:{said}/"
+        eventually(self._answers, f"{self.address} answers")
+
+    def _said_port(self) -> str | None:
+        assert self.process.poll() is None, self.output.read_text()[-3000:]
+        found = re.search(rf"Port {self.wanted} is in use: the viewer is at port (\d+)", self.output.read_text())
+        return found and found[1]
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(self.address, timeout=10).status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Steps and values of a TensorBoard curve."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.run))
+        events.Reload()
+        return [(e.step, e.value) for e in events.Scalars(name)] if name in events.Tags()["scalars"] else []
+
+    def last_step(self) -> int:
+        return max((step for step, _ in self.curve("Train Loss")), default=-1)
+
+    def changes(self) -> str:
+        file = self.run / LOG_FILE
+        return file.read_text() if file.exists() else ""
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(60)
+        self._taken.close()
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> Iterator[Training]:
+    browser()  # skips before anything is started
+    started = Training(tmp_path_factory.mktemp("viewer"))
+    yield started
+    started.stop()
+
+
+def browser() -> tuple[str, str]:
+    """Paths of Chromium and its driver."""
+    pytest.importorskip("selenium", reason="selenium is not installed (pip install -e '.[dev]')")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium with chromedriver here (apt-get install chromium chromium-driver)")
+    return chromium, driver
+
+
+class Page:
+    """The viewer in a browser, used as a person would: by labels, keys and the mouse."""
+
+    def __init__(self, address: str, folder: Path) -> None:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        chromium, driver = browser()
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for flag in (*FLAGS, f"--user-data-dir={folder / 'profile'}"):
+            options.add_argument(flag)
+        self.driver = webdriver.Chrome(options=options, service=Service(driver))
+        self.driver.set_page_load_timeout(PATIENCE)
+        self.address = address
+        self.open()
+
+    def open(self) -> None:
+        """Open the viewer and wait until it shows a rendering."""
+        self.driver.get(self.address)
+        eventually(self.resolution, "a rendering")
+
+    def text(self) -> str:
+        return str(self.driver.execute_script("return document.body.innerText"))
+
+    def resolution(self) -> tuple[int, int] | None:
+        found = re.search(r"Resolution: (\d+)x(\d+)px", self.text())
+        size = (int(found[1]), int(found[2])) if found else (0, 0)
+        return size if size[0] > 0 else None
+
+    def labelled(self, label: str) -> Any:
+        """The input, or the root of the slider, that a label stands before."""
+        from selenium.webdriver.common.by import By
+
+        name = eventually(
+            lambda: next(iter(self.driver.find_elements(By.XPATH, f"//label[normalize-space()='{label}']")), None),
+            f"label {label}",
+        ).get_attribute("for")
+        found = self.driver.find_element(By.ID, name)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+        return found
+
+    def button(self, label: str) -> None:
+        from selenium.webdriver.common.by import By
+
+        self.driver.find_element(By.XPATH, f"//button[contains(., '{label}')]").click()
+
+    def press(self, label: str, *keys: str) -> float:
+        """Press keys on a slider; gives the value that it then shows."""
+        from selenium.webdriver.common.by import By
+
+        thumb = self.labelled(label).find_element(By.CSS_SELECTOR, "[role=slider]")
+        for key in keys:
+            thumb.send_keys(key)
+            time.sleep(0.3)
+        return float(thumb.get_attribute("aria-valuenow"))
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose an option of a list."""
+        from selenium.webdriver.common.by import By
+
+        self.labelled(label).click()
+        there = f"//*[@role='option'][normalize-space()='{option}']"
+        eventually(lambda: next(iter(self.driver.find_elements(By.XPATH, there)), None), f"option {option}").click()
+
+    def drag(self, dx: int, dy: int) -> None:
+        """Drag the scene with the mouse: the camera goes around."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        canvas = self.driver.find_element("css selector", "canvas")
+        ActionChains(self.driver).move_to_element_with_offset(canvas, -50, 20).click_and_hold().move_by_offset(
+            dx // 2, dy // 2
+        ).move_by_offset(dx // 2, dy // 2).release().perform()
+
+    def picture(self) -> np.ndarray:
+        """What the screen shows of the scene, [h, w, 3] in [0, 1], without the panel and the axes."""
+        with Image.open(io.BytesIO(self.driver.get_screenshot_as_png())) as shot:
+            pixels = np.asarray(shot.convert("RGB"), dtype=np.float32) / 255.0
+        return pixels[70:390, 10:560]
+
+    def close(self) -> None:
+        self.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page(training, tmp_path_factory) -> Iterator[Page]:
+    opened = Page(training.address, tmp_path_factory.mktemp("browser"))
+    yield opened
+    opened.close()
+
+
+def share_of_depth_colours(picture: np.ndarray) -> float:
+    """Share of pixels whose colour is one of those that depth is drawn in: turbo, on white where nothing is."""
+    turbo = np.asarray(matplotlib.colormaps["turbo"].colors)[::4]
+    palette = np.concatenate([a * turbo + 1.0 - a for a in (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)])
+    pixels = picture[::8, ::8].reshape(-1, 1, 3)
+    return float((np.abs(pixels - palette).max(-1).min(-1) < 0.06).mean())
+
+
+def differs(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).mean())
+
+
+def test_depth_is_shown_in_the_browser_while_training_and_follows_the_camera(training, page):
+    page.press("Max res", *["\ue011"])  # Home: 64 pixels, as the machine may be slow
+    page.button("Hide Train Cams")
+    before = page.picture()
+    assert before.std() > 0.03, "the colour image is not blank"
+
+    page.choose("Output type", "MedianDepth")
+    depth = eventually(
+        lambda: (shot := page.picture()) is not None and share_of_depth_colours(shot) > 0.7 and shot, "a depth image"
+    )
+    assert depth.std() > 0.03, "the depth image is not blank"
+    assert differs(depth, before) > 0.05, "depth is not the colour image"
+    assert share_of_depth_colours(before) < share_of_depth_colours(depth)
+
+    page.drag(160, 40)
+    moved = eventually(
+        lambda: differs(shot := page.picture(), depth) > 0.03 and shot, "another depth image after the camera moved"
+    )
+    assert share_of_depth_colours(moved) > 0.6
+    assert training.process.poll() is None
+
+
+def test_a_slider_moved_in_the_browser_arrives_in_the_training(training, page):
+    box = page.labelled("Fixed tau")
+    page.driver.execute_script("arguments[0].click()", box)
+    value = page.press("Tau", *["\ue014"] * 5)  # arrow right
+    assert value > 0.1
+    eventually(lambda: f"-> {value}" in training.changes(), f"the log tells of tau {value}")
+    step = int(re.findall(r"after step (\d+): tau_fixed", training.changes())[-1])
+    curve = eventually(
+        lambda: [v for s, v in training.curve("Train Metrics Dict/tau") if s > step] or None, "steps after the change"
+    )
+    np.testing.assert_allclose(curve, value, rtol=1e-5)
+
+
+def test_the_panel_shows_the_last_patch(page):
+    eventually(lambda: "the prior's clean" in page.text(), "the patch of a step")
+    shown = page.driver.execute_script(
+        "return [...document.images].filter(i => i.src.startsWith('data:image/png')).map(i => i.naturalWidth)"
+    )
+    assert 6 * 16 in shown, "four tiles of 16 pixels, thrice enlarged"
+
+
+def test_training_goes_on_when_the_browser_leaves_in_the_middle_and_another_may_come(training, page):
+    page.drag(-60, 30)  # a rendering is under way now
+    page.driver.get("about:blank")
+    step = training.last_step()
+    eventually(lambda: training.last_step() >= step + 10, "ten more steps")
+    page.open()
+    assert training.process.poll() is None
+    assert "Traceback" not in training.output.read_text()
+
+
+def test_curves_of_all_terms_are_logged(training):
+    eventually(lambda: training.last_step() >= 10, "ten steps")
+    for name in ("depth_q05", "depth_q50", "depth_q95", "tau", "metric_scale", "score_depth_rms", "score_rgb_rms"):
+        values = [v for _, v in training.curve(f"Train Metrics Dict/{name}")]
+        assert values, name
+        assert np.isfinite(values).all(), name
+    for name in ("rgb_loss", "score_loss", "foreground_loss", "frustum_loss"):
+        assert training.curve(f"Train Loss Dict/{name}"), name
