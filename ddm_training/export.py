@@ -84,7 +84,7 @@ def model_card(spec: RgbdSpec, *, config: dict[str, Any], parameters: int, measu
     )
     quantiles = ", ".join(f"{q}: {v:.3f}" for q, v in spec.disparity_quantiles.items())
     return f"""---
-license: {spec.license}
+license: {spec.license.lower()}
 library_name: diffusers
 tags: [diffusion, rgbd, nerf]
 ---
@@ -103,7 +103,8 @@ A denoising diffusion model of {spec.patch_size} x {spec.patch_size} patches wit
 | trained on | {", ".join(spec.trained_on)} ({measured.get("frames", "?")} frames) |
 | disparity quantiles, 1/m | {quantiles} |
 | training | {spec.steps:,} steps of {measured.get("global_batch", "?")} patches, {config["loss_type"]} loss,\
- learning rate {config["learning_rate"]:g}, {config["mixed_precision"]} |
+ depth weight {config["depth_loss_weight"]:g}, learning rate {config["learning_rate"]:g}, {config["mixed_precision"]} |
+| timesteps | {config["timestep_bias"]:.0%} log-uniform in [3, 199), the others uniform over all 1000 |
 | licence of the weights | {spec.license} |
 
 Squared error of the predicted noise on held-out patches (predicting zero gives 1.0):

@@ -43,7 +43,10 @@ def write_prior(folder: Path, *, patch_size: int = 16) -> Path:
     torch.manual_seed(0)
     unet = make_unet("prototype", patch_size=patch_size)
     spec = RgbdSpec(patch_size=patch_size, focal=150.0, focal_range=(150.0, 150.0), steps=7, trained_on=("toy",))
-    settings = {"preset": "prototype", "loss_type": "l2", "learning_rate": 1e-3, "mixed_precision": "no"}
+    settings = {
+        "preset": "prototype", "loss_type": "l2", "learning_rate": 1e-3, "mixed_precision": "no",
+        "depth_loss_weight": 3.0, "timestep_bias": 0.5,
+    }  # fmt: skip
     card = model_card(spec, config=settings, parameters=parameter_count(unet), measured={})
     export_prior(folder, unet=unet, scheduler=make_scheduler(), spec=spec, card=card, sheet=None)
     return folder
