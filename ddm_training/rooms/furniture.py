@@ -257,7 +257,9 @@ def shelf(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
             if kind < 0.45:
                 wide = min(rng.uniform(0.15, 0.6), room)
                 tall = gap * rng.uniform(0.55, 0.85)
-                place.inner((x, 0, z + t)).box((0, -d / 2 + 0.03, 0), (wide, d / 2 - 0.04, tall), looks.spines(wide))
+                place.inner((x, 0, z + t)).box(
+                    (0, -d / 2 + 0.03, 0), (wide, d / 2 - 0.04, tall), looks.spines(float(wide))
+                )
                 x += wide
             elif kind < 0.6:
                 for _ in range(rng.integers(2, 5)):

@@ -57,7 +57,7 @@ def shadow_map(scene: Scene, light: Light) -> ShadowMap:
     casters = scene.casters
     moments = np.empty((len(axes), size, size))
     for face, rotation in enumerate(axes):
-        hits = trace(casters, Camera(light.position, rotation, size / 2 / tangent, size, size))
+        hits = trace(casters, Camera(light.position, rotation, float(size / 2 / tangent), size, size))
         with np.errstate(divide="ignore"):
             distance = np.sqrt(hits.x**2 + hits.y[:, None] ** 2 + 1.0) / hits.inverse_depth
         distance = np.minimum(distance, light.reach)
