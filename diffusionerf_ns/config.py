@@ -13,7 +13,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
-from diffusionerf_ns.model import DiffusioNeRFModelConfig
+from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
 from diffusionerf_ns.pipeline import DiffusioNeRFPipelineConfig
 
@@ -80,6 +80,7 @@ diffusionerf_tiny = MethodSpecification(
                 ],
                 proposal_warmup=500,
                 implementation="torch",
+                patch_size=24,
                 eval_num_rays_per_chunk=1 << 12,
             ),
         ),

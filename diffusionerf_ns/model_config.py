@@ -1,0 +1,114 @@
+"""All options of the model, in one place; `model` reads them at every step, so the viewer may change them."""
+
+from dataclasses import dataclass, field
+
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.models.nerfacto import NerfactoModelConfig
+
+
+def _model_class() -> type:
+    from diffusionerf_ns.model import DiffusioNeRFModel  # `model` imports this module
+
+    return DiffusioNeRFModel
+
+
+@dataclass
+class DiffusioNeRFModelConfig(NerfactoModelConfig):
+    """nerfacto's options, and those of the prior and the geometric terms.
+
+    A term whose weight is 0 is not computed. Weights are for means over rays; the paper sums over 1,024 rays, so its
+    weights are given multiplied by 1,024. Moments of schedules are fractions of the run.
+    """
+
+    _target: type = field(default_factory=_model_class)
+
+    # The prior
+    prior: str = "builtin"
+    """RGBD prior: a built-in name, a prior folder, or a Hugging Face hub id."""
+    prior_revision: str | None = None
+    """Revision of a hub id."""
+    score_weight: float = 1.0
+    """Overall factor of the score term; 0 switches the prior off: it is then not loaded, and no patch is rendered."""
+    score_depth_weight: float = 4e-7
+    """Weight of the depth channel of the score, which is also multiplied by depth in metres. Authors': 0.2 x 2e-6."""
+    score_rgb_weight: float = 2e-10
+    """Weight of the colour channels of the score. The authors' 0.2 x 1e-9."""
+    score_rgb_norm: float | None = 3000.0
+    """The colour score of a patch is rescaled to this norm (authors' code); None leaves it as it is."""
+    score_max_depth: float = 20.0
+    """Depth in metres at which the factor of the depth score stops growing. The paper, with bounded scenes, has no such
+    limit."""
+    score_start: float = 0.0
+    """Fraction of the run before which the prior is off. The paper's value."""
+    score_fade_start: float = 1.0
+    """Fraction of the run from which the prior's weight falls, to reach `score_final` at the end; 1 keeps it, as the
+    paper does."""
+    score_final: float = 0.0
+    """Factor of the prior's weight at the end of the run, where it is faded."""
+    patches_per_step: int = 1
+    """Patches a step. The paper's value."""
+    patch_every: int = 1
+    """Steps from one with patches to the next; the weight is multiplied by it. 1 in the paper."""
+    patch_size: int | None = None
+    """Side of a patch in pixels, a multiple of 8 up to the prior's; None takes the prior's. Half the side is a quarter
+    of the rays, and in the paper's ablation 24 is as good as 48."""
+    tau_start: float = 0.1
+    """Noise level of the prior at the start. The paper's value."""
+    tau_end: float = 0.0
+    """Noise level of the prior at the end. The paper's value."""
+    tau_until: float = 0.25
+    """Fraction of the run at which `tau_end` is reached. The paper: step 2,500 of 10,000."""
+    tau_fixed: float | None = None
+    """Noise level of the prior throughout, instead of the schedule; the viewer's control sets it."""
+    metric_scale: float | None = None
+    """Metres per scene unit; None finds it from the scene's bounds, or else from the depth of the first steps."""
+    metric_scale_warmup: float = 0.05
+    """Where the scene's bounds are unknown: fraction of the run without prior, after which the scale is read off the
+    rendered depth."""
+
+    # The geometric terms
+    frustum_weight: float = 1e-5 * 1024
+    """Weight of density that fewer than two training views see (patch rays: none), in the first steps. The paper's."""
+    frustum_boost_steps: int = 100
+    """Steps with the full frustum weight. The authors' value."""
+    frustum_after: float = 0.01
+    """Factor of the frustum weight after those steps. The authors' value."""
+    foreground_weight: float = 1e-3 * 1024
+    """Weight of rays that meet no surface. The paper's."""
+    distortion_weight: float = 1.5e-5 * 1024
+    """Weight of the distortion term divided by depth. The paper's."""
+    distortion_start: float = 0.3
+    """Fraction of the run at which the distortion term sets in. The paper: step 3,000 of 10,000."""
+    distortion_full: float = 0.8
+    """Fraction of the run at which it has its full weight. The paper: step 8,000."""
+    distortion_loss_mult: float = 0.0
+    """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
+
+    stereo_depth_weight: float = 0.1
+    """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper."""
+
+    # Where the rays begin and end
+    near_margin: float = 0.75
+    """Where the scene's near bound is known, rays begin at this times it; else at `near_plane`."""
+    far_margin: float = 1.25
+    """Where the scene's far bound is known, rays end at this times it; else at `far_plane`."""
+
+    # Changes to the backbone, none of them in the paper
+    center_grid: bool = True
+    """Put the uncontracted part of the hash grid where stereo finds the scene, not where the cameras are."""
+    grid_margin: float = 1.0
+    """Half side of that part, as a multiple of what holds most of the scene."""
+    levels_start: float = 0.3
+    """Share of the hash levels that are switched on at the start; 1 switches coarse-to-fine off."""
+    levels_until: float = 0.5
+    """Fraction of the run at which all hash levels are switched on."""
+    view_degrees: int = 2
+    """Degrees of spherical harmonics through which colour depends on the view, 1 (not at all) to 4 (nerfacto's)."""
+
+    # Deviations of the backbone from nerfacto's defaults
+    camera_optimizer: CameraOptimizerConfig = field(default_factory=lambda: CameraOptimizerConfig(mode="off"))
+    """Off: three views do not determine poses and a scene at once."""
+    use_appearance_embedding: bool = False
+    """Off: patches at new poses have no image, and three images do not tell appearance from geometry."""
+    average_init_density: float = 0.01
+    """As nerfstudio's own nerfacto preset has it."""
