@@ -65,7 +65,7 @@ class Training:
             *("--experiment-name", "e", "--timestamp", "t", "--max-num-iterations", "100000"),
             *("--viewer.websocket-port", self.wanted),
             *("--pipeline.model.prior", box_room.write_prior(folder / "prior")),
-            *("--pipeline.datamanager.train-num-rays-per-batch", 256),
+            *("--pipeline.model.patch-size", 16, "--pipeline.datamanager.train-num-rays-per-batch", 256),
         ]
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
@@ -139,6 +139,7 @@ class Page:
             options.add_argument(flag)
         self.driver = webdriver.Chrome(options=options, service=Service(driver))
         self.driver.set_page_load_timeout(PATIENCE)
+        self.driver.set_script_timeout(PATIENCE)
         self.address = address
         self.open()
 
