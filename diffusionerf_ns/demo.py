@@ -76,6 +76,7 @@ class DemoConfig:
         sheet = self.output / "sheet.png"
         name = "a made room" if self.data is None else data.resolve().name
         contact_sheet(sheet, rows, title=f"{name}, {self.num_views} training images, {rows[0].result['steps']} steps")
+        write_markdown(self.output / "table.md", rows)
         show(rows, sheet)
 
 
@@ -141,6 +142,33 @@ def train(job: Any, folder: Path, title: str) -> dict[str, Any]:
         return run(config, folder, job=job.to_dict(), pictures=3, on_progress=on_progress)
 
 
+def table_rows(rows: list[Any]) -> list[list[str]]:
+    """Heading and one cell per run for each metric that all runs have, then the minutes of training."""
+    first = rows[0].result
+    cells = []
+    for name, (heading, decimals) in SHOWN.items():
+        if all(name in row.result["metrics"] for row in rows):
+            unit = f", {first['depth_unit']}" if name == "depth_rmse" else ""
+            cells.append([heading + unit, *(f"{row.result['metrics'][name]:.{decimals}f}" for row in rows)])
+    cells.append(["minutes of training", *(f"{row.result['seconds']['train'] / 60:.1f}" for row in rows)])
+    return cells
+
+
+def write_markdown(path: Path, rows: list[Any]) -> None:
+    """The table as Markdown, with what it was measured on."""
+    first = rows[0].result
+    width, height = first["image_size"]
+    lines = [
+        f"{len(first['images'])} held-out images of {width} x {height} pixels, {len(first['split']['train'])} training "
+        f"images, {first['steps']:,} steps, protocol `{first['protocol']}`, on {first['device']}:",
+        "",
+        "| | " + " | ".join(row.title for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+        *("| " + " | ".join(cells) + " |" for cells in table_rows(rows)),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
 def show(rows: list[Any], sheet: Path) -> None:
     """Print the table, and where things are."""
     from rich.console import Console
@@ -152,11 +180,8 @@ def show(rows: list[Any], sheet: Path) -> None:
     table.add_column("")
     for row in rows:
         table.add_column(row.title, justify="right")
-    for name, (heading, decimals) in SHOWN.items():
-        if all(name in row.result["metrics"] for row in rows):
-            unit = f", {first['depth_unit']}" if name == "depth_rmse" else ""
-            table.add_row(heading + unit, *(f"{row.result['metrics'][name]:.{decimals}f}" for row in rows))
-    table.add_row("minutes of training", *(f"{row.result['seconds']['train'] / 60:.1f}" for row in rows))
+    for cells in table_rows(rows):
+        table.add_row(*cells)
     console.print()
     console.print(table)
     if "depth_abs_rel" in first["metrics"]:

@@ -64,6 +64,14 @@ VARIANTS: dict[str, Variant] = {
             overrides={"pipeline.model.tau_start": 0.0, "pipeline.model.tau_end": 0.0},
             ablation="DiffusioNeRF, tau = 0",
         ),
+        Variant(
+            name="no-stereo",
+            title="no stereo",
+            overrides={
+                "pipeline.model.stereo_depth_weight": 0.0,
+                "pipeline.datamanager.stereo_rays_per_batch": 0,
+            },
+        ),
         Variant(name="nerfacto", title="nerfacto", model="nerfacto"),
     )
 }
