@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 
 Method = Literal["diffusionerf", "diffusionerf-tiny"]
 NO_PRIOR = {"pipeline.model.score_weight": 0.0}
+# Nothing that this project adds to the photometric loss, nor to nerfacto's fields.
 NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,
     "pipeline.model.distortion_weight": 0.0,
     "pipeline.model.stereo_depth_weight": 0.0,
+    "pipeline.datamanager.stereo_rays_per_batch": 0,
+    "pipeline.model.levels_start": 1.0,
+    "pipeline.model.view_degrees": 4,
 }
 
 
