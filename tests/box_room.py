@@ -9,6 +9,7 @@ Notation
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -108,6 +109,7 @@ def write_transforms(folder: Path, count: int = 6, *, depth: bool = True, **opti
         "cx": camera.width / 2,
         "cy": camera.height / 2,
         "train_filenames": lists["train"],
+        "val_filenames": lists["test"],
         "test_filenames": lists["test"],
         "frames": frames,
     }
@@ -128,6 +130,24 @@ def write_llff(folder: Path, count: int = 10, **options: float) -> Path:
         rows.append([*matrix.reshape(-1), z.min(), z.max()])
     np.save(folder / "poses_bounds.npy", np.array(rows))
     return folder
+
+
+def remember_stereo(monkeypatch: Any) -> None:
+    """Match the same images at the same poses once only in this process: many tests begin with it."""
+    from diffusionerf_ns import stereo
+
+    plain = stereo.match
+
+    def match(cameras: Any, images: list[np.ndarray]) -> Any:
+        key = (cameras.camera_to_worlds.numpy().tobytes(), *(image.tobytes() for image in images))
+        if key not in _MATCHED:
+            _MATCHED[key] = plain(cameras, images)
+        return _MATCHED[key]
+
+    monkeypatch.setattr(stereo, "match", match)
+
+
+_MATCHED: dict[tuple, Any] = {}
 
 
 def write_prior(folder: Path, patch_size: int = 16, **unet: object) -> Path:
