@@ -178,7 +178,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:
-            (Path(trainer.base_dir) / "split.json").write_text(json.dumps(split, indent=2) + "\n")
+            folder = Path(trainer.base_dir)
+            folder.mkdir(parents=True, exist_ok=True)  # ns-train has made it; a script of someone's own may not have
+            (folder / "split.json").write_text(json.dumps(split, indent=2) + "\n")
         return []
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
