@@ -149,7 +149,7 @@ class DiffusioNeRFModel(NerfactoModel):
         """Hash levels that are switched on at this step, not whole while one is fading in."""
         c = self.config
         x = schedules.fraction(self.step, self.total_steps)
-        return schedules.linear(x, 0.0, c.levels_until, c.levels_start * c.num_levels, c.num_levels)
+        return schedules.linear(x, 0.0, c.levels_until, c.levels_start * c.num_levels, float(c.num_levels))
 
     def patch_request(self) -> PatchRequest | None:
         """Which patches the next step needs; None while the prior is off."""
@@ -403,7 +403,7 @@ def _depth_quantiles(depth: Float[Tensor, " rays"]) -> dict[str, Tensor]:
 def _check_finite(losses: dict[str, Tensor], step: int) -> None:
     """Raise where a term is NaN or infinite; one synchronisation with the device for all terms."""
     if not bool(torch.stack([v.detach().reshape(()) for v in losses.values()]).isfinite().all()):
-        bad = {name: float(v) for name, v in losses.items() if not bool(v.isfinite())}
+        bad = {name: float(v.detach()) for name, v in losses.items() if not bool(v.isfinite())}
         raise NonFiniteLossError(
             f"training stopped at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}. The last checkpoint "
             "is untouched. Lower the learning rate or that term's weight, then resume with --load-dir."
