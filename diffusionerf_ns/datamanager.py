@@ -77,7 +77,7 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
 
     stereo_rays_per_batch: int = 128
-    """Rays per step through pixels of the training images whose depth is known from stereo, for the stereo depth term; 0
+    """Rays per step through pixels of the training images whose depth stereo knows, for the stereo depth term; 0
     leaves stereo out, and with it what it tells of the scene's bounds and scale. Not in the paper."""
 
     def __post_init__(self) -> None:

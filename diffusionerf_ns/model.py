@@ -356,6 +356,8 @@ class DiffusioNeRFModel(NerfactoModel):
         x, z = self._patch_of(outputs, patches)
         tau, factor = self.tau, self.score_factor
         score = self.prior.score(x, tau)
+        if c.score_scaling == "variance":
+            factor *= self.prior.sigma(tau) ** 2 / patches.size**2
         weighted = regularizers.weigh_score(
             score,
             z,
