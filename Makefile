@@ -10,6 +10,8 @@ STEPS ?=
 NUM_VIEWS ?= 3
 METHOD ?= diffusionerf-tiny
 OUTPUT ?= demo
+# Test processes. One thread each: more would wait on each other.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -21,7 +23,7 @@ demo: $(VENV)/.installed
 		$(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps $(STEPS))
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
