@@ -1,5 +1,5 @@
 # make demo    a NeRF from three images of a made room, with and without the prior: a table and a picture sheet
-# make test    lint and tests
+# make test    lint and tests; make test-all adds those that take minutes each
 #
 # make demo DATA=my/photos STEPS=3000 NUM_VIEWS=3 uses a capture of yours.
 
@@ -16,13 +16,16 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffusionerf_ns.demo --output "$(OUTPUT)" --method $(METHOD) --num-views $(NUM_VIEWS) \
 		$(if $(DATA),--data "$(DATA)") $(if $(STEPS),--steps $(STEPS))
 
 test: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not heavy"
+
+test-all: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed-dev

@@ -495,7 +495,7 @@ def real_flags(tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_bench_trains_evaluates_tabulates_and_plots(tmp_path: Path) -> None:
     flags = real_flags(tmp_path)
     done = bench("run", *flags, "--variants", "full", "nerfacto", "--views", "3", "40", "--pictures", "2")
@@ -528,7 +528,7 @@ def test_a_bench_trains_evaluates_tabulates_and_plots(tmp_path: Path) -> None:
         assert sheet.width > 600
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_bench_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -> None:
     flags = [*real_flags(tmp_path), "--variants", "photometric", "--seeds", "0", "1"]
     assert bench("run", *flags).returncode == 0
@@ -548,7 +548,7 @@ def test_a_bench_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -
     assert (tmp_path / "out/table.md").read_text() == expected
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_cluster_path_gives_the_same_results_with_submitits_local_executor(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     flags = [*real_flags(tmp_path), "--variants", "photometric", "--engine.engine", "submitit-local"]
