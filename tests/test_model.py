@@ -1,0 +1,426 @@
+"""The loss of a step: gradients against closed forms, terms that are off, what a checkpoint holds, what stops a run."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import box_room
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes
+from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+
+from ddm_training import rgbd
+from ddm_training.unet import make_scheduler
+from diffusionerf_ns import regularizers
+from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.prior import PatchPrior
+
+RAYS, P = 32, 16
+TERMS_OFF: dict[str, float] = {
+    "score_weight": 0.0,
+    "frustum_weight": 0.0,
+    "foreground_weight": 0.0,
+    "distortion_weight": 0.0,
+    "stereo_depth_weight": 0.0,
+}
+SCORE_ALONE = {name: 0.0 for name in TERMS_OFF if name != "score_weight"} | {"score_weight": 1.0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A capture with transforms.json, the same views as LLFF, and a prior."""
+    root = tmp_path_factory.mktemp("model")
+    return (
+        box_room.write_transforms(root / "box"),
+        box_room.write_llff(root / "llff"),
+        box_room.write_prior(root / "prior", P),
+    )
+
+
+@pytest.fixture(autouse=True)
+def stereo_once(monkeypatch) -> None:
+    box_room.remember_stereo(monkeypatch)
+
+
+def build(folders: tuple[Path, Path, Path], *, data: Path | None = None, share: float = 0.25, **options: Any):
+    """The pipeline of `diffusionerf-tiny` with few rays; 100 steps long, at step 0."""
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = data or folders[0]
+    config.datamanager.train_num_rays_per_batch = RAYS
+    config.datamanager.image_patch_share = share
+    config.datamanager.stereo_rays_per_batch = 8
+    ours = {"prior": str(folders[2]), "patch_size": None, "patch_every": 1}  # whatever the preset has
+    for name, value in (ours | options).items():
+        assert hasattr(config.model, name)
+        setattr(config.model, name, value)
+    torch.manual_seed(0)
+    pipeline = config.setup(device="cpu", test_mode="val")
+    tie(pipeline, 100)
+    set_step(pipeline, 0)
+    return pipeline.train()
+
+
+def tie(pipeline: VanillaPipeline, steps: int, start: int = 0) -> None:
+    """What a trainer does before the first step, as far as it concerns the prior."""
+    trainer = SimpleNamespace(config=SimpleNamespace(max_num_iterations=steps), _start_step=start)
+    pipeline.model.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, trainer))
+    pipeline.datamanager.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, None))
+
+
+def set_step(pipeline: VanillaPipeline, step: int) -> None:
+    pipeline.model.step = step
+
+
+def step(pipeline: VanillaPipeline) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """Outputs, batch, losses and metrics of one step; gradients are kept on what the losses read."""
+    rays, batch = pipeline.datamanager.next_train(0)
+    model = pipeline.model
+    outputs = model(rays)
+    for name in ("rgb", "planar_depth", "expected_depth"):
+        outputs[name].retain_grad()
+    metrics = model.get_metrics_dict(outputs, batch)
+    return outputs, batch, model.get_loss_dict(outputs, batch, metrics), metrics
+
+
+class Known:
+    """A prior whose score is a known linear function: eps = c x, so score = -c x / sqrt(1 - abar)."""
+
+    c = 0.7
+
+    def __init__(self, spec: rgbd.RgbdSpec) -> None:
+        self.calls = 0
+        self.prior = PatchPrior(self._noise, make_scheduler().alphas_cumprod, spec)
+
+    def _noise(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.c * x
+
+
+def with_known_prior(folders, **options: Any) -> tuple[VanillaPipeline, Known]:
+    pipeline = build(folders, metric_scale=0.8, **SCORE_ALONE | options)
+    known = Known(rgbd.RgbdSpec.load(folders[2]))
+    pipeline.model.set_prior(known.prior)
+    return pipeline, known
+
+
+# Depth
+
+
+def test_planar_depth_is_the_differentiable_depth_along_the_optical_axis_in_metres(folders):
+    pipeline = build(folders, metric_scale=2.5)
+    rays, _ = pipeline.datamanager.next_train(0)
+    outputs = pipeline.model(rays)
+    expected = 2.5 * outputs["expected_depth"] / rays.metadata["directions_norm"]
+    torch.testing.assert_close(outputs["planar_depth"], expected)
+    outputs["planar_depth"].sum().backward()
+    gradients = [p.grad for p in pipeline.model.field.parameters() if p.grad is not None]
+    assert sum(float(g.abs().sum()) for g in gradients) > 0
+    assert not outputs["depth"].requires_grad, "nerfacto's depth is the median, for people"
+
+
+def test_rays_without_an_optical_axis_have_depth_too(folders):
+    """nerfstudio's --render-nearest-camera makes such rays."""
+    pipeline = build(folders, metric_scale=1.0).eval()
+    rays, _ = pipeline.datamanager.next_train(0)
+    rays.metadata = {}
+    outputs = pipeline.model.get_outputs(pipeline.model.collider(rays))
+    torch.testing.assert_close(outputs["planar_depth"], outputs["expected_depth"])
+
+
+# The score term
+
+
+@pytest.mark.parametrize("scaling", ["none", "variance"])
+def test_the_gradient_that_reaches_a_rendered_patch_is_the_weighted_score(folders, scaling):
+    pipeline, known = with_known_prior(
+        folders, share=0.0, score_scaling=scaling, score_rgb_norm=None, score_rgb_weight=3e-9
+    )
+    model, spec = pipeline.model, known.prior.spec
+    outputs, batch, losses, _ = step(pipeline)
+    losses["score_loss"].backward()
+    first = batch["patches"].first_ray
+    z = outputs["planar_depth"][first:].detach()
+    rgb = outputs["rgb"][first:].detach()
+    sigma = known.prior.sigma(0.1)
+    c = model.config
+    weight = c.score_weight * {"none": 1.0, "variance": sigma**2 / P**2}[scaling]
+    # dL/dx = -w s with s = -c x / sigma and w = weight z; dx/dz = -2 near / z^2 beyond near.
+    assert z.min() > spec.near
+    x = 2 * spec.near / z - 1
+    expected = (
+        weight * c.score_depth_weight * z.clamp_max(c.score_max_depth) * known.c * x / sigma * (-2 * spec.near / z**2)
+    )
+    torch.testing.assert_close(outputs["planar_depth"].grad[first:], expected, rtol=1e-4, atol=0)
+    # dx/drgb = 2
+    expected = weight * 3e-9 * known.c * (2 * rgb - 1) / sigma * 2
+    torch.testing.assert_close(outputs["rgb"].grad[first:], expected, rtol=1e-4, atol=1e-14)
+    assert not outputs["rgb"].grad[:first].any(), "nothing reaches the pixel rays"
+    assert not outputs["planar_depth"].grad[:first].any()
+
+
+def test_the_colour_score_is_rescaled_to_its_norm(folders):
+    pipeline, _ = with_known_prior(
+        folders, share=0.0, score_scaling="none", score_rgb_norm=3000.0, score_rgb_weight=2e-10
+    )
+    outputs, batch, losses, _ = step(pipeline)
+    losses["score_loss"].backward()
+    gradient = outputs["rgb"].grad[batch["patches"].first_ray :]
+    assert float(gradient.norm()) == pytest.approx(2.0 * pipeline.model.config.score_weight * 2e-10 * 3000.0, rel=1e-4)
+
+
+def test_an_image_patch_gives_no_gradient_to_colour_but_does_to_depth(folders):
+    pipeline, _ = with_known_prior(folders, share=1.0)
+    outputs, batch, losses, _ = step(pipeline)
+    assert batch["patches"].rgb[0] is not None
+    losses["score_loss"].backward()
+    assert outputs["rgb"].grad is None or not outputs["rgb"].grad.any()
+    assert outputs["planar_depth"].grad[batch["patches"].first_ray :].abs().min() > 0
+
+
+def test_the_prior_sees_the_colours_of_the_training_image(folders, monkeypatch):
+    pipeline, known = with_known_prior(folders, share=1.0)
+    seen = []
+    plain = known.prior.score
+    monkeypatch.setattr(known.prior, "score", lambda x, tau: seen.append(x.detach()) or plain(x, tau))
+    outputs, batch, _, _ = step(pipeline)
+    torch.testing.assert_close(seen[0][0, :3], 2 * batch["patches"].rgb[0].permute(2, 0, 1) - 1)
+    z = outputs["planar_depth"][batch["patches"].first_ray :, 0].reshape(P, P).detach()
+    torch.testing.assert_close(seen[0][0, 3], rgbd.encode_depth(z, known.prior.spec.near))
+
+
+def test_all_patches_of_a_step_go_through_the_prior_at_once(folders):
+    pipeline, known = with_known_prior(folders, patches_per_step=3)
+    outputs, batch, losses, _ = step(pipeline)
+    assert known.calls == 1
+    assert len(outputs["rgb"]) == batch["patches"].first_ray + 3 * P * P
+    assert losses["score_loss"].isfinite()
+
+
+def test_the_logged_score_is_unweighted_and_the_loss_is_weighted(folders):
+    logs, losses = [], []
+    for weight in (1.0, 10.0):
+        pipeline, _ = with_known_prior(folders, share=0.0, score_weight=weight)
+        torch.manual_seed(1)
+        _, _, loss, log = step(pipeline)
+        logs.append(float(log["score_depth_rms"]))
+        losses.append(float(loss["score_loss"]))
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert losses[1] == pytest.approx(10 * losses[0], rel=1e-4)
+
+
+def test_the_noise_level_and_the_weight_follow_their_schedules(folders):
+    model = build(folders, score_start=0.1, score_fade_start=0.5, score_final=0.2, **SCORE_ALONE).model
+    c = model.config
+    weights, taus = {}, {}
+    for at in (0, 9, 10, 50, 75, 100):
+        model.step = at
+        weights[at], taus[at] = model.score_factor / c.score_weight, model.tau
+    assert weights == pytest.approx({0: 0.0, 9: 0.0, 10: 1.0, 50: 1.0, 75: 0.6, 100: 0.2})
+    assert taus[0] == pytest.approx(c.tau_start)
+    assert taus[100] == pytest.approx(c.tau_end)
+
+
+# Terms that are off
+
+
+def test_terms_that_are_off_are_not_computed_and_their_rays_not_drawn(folders, monkeypatch):
+    pipeline = build(folders, share=1.0, **TERMS_OFF)
+    for name in ("foreground", "frustum", "distortion", "relative_depth", "weigh_score", "score_pseudo_loss"):
+        monkeypatch.setattr(regularizers, name, lambda *a, _name=name, **k: pytest.fail(_name))
+    monkeypatch.setattr(PatchPrior, "load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline.model.frusta, "count", lambda *a: pytest.fail("counted"))
+    for at in (0, 50, 99):
+        set_step(pipeline, at)
+        outputs, _, losses, _ = step(pipeline)
+        assert len(outputs["rgb"]) == RAYS
+        assert losses.keys() == {"rgb_loss", "interlevel_loss"}
+
+
+def test_no_patch_is_drawn_while_the_schedule_keeps_the_prior_off(folders):
+    pipeline = build(folders, metric_scale=1.0, score_start=0.5, **SCORE_ALONE)
+    lengths = []
+    for at in (0, 49, 50):
+        set_step(pipeline, at)
+        lengths.append(len(pipeline.datamanager.next_train(0)[0]))
+    assert lengths == [RAYS, RAYS, RAYS + P * P]
+
+
+def test_distortion_is_computed_from_its_start_on(folders):
+    pipeline = build(folders, **TERMS_OFF | {"distortion_weight": 0.5}, distortion_start=0.3, distortion_full=0.8)
+    values = {}
+    for at in (29, 55, 80):
+        set_step(pipeline, at)
+        torch.manual_seed(2)
+        _, _, losses, log = step(pipeline)
+        values[at] = float(losses["distortion_loss"] / log["distortion"]) if "distortion_loss" in losses else 0.0
+    assert values == pytest.approx({29: 0.0, 55: 0.25, 80: 0.5})
+
+
+def test_pixel_rays_need_two_frusta_and_patch_rays_one(folders, monkeypatch):
+    pipeline = build(folders, metric_scale=1.0, **TERMS_OFF | {"frustum_weight": 1.0, "score_weight": 1.0})
+    asked = []
+    plain = regularizers.frustum
+    monkeypatch.setattr(regularizers, "frustum", lambda w, n, required: asked.append(required) or plain(w, n, required))
+    rays, _ = step(pipeline)[:2]
+    assert asked[0].tolist() == [2] * RAYS + [1] * (len(rays["rgb"]) - RAYS)
+
+
+def test_an_evaluation_batch_has_the_photometric_loss_alone(folders):
+    pipeline = build(folders).eval()
+    rays, batch = pipeline.datamanager.next_eval(0)
+    with torch.no_grad():
+        losses = pipeline.model.get_loss_dict(pipeline.model(rays), batch)
+    assert losses.keys() == {"rgb_loss"}
+
+
+# What a checkpoint holds
+
+
+def test_the_state_holds_nothing_of_the_prior(folders):
+    bare, full = build(folders, **TERMS_OFF), build(folders)
+    step(full)
+    assert full.model.prior.denoiser is not None
+    assert full.state_dict().keys() == bare.state_dict().keys()
+    shapes = [{k: v.shape for k, v in p.state_dict().items()} for p in (bare, full)]
+    assert shapes[0] == shapes[1]
+    networks = {id(p) for p in full.model.prior.denoiser.parameters()}
+    assert not networks & {id(p) for p in full.parameters()}
+    assert not networks & {id(p) for group in full.get_param_groups().values() for p in group}
+
+
+def test_a_step_changes_nothing_of_the_prior(folders):
+    pipeline = build(folders)
+    before = copy.deepcopy(pipeline.model.prior.denoiser.state_dict())
+    sum(step(pipeline)[2].values()).backward()
+    for name, value in pipeline.model.prior.denoiser.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in pipeline.model.prior.denoiser.parameters())
+
+
+# Metric scale
+
+
+def test_a_scale_that_is_given_wins(folders):
+    assert float(build(folders, metric_scale=0.37).model.metric_scale) == pytest.approx(0.37)
+
+
+def test_stereo_puts_the_scene_at_the_depth_that_the_prior_knows(folders):
+    pipeline = build(folders)
+    found = pipeline.datamanager.train_dataset.metadata["stereo"]
+    # Disparity in metres is that in scene units divided by metres per unit; the prior's median is 0.45.
+    assert found["median_disparity"] / float(pipeline.model.metric_scale) == pytest.approx(0.45)
+
+
+def test_without_bounds_and_stereo_the_scale_is_read_off_the_rendered_depth(folders):
+    options: dict[str, Any] = SCORE_ALONE | {"metric_scale_warmup": 0.2}
+    pipeline = build(folders, **options)
+    pipeline.model.metric_scale.fill_(math.nan)
+    set_step(pipeline, 19)
+    assert len(step(pipeline)[0]["rgb"]) == RAYS
+    assert pipeline.model.metric_scale.isnan()
+    set_step(pipeline, 20)
+    outputs = step(pipeline)[0]
+    assert len(outputs["rgb"]) == RAYS, "the first patch comes a step later"
+    disparity = float((1 / outputs["depth"]).median())
+    assert float(pipeline.model.metric_scale) == pytest.approx(disparity / 0.45, rel=1e-5)
+    assert len(step(pipeline)[0]["rgb"]) == RAYS + P * P
+
+
+def test_a_model_is_built_without_its_prior_and_takes_the_scale_of_its_checkpoint(folders, tmp_path):
+    known = build(folders, data=folders[1])
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = folders[1]
+    config.model.prior = str(tmp_path / "gone")
+    later = config.setup(device="cpu", test_mode="test").eval()
+    assert later.model.metric_scale.isnan()
+    later.load_pipeline(known.state_dict(), 5)
+    assert float(later.model.metric_scale) == float(known.model.metric_scale)
+    assert later.model.collider.bounds.tolist() == known.model.collider.bounds.tolist()
+
+
+def test_a_loaded_model_renders_what_the_trained_one_rendered(folders):
+    """Whatever was found in the training images has to be in the checkpoint: it is not looked for again."""
+    trained = build(folders)
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = folders[0]
+    config.model.prior, config.model.patch_size = str(folders[2]), None
+    torch.manual_seed(5)
+    loaded = config.setup(device="cpu", test_mode="test").eval()
+    loaded.load_pipeline(trained.state_dict(), 5)
+    trained.eval()
+    rays, _ = trained.datamanager.next_eval(0)
+    with torch.no_grad():
+        before, after = trained.model(copy.copy(rays)), loaded.model(copy.copy(rays))
+    for name in ("rgb", "depth", "planar_depth", "accumulation"):
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_ends_its_schedules_where_the_whole_run_does(folders):
+    pipeline = build(folders, **TERMS_OFF)
+    tie(pipeline, 600, start=400)
+    assert pipeline.model.total_steps == 1000
+
+
+# A loss that is not finite
+
+
+@pytest.mark.parametrize(("term", "value"), [("foreground", math.nan), ("relative_depth", math.inf)])
+def test_a_term_that_is_not_finite_is_named_with_its_step(folders, monkeypatch, term, value):
+    pipeline = build(folders)
+    set_step(pipeline, 17)
+    plain: Callable[..., torch.Tensor] = getattr(regularizers, term)
+    monkeypatch.setattr(regularizers, term, lambda *a: plain(*a) * value)
+    name = {"foreground": "foreground_loss", "relative_depth": "stereo_depth_loss"}[term]
+    with pytest.raises(NonFiniteLossError, match=f"step 17: {name} is {value}") as caught:
+        step(pipeline)
+    assert "rgb_loss" not in str(caught.value), "only the terms that are at fault"
+
+
+def test_a_prior_whose_score_is_not_finite_is_named(folders):
+    pipeline, known = with_known_prior(folders)
+    known.c = math.inf
+    with pytest.raises(NonFiniteLossError, match="score_loss"):
+        step(pipeline)
+
+
+# Evaluation
+
+
+def test_depth_is_judged_in_metres_whatever_scale_the_prior_was_given(folders):
+    values = []
+    for scale in (0.5, 3.0):
+        pipeline = build(folders, metric_scale=scale).eval()
+        camera, batch = next(iter(pipeline.datamanager.fixed_indices_eval_dataloader))
+        outputs = pipeline.model.get_outputs_for_camera(camera)
+        values.append(pipeline.model.get_image_metrics_and_images(outputs, batch)[0])
+    assert values[0]["depth_abs_rel"] == pytest.approx(values[1]["depth_abs_rel"], rel=1e-4)
+    assert values[0]["depth_rmse"] == pytest.approx(values[1]["depth_rmse"], rel=1e-4)
+    z = batch["depth_image"][..., 0]
+    units = pipeline.datamanager.train_dataset.metadata["scene_units_per_metre"]
+    metres = outputs["planar_depth"][..., 0] / 3.0 / units
+    assert values[1]["depth_abs_rel"] == pytest.approx(float(((metres - z).abs() / z).mean()), rel=1e-4)
+
+
+# Shapes
+
+
+def test_a_wrong_shape_at_a_public_boundary_raises():
+    with pytest.raises(TypeCheckError):
+        regularizers.foreground(torch.zeros(3))
+    with pytest.raises(TypeCheckError):
+        regularizers.frustum(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int64), 2)
+    with pytest.raises(TypeCheckError):
+        regularizers.score_pseudo_loss(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 9))
+    with pytest.raises(TypeCheckError):
+        rgbd.encode(torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 8))
+
+
+def test_a_run_without_a_gpu_says_once_that_tinycudann_is_not_used(folders, capsys):
+    build(folders, implementation="tcnn", **TERMS_OFF)
+    assert capsys.readouterr().out.count("Hash grids run in plain torch") == 1
