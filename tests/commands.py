@@ -40,11 +40,9 @@ class Finished:
         return self
 
     def message(self) -> str:
-        """What a user sees of a mistake: all of stderr but Python's warnings; fails unless status is 1."""
+        """What a user sees of a mistake: all of stderr; fails unless status is 1."""
         assert self.status == 1, f"status {self.status}\n{self.stdout[-4000:]}\n{self.stderr[-4000:]}"
-        lines = self.stderr.splitlines()
-        plain = [a for before, a in zip(["", *lines], lines) if "Warning:" not in a and "Warning:" not in before]
-        return "\n".join(line for line in plain if line.strip())
+        return self.stderr.strip()
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -63,7 +61,8 @@ class Commands:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = environment(folder)
+        # Without Python's warnings, of which nerfstudio on a new torch has many: stderr is then what the command says.
+        self.environment = environment(folder) | {"PYTHONWARNINGS": "ignore"}
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
