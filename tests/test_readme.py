@@ -1,0 +1,25 @@
+"""The README is true: its figures are those of the files that commands wrote, and what it points to exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_figures_are_those_of_the_files() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "update_readme.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_named_files_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
+    files = re.findall(r"`((?:diffusionerf_ns|ddm_training)/[\w/]+(?:\.py|/))`", text)
+    assert len(links) >= 2
+    assert len(files) >= 4
+    missing = [name for name in links + files if not (ROOT / name).exists()]
+    assert not missing
