@@ -160,16 +160,9 @@ class DiffusioNeRFModel(NerfactoModel):
         return PatchRequest(self.patch_spec(), self.config.patches_per_step, float(self.metric_scale))
 
     def patch_spec(self) -> rgbd.RgbdSpec:
-        """The prior's, with the size of patches that the configuration asks for."""
+        """The prior's, with patches no larger than the configuration asks for."""
         spec, size = self.prior.spec, self.config.patch_size
-        if size is None:
-            return spec
-        if size > spec.patch_size:
-            raise InputError(
-                f"--pipeline.model.patch-size {size} is larger than the patches that the prior {self.prior.name!r} was "
-                f"trained on ({spec.patch_size}): give at most that."
-            )
-        return replace(spec, patch_size=size)
+        return spec if size is None or size >= spec.patch_size else replace(spec, patch_size=size)
 
     def stereo_wanted(self) -> bool:
         """Whether the next step needs rays whose depth stereo knows."""

@@ -55,8 +55,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     patch_every: int = 1
     """Steps from one with patches to the next; the weight is multiplied by it. 1 in the paper."""
     patch_size: int | None = None
-    """Side of a patch in pixels, a multiple of 8 up to the prior's; None takes the prior's. Half the side is a quarter
-    of the rays, and in the paper's ablation 24 is as good as 48."""
+    """Largest side of a patch in pixels, a multiple of 8; None takes the prior's. Half the side is a quarter of the
+    rays, and in the paper's ablation 24 is as good as 48."""
     tau_start: float = 0.1
     """Noise level of the prior at the start. The paper's value."""
     tau_end: float = 0.0
