@@ -185,3 +185,12 @@ def test_distortion_divides_each_ray_by_its_depth_which_gets_no_gradient_and_hol
 def test_a_wrong_shape_or_type_raises(call):
     with pytest.raises(TypeCheckError):
         call()
+
+
+def test_relative_depth_is_free_of_units_and_counts_a_wrong_match_linearly() -> None:
+    known = torch.tensor([1.0, 2.0, 4.0])
+    depth = torch.tensor([1.5, 2.0, 3.0])
+    expected = (0.5 + 0.0 + 0.25) / 3
+    assert float(regularizers.relative_depth(depth, known)) == pytest.approx(expected)
+    assert float(regularizers.relative_depth(7.0 * depth, 7.0 * known)) == pytest.approx(expected)
+    assert float(regularizers.relative_depth(known, known)) == 0.0
