@@ -258,14 +258,18 @@ class InspectionPanel(ViewerControl):
             handle.on_update(choose)
 
     def _start_at_training_camera(self, client: viser.ClientHandle) -> None:
-        """With few views there is little to see from anywhere else."""
+        """With few views there is little to see from anywhere else.
+
+        A little in front of the camera: its frustum, drawn with the training image on it, would cover the rendering.
+        """
         dataset: Any = getattr(self.viewer.pipeline.datamanager, "train_dataset", None)
         if dataset is None:
             return
         cameras, i = dataset.cameras, len(dataset) // 2
         pose = cameras.camera_to_worlds[i].cpu().numpy()
         with client.atomic():
-            client.camera.position = pose[:, 3] * VISER_NERFSTUDIO_SCALE_RATIO
+            front = 3.0 * self.viewer.config.camera_frustum_scale * pose[:, 2]  # OpenGL: z looks backwards
+            client.camera.position = pose[:, 3] * VISER_NERFSTUDIO_SCALE_RATIO - front
             client.camera.wxyz = viser.transforms.SO3.from_matrix(pose[:, :3] @ OPENGL_TO_OPENCV).wxyz
             client.camera.fov = float(2.0 * torch.atan(cameras.cy[i] / cameras.fy[i]))
 
