@@ -23,7 +23,7 @@ from PIL import Image
 
 from diffusionerf_ns.viewer import LOG_FILE
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy  # needs a machine that is not busy with other things
 
 PATIENCE = 400.0  # seconds: a browser without a GPU beside a training, on two busy cores
 FLAGS = [
