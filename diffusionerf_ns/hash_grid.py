@@ -1,4 +1,4 @@
-"""nerfstudio's torch hash grid in a third of the time: the same table, the same numbers, no tinycudann.
+"""nerfstudio's torch hash grid, faster: the same table, the same numbers, no tinycudann.
 
 Notation
     n       points                                  x in [0, 1]^3           [n, 3]
