@@ -328,7 +328,7 @@ def test_ns_render_interpolates_between_the_test_images(trained, commands, folde
         assert picture.size == (3 * WIDTH, HEIGHT), "colour, depth and the nearest training image side by side"
 
 
-def test_a_finished_run_evaluates_and_resumes_nowhere_else_when_its_prior_is_gone(commands, llff, prior, folder):
+def test_a_finished_run_is_evaluated_but_not_resumed_when_its_prior_is_gone(commands, llff, prior, folder):
     """The bounds of LLFF give the metric scale through the prior: a finished run has it in its checkpoint."""
     gone = Path(shutil.copytree(prior, folder / "gone"))
     arguments = train_arguments(llff, gone, "llff", parser=("llff-few-view-data", "--num-views", 3))
