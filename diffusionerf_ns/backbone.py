@@ -6,6 +6,7 @@ Notation
     a       number of hash levels switched on, not whole while one is fading in
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from jaxtyping import Float
 from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.field_components.mlp import MLP
 from nerfstudio.field_components.spatial_distortions import SceneContraction
-from nerfstudio.fields.base_field import Field
 from nerfstudio.fields.nerfacto_field import NerfactoField
 from torch import Tensor, nn
 
@@ -100,7 +100,7 @@ def insert_level_mask(field: NerfactoField, config: Any, implementation: str) ->
         out_activation=None,
         implementation=implementation,  # pyright: ignore[reportArgumentType]
     )
-    field.mlp_base = nn.Sequential(grid, mask, network)
+    field.mlp_base = nn.Sequential(grid, mask, network)  # pyright: ignore[reportAttributeAccessIssue]
     return mask
 
 
@@ -118,7 +118,7 @@ def limit_view_dependence(field: NerfactoField, degrees: int) -> None:
         field.direction_encoding.register_forward_hook(drop)
 
 
-def use_contraction(fields: list[Field], contraction: ContentContraction) -> None:
+def use_contraction(fields: Sequence[nn.Module], contraction: ContentContraction) -> None:
     """Give fields a contraction in place of their own."""
     for field in fields:
-        field.spatial_distortion = contraction  # pyright: ignore[reportArgumentType]
+        field.spatial_distortion = contraction
