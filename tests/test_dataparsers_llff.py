@@ -157,13 +157,25 @@ def test_intrinsics_follow_the_image_size_found(tmp_path):
 def test_the_factor_picks_an_existing_folder_before_it_reduces(tmp_path):
     make_scene(tmp_path, size=(64, 48))
     make_scene(tmp_path, size=(16, 12), name="images_4")
-    for factor, width, folder in ((1, 64, "images"), (4, 16, "images_4"), (2, 32, "images_2"), (8, 8, "images_8")):
+    wanted = ((1, 64, "images"), (4, 16, "images_4"), (2, 32, "images_2"), (8, 8, "images_8"))
+    for factor, width, folder in wanted:
         outputs = parse(tmp_path, downscale_factor=factor)
         assert outputs.image_filenames[0].parent == tmp_path / folder
         assert outputs.cameras.width[0].item() == width
         assert outputs.metadata["downscale_factor"] == factor
     assert (tmp_path / "images_8" / CACHE_FILE).exists()
     assert not (tmp_path / "images_4" / CACHE_FILE).exists()
+
+
+def test_ns_render_may_set_the_factor_to_a_float(tmp_path):
+    make_scene(tmp_path, size=(64, 48))
+    config = LLFFFewViewDataParserConfig(data=tmp_path)
+    config.downscale_factor = 2.0  # as `ns-render dataset --downscale-factor 2` does
+    outputs = config.setup().get_dataparser_outputs("train")
+    assert outputs.image_filenames[0].parent.name == "images_2"
+    config.downscale_factor = 2.5
+    with pytest.raises(InputError, match=r"2\.5.*whole number"):
+        config.setup().get_dataparser_outputs("train")
 
 
 def test_images_8_made_from_images_4_equals_the_mean_of_the_blocks(tmp_path):

@@ -1,5 +1,6 @@
 """A real browser at the viewer of a real training: pictures on the screen, and a slider that reaches the next step."""
 
+import contextlib
 import io
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import box_room
 import matplotlib
 import numpy as np
+import psutil
 import pytest
 from commands import environment
 from PIL import Image
@@ -219,6 +221,13 @@ class Page:
     def close(self) -> None:
         self.driver.quit()
 
+    def kill(self) -> None:
+        """End the browser without a word to the viewer."""
+        driver = psutil.Process(self.driver.service.process.pid)
+        for process in [*driver.children(recursive=True), driver]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
 
 @pytest.fixture(scope="module")
 def page(training, tmp_path_factory) -> Iterator[Page]:
@@ -281,9 +290,12 @@ def test_the_panel_shows_the_last_patch(page):
     assert 6 * 16 in shown, "four tiles of 16 pixels, thrice enlarged"
 
 
-def test_training_goes_on_when_the_browser_leaves_in_the_middle_and_another_may_come(training, page):
-    page.drag(-60, 30)  # a rendering is under way now
-    page.driver.get("about:blank")
+def test_training_goes_on_when_a_browser_dies_in_the_middle_and_another_may_come(training, page, tmp_path):
+    other = Page(training.address, tmp_path)
+    other.drag(-60, 30)  # a rendering is under way now
+    other.kill()
+    closed = "Connection closed (1,"
+    eventually(lambda: closed in training.output.read_text(), "the connection is closed")
     step = training.last_step()
     eventually(lambda: training.last_step() >= step + 10, "ten more steps")
     page.open()

@@ -223,10 +223,17 @@ def automatic_factor(width: int, height: int, longest: int = 1008) -> int:
     return max(1, -(-max(width, height) // longest))
 
 
-def check_factor(factor: int | None) -> None:
-    """Raises InputError where --downscale-factor is not positive."""
-    if factor is not None and factor < 1:
+def whole_factor(factor: int | float | None) -> int | None:
+    """--downscale-factor as an int; `ns-render dataset` hands over a float whatever is typed.
+
+    Raises:
+        InputError: it is no whole number of at least 1.
+    """
+    if factor is None:
+        return None
+    if factor < 1 or factor != int(factor):
         raise InputError(f"--downscale-factor {factor}: expected a whole number of at least 1.")
+    return int(factor)
 
 
 def _reduced_by(capture: Capture, ids: list[int], width: int) -> int:

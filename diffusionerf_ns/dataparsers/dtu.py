@@ -28,7 +28,7 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_factor
+from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, whole_factor
 from diffusionerf_ns.dataparsers.images import image_size
 from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
 from diffusionerf_ns.dataparsers.splits import choose
@@ -84,7 +84,7 @@ class DTUFewViewParser(FewViewBaseParser):
 
     def read_capture(self) -> Capture:
         """All 49 cameras; the first views of the protocol's list train, its 25 test views are held out."""
-        check_factor(self.config.downscale_factor)
+        factor = whole_factor(self.config.downscale_factor)
         scan = find_scan(self.config.data, self.config.scan)
         split = choose(
             VIEWS,
@@ -112,7 +112,7 @@ class DTUFewViewParser(FewViewBaseParser):
             size = calibrated_size(projections)
         intrinsics, opencv = decompose(projections)
         width, height = image_size(images[used[0]])
-        factor = self.config.downscale_factor or max(1, width // PROTOCOL_WIDTH)
+        factor = factor or max(1, width // PROTOCOL_WIDTH)
         masks = self._masks(scan, split.test, (width // factor, height // factor))
         train_masks = None
         if self.config.masked_training:

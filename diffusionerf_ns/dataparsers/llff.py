@@ -16,7 +16,7 @@ from diffusionerf_ns.dataparsers.base import (
     FewViewBaseConfig,
     FewViewBaseParser,
     automatic_factor,
-    check_factor,
+    whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size, list_images
 from diffusionerf_ns.dataparsers.poses import opengl_from_llff
@@ -44,7 +44,7 @@ class LLFFFewViewParser(FewViewBaseParser):
         data = self.config.data
         table = read_poses_bounds(data / POSES_FILE)
         matrices = table[:, :15].reshape(-1, 3, 5)
-        images, factor, cache = find_images(data, self.config.downscale_factor)
+        images, factor, cache = find_images(data, whole_factor(self.config.downscale_factor))
         if len(images) != len(table):
             raise InputError(
                 f"{data}: {POSES_FILE} has {len(table)} rows, but {images[0].parent.name} holds {len(images)} images "
@@ -115,7 +115,6 @@ def find_images(data: Path, factor: int | None) -> tuple[list[Path], int, Path]:
     Raises:
         InputError: no folder of images, or none that the factor can be reached from.
     """
-    check_factor(factor)
     folders = {k: files for k, folder in image_folders(data).items() if (files := list_images(folder))}
     if not folders:
         raise InputError(f"{data} holds {POSES_FILE}, but no images: expected a folder images or images_K with images.")

@@ -15,7 +15,7 @@ from diffusionerf_ns.dataparsers.base import (
     FewViewBaseConfig,
     FewViewBaseParser,
     automatic_factor,
-    check_factor,
+    whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size
 from diffusionerf_ns.dataparsers.splits import Split, choose, hold_out
@@ -60,7 +60,7 @@ class TransformsFewViewParser(FewViewBaseParser):
         if missing := [names[i] for i in used if not files[i].is_file()]:
             raise InputError(f"{path}: image files are missing: {', '.join(missing[:5])}. Looked in {folder}.")
         intrinsics, sizes = _intrinsics(meta, frames, files, used[0], path)
-        images, factor, cache = _sized_images(files, used, folder, self.config.downscale_factor)
+        images, factor, cache = _sized_images(files, used, folder, whole_factor(self.config.downscale_factor))
         depths = _optional(frames, "depth_file_path", folder)
         masks = _optional(frames, "mask_path", folder)
         if masks is not None and (lacking := [names[i] for i in used if masks[i] is None]):
@@ -229,7 +229,6 @@ def _sized_images(files: list[Path], used: list[int], folder: Path, factor: int 
 
     As with nerfstudio, a folder `images_K` that holds all the images wanted is used as it is.
     """
-    check_factor(factor)
     if factor is None:
         factor = automatic_factor(*image_size(files[used[0]]))
     cache = folder / f"images_{factor}"
