@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ddm_training.rgbd import RgbdSpec
 
 DENOISING_LEVELS = (99, 49, 20, 3)
-CONDITIONAL_LEVELS = (900, 500, 250)  # where colours without noise tell of depth what noisy depth does not
 TAUS = (0.1, 0.05, 0.01)
 
 
@@ -38,11 +37,8 @@ def depth_errors(
     levels: Sequence[int],
     abar: Float[Tensor, " t"],
     batch: int = 32,
-    given_color: bool = False,
 ) -> dict[str, dict[str, float]]:
     """RMSE of the depth channel in its [-1, 1], before and after one step of denoising, over valid pixels.
-
-    With ``given_color`` the colours carry no noise; a prior must have been trained so (`--clean-color-share`).
 
     "noisy" is x_t / sqrt(abar_t), the patch with nothing but noise added; "clean" is the one-step estimate
     (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t), not clipped.
@@ -52,8 +48,7 @@ def depth_errors(
         squares = {"noisy": 0.0, "clean": 0.0}
         for part in torch.arange(len(x)).split(batch):
             t = torch.full((len(part),), level, device=x.device)
-            clean_color = torch.full((len(part),), given_color, device=x.device)
-            x_t = add_noise(x[part], noise[part], abar[t], clean_color)
+            x_t = add_noise(x[part], noise[part], abar[t])
             estimates = {
                 "noisy": x_t / abar[level].sqrt(),
                 "clean": predict_clean(x_t, denoise(x_t, t), abar[t]),
@@ -164,11 +159,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 "depth_rmse": {str(t): errors[str(t)] for t in DENOISING_LEVELS},
                 "depth_rmse_by_tau": {str(tau): errors[str(t)] for tau, t in taus.items()},
             }
-            if its.clean_color_share > 0.0:
-                stores[store]["depth_rmse_given_color"] = depth_errors(
-                    *given, levels=(*CONDITIONAL_LEVELS, *DENOISING_LEVELS), abar=abar, batch=config.batch_size,
-                    given_color=True,
-                )  # fmt: skip
             picture = denoising_sheet(network, batch, abar=abar, near=its.near)
             save_picture(config.output_dir / f"denoising-{name}-{store}.png", picture)
         result["priors"][name] = {"folder": str(folder), "steps": its.steps, "stores": stores}
@@ -290,19 +280,6 @@ def tables(result: dict[str, Any]) -> str:
                 for t in DENOISING_LEVELS
             ]
             lines.append(f"| {name} | {prior['steps']} | {store} | " + " | ".join(cells) + " |")
-    given = [
-        (n, s, f) for n, p in result["priors"].items() for s, f in p["stores"].items() if "depth_rmse_given_color" in f
-    ]
-    if given:
-        levels = [*CONDITIONAL_LEVELS, *DENOISING_LEVELS]
-        lines += ["", "Depth RMSE after one step where the colours carry no noise:", ""]
-        lines += [
-            "| prior | store | " + " | ".join(f"t = {t}" for t in levels) + " |",
-            "|---" * (2 + len(levels)) + "|",
-        ]
-        for name, store, figures in given:
-            cells = [f"{figures['depth_rmse_given_color'][str(t)]['clean']:.4f}" for t in levels]
-            lines.append(f"| {name} | {store} | " + " | ".join(cells) + " |")
     lines += ["", "Noise prediction, mean squared error over all channels / depth (predicting zero: 1):", ""]
     levels = list(next(iter(next(iter(result["priors"].values()))["stores"].values()))["noise_loss"])
     lines += ["| prior | store | " + " | ".join(f"t = {t}" for t in levels) + " |", "|---" * (2 + len(levels)) + "|"]

@@ -261,21 +261,12 @@ class PatchSampler:
         return rgb, z, valid
 
     def batch(
-        self,
-        *,
-        seed: int,
-        stream: Stream,
-        step: int,
-        first: int,
-        count: int,
-        bias: float = 0.0,
-        clean_color_share: float = 0.0,
+        self, *, seed: int, stream: Stream, step: int, first: int, count: int, bias: float = 0.0
     ) -> dict[str, Tensor]:
         """Samples first ... first + count - 1 of a step, with the noise and timesteps that belong to them.
 
         Returns:
-            x [b, 4, P, P] float32, mask [b, P, P] bool, noise [b, 4, P, P] float32, t [b] int64, and clean_color [b]
-            bool: samples whose colours get no noise; their noise is 0 in the colour channels.
+            x [b, 4, P, P] float32, mask [b, P, P] bool, noise [b, 4, P, P] float32, t [b] int64.
         """
         size = self.config.patch_size
         rgb = np.empty((count, 3, size, size), np.float32)
@@ -283,17 +274,13 @@ class PatchSampler:
         mask = np.empty((count, size, size), np.bool_)
         noise = np.empty((count, 4, size, size), np.float32)
         t = np.empty(count, np.int64)
-        clean_color = np.zeros(count, np.bool_)
         for i in range(count):
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, step, first + i))))
             rgb[i], z[i], mask[i] = self.sample(rng)
             noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
             t[i] = draw_timestep(rng, bias)
-            clean_color[i] = rng.random() < clean_color_share
-        noise[clean_color, :3] = 0.0
         x = rgbd.encode(torch.from_numpy(rgb), torch.from_numpy(z))
-        drawn = {"mask": mask, "noise": noise, "t": t, "clean_color": clean_color}
-        return {"x": x, **{key: torch.from_numpy(value) for key, value in drawn.items()}}
+        return {"x": x, "mask": torch.from_numpy(mask), "noise": torch.from_numpy(noise), "t": torch.from_numpy(t)}
 
 
 def draw_timestep(rng: np.random.Generator, bias: float) -> int:
@@ -320,10 +307,8 @@ class PatchBatches(Dataset):
         rank: int = 0,
         world: int = 1,
         bias: float,
-        clean_color_share: float = 0.0,
     ) -> None:
-        self.sampler, self.seed, self.steps = sampler, seed, steps
-        self.bias, self.clean_color_share = bias, clean_color_share
+        self.sampler, self.seed, self.steps, self.bias = sampler, seed, steps, bias
         self.batch_size, self.rank, self.world = batch_size, rank, world
 
     def __len__(self) -> int:
@@ -337,7 +322,6 @@ class PatchBatches(Dataset):
             first=self.rank * self.batch_size,
             count=self.batch_size,
             bias=self.bias,
-            clean_color_share=self.clean_color_share,
         )
 
 

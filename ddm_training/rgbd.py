@@ -68,8 +68,6 @@ class RgbdSpec:
     """Quantiles of 1/z in 1/metres over the training data, after depth augmentation; keys like "0.50"."""
     depth_scale_jitter: float = 1.0
     """Depth of a training patch was multiplied by a log-uniform factor in [1 / this, this]."""
-    clean_color_share: float = 0.0
-    """Share of training samples whose colours carried no noise; above 0 the prior knows depth given colours."""
     trained_on: tuple[str, ...] = ()
     """Names of the training data."""
     steps: int = 0

@@ -89,9 +89,6 @@ class TrainConfig:
     a NeRF follows the depth score almost alone."""
     timestep_bias: float = 0.5
     """Share of samples with t log-uniform in [3, 199), the range a NeRF uses; the rest is uniform over 1000."""
-    clean_color_share: float = 0.0
-    """Share of samples whose colours carry no noise, so that the prior also knows depth given colours; none in the
-    paper. A prior trained so can complete the depth of an image, which `diffusionerf_ns` makes use of."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Precision inside the network; noise, target and data are always fp32."""
     torch_compile: bool = False
@@ -133,9 +130,8 @@ class TrainConfig:
                      "validation_steps", "validation_patches", "logging_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}.")
-        for name in ("timestep_bias", "clean_color_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1], found {getattr(self, name)}.")
+        if not 0 <= self.timestep_bias <= 1:
+            raise InputError(f"--timestep-bias must lie in [0, 1], found {self.timestep_bias}.")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
         if not self.learning_rate > 0:
@@ -210,7 +206,6 @@ def make_loader(config: TrainConfig, sampler: "PatchSampler", *, start: int, ran
         rank=rank,
         world=world,
         bias=config.timestep_bias,
-        clean_color_share=config.clean_color_share,
     )
     workers = config.dataloader_num_workers
 
@@ -308,7 +303,7 @@ def train(config: TrainConfig) -> None:
                     warmup=config.lr_warmup_steps,
                     total=config.max_train_steps if config.lr_scheduler == "cosine" else None,
                 )
-            x_t = add_noise(batch["x"], batch["noise"], abar[batch["t"]], batch["clean_color"])
+            x_t = add_noise(batch["x"], batch["noise"], abar[batch["t"]])
             predicted = model(x_t, batch["t"])
             loss = noise_loss(
                 predicted, batch["noise"], batch["mask"], kind=config.loss_type, depth_weight=config.depth_loss_weight

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ddm_training.errors import InputError
@@ -88,17 +88,11 @@ def make_scheduler() -> "DDPMScheduler":
 
 
 def add_noise(
-    x: Float[Tensor, "b c h w"],
-    noise: Float[Tensor, "b c h w"],
-    abar: Float[Tensor, " b"],
-    clean_color: Bool[Tensor, " b"] | None = None,
+    x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], abar: Float[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:
-    """sqrt(abar) x + sqrt(1 - abar) eps; where ``clean_color`` is true, channels 0 to 2 (colours) stay as they are."""
+    """x_t = sqrt(abar) x + sqrt(1 - abar) eps."""
     abar = abar[:, None, None, None]
-    x_t = abar.sqrt() * x + (1 - abar).sqrt() * noise
-    if clean_color is None:
-        return x_t
-    return torch.cat([torch.where(clean_color[:, None, None, None], x[:, :3], x_t[:, :3]), x_t[:, 3:]], dim=1)
+    return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
 
 def predict_clean(

@@ -97,7 +97,6 @@ class Validation:
             "focal_range": config.focal_range,
             "disparity_quantiles": disparity_quantiles(sampler, seed=config.seed),
             "depth_scale_jitter": config.depth_scale_jitter,
-            "clean_color_share": config.clean_color_share,
             "trained_on": tuple(sorted({scene.info.source for scene in sampler.scenes})),
             "license": config.license,
         }
