@@ -18,7 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import patches, stereo
+from diffusionerf_ns import patches, refine, stereo
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 
@@ -114,6 +114,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
+        images = [self.train_dataset.get_image_float32(i)[..., :3] for i in range(len(self.train_dataset))]
+        self.train_dataset.metadata["fine_detail"] = sum(map(refine.fine_detail, images)) / len(images)
         self._matched: stereo.MatchedDepth | None = None
         if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
             self._match_images()

@@ -178,6 +178,11 @@ def view_outputs(ready: dict[str, Tensor], camera: Cameras, context: ViewContext
     return ViewOutputs(ready, on_demand, listed)
 
 
+def is_perspective(camera: Cameras) -> bool:
+    """Whether the prior can judge a view of this camera."""
+    return int(camera.camera_type.reshape(-1)[0]) == CameraType.PERSPECTIVE.value
+
+
 class _View:
     """Intermediate results of one view, each computed once."""
 
@@ -198,7 +203,7 @@ class _View:
         return self._once("x", lambda: rgbd.encode(self.rgb.permute(2, 0, 1), self.z, self._context.spec().near))
 
     def score(self) -> Float[Tensor, "4 h w"]:
-        if int(self._camera.camera_type.reshape(-1)[0]) != CameraType.PERSPECTIVE.value:
+        if not is_perspective(self._camera):
             raise InputError("the prior knows perspective cameras only; choose another camera type, or another output.")
         focal = float(self._camera.fx.reshape(-1)[0])
         return self._once("score", lambda: tiled_score(self.x(), self._context.prior(), self._context.tau, focal))

@@ -22,7 +22,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
-from diffusionerf_ns import backbone, inspection, metrics, regularizers, schedules
+from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
@@ -66,6 +66,7 @@ class DiffusioNeRFModel(NerfactoModel):
         self.total_steps = 1
         self.register_buffer("metric_scale", torch.tensor(self._first_metric_scale(near, far, found)))
         self.last_patch: LastPatch | None = None
+        self._refines: bool | None = None
         self.depth_colours = inspection.DepthRange()
         self.verdict_tau = self.config.tau_start
         self.inspection_panel = InspectionPanel(self)
@@ -199,8 +200,21 @@ class DiffusioNeRFModel(NerfactoModel):
         }
         return values, images | inspection.cheap_pictures(outputs)
 
+    def _can_refine(self) -> bool:
+        """Whether there is a prior; that it is lacking after training is said once, and views are left as rendered."""
+        if self._refines is None:
+            try:
+                self._refines = self.prior is not None
+            except InputError as error:
+                CONSOLE.print(f"[yellow]Views are not refined: {error}")
+                self._refines = False
+        return self._refines
+
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> inspection.ViewOutputs:
-        """nerfacto's outputs of a view, and on demand those of `inspection`."""
+        """nerfacto's outputs of a view, and on demand those of `inspection`.
+
+        `rgb` is refined by the prior (`refine_tau`), `rgb_rendered` as it was rendered.
+        """
         outputs = super().get_outputs_for_camera(camera, obb_box)
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
@@ -214,7 +228,14 @@ class DiffusioNeRFModel(NerfactoModel):
             count=None if self.frusta is None else self.frusta.count,
             tau=self.verdict_tau,
         )
-        return inspection.view_outputs(outputs, camera, context)
+        view = inspection.view_outputs(outputs, camera, context)
+        view["rgb_rendered"] = view["rgb"]
+        if self.config.refine_tau > 0.0 and inspection.is_perspective(camera) and self._can_refine():
+            rgb, z = (view[name].to(self.device) for name in ("rgb", "planar_depth"))
+            detail = self.metadata.get("fine_detail", 0.0)
+            refined = refine.refined_view(rgb, z[..., 0], self.prior, self.config.refine_tau, detail)
+            view["rgb"] = refined.to(view["rgb_rendered"])
+        return view
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
@@ -261,6 +282,9 @@ class DiffusioNeRFModel(NerfactoModel):
         `depth` is the median, for people; `expected_depth` its differentiable sibling. Both are distances along the ray
         in scene units.
         """
+        c = self.config
+        factor = 1 if self.training else c.eval_samples_factor
+        self.proposal_sampler.num_nerf_samples_per_ray = factor * c.num_nerf_samples_per_ray
         outputs = super().get_outputs(ray_bundle)
         scale = torch.nan_to_num(self.metric_scale, nan=1.0)
         # nerfstudio's --render-nearest-camera asks for single rays without an optical axis.
@@ -359,12 +383,22 @@ class DiffusioNeRFModel(NerfactoModel):
             rgb_norm=c.score_rgb_norm,
             max_depth=c.score_max_depth,
         )
+        weighted = weighted * self._unseen(outputs, patches)
         self.last_patch = LastPatch.of(outputs["ray_samples_list"][-1], patches, x.detach(), score, tau)
         log["score_depth_rms"] = score[:, 3].square().mean().sqrt()
         log["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
         log["tau"] = torch.tensor(tau)
         log["metric_scale"] = self.metric_scale.clone()
         return regularizers.score_pseudo_loss(x, weighted)
+
+    def _unseen(self, outputs: dict[str, Any], patches: PatchBatch) -> Tensor:
+        """1 where at most `score_max_views` training frusta see a patch's surface, else 0 [b, 1, p, p]."""
+        limit, shape = self.config.score_max_views, (len(patches), 1, patches.size, patches.size)
+        frustums = outputs["ray_samples_list"][-1].frustums[patches.first_ray :, 0]
+        if limit is None or self.frusta is None:
+            return torch.ones(shape, device=frustums.origins.device)
+        surface = frustums.origins + frustums.directions * outputs["expected_depth"][patches.first_ray :].detach()
+        return (self.frusta.count(surface) <= limit).float().reshape(shape)
 
     def _patch_of(
         self, outputs: dict[str, Any], patches: PatchBatch

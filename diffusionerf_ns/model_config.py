@@ -43,6 +43,9 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     score_max_depth: float = 20.0
     """Depth in metres at which the factor of the depth score stops growing. The paper, with bounded scenes, has no such
     limit."""
+    score_max_views: int | None = None
+    """The score acts only where at most this many training frusta hold the surface; None: everywhere, as in the
+    paper."""
     score_start: float = 0.0
     """Fraction of the run before which the prior is off. The paper's value."""
     score_fade_start: float = 1.0
@@ -70,6 +73,11 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     metric_scale_warmup: float = 0.05
     """Where the scene's bounds are unknown: fraction of the run without prior, after which the scale is read off the
     rendered depth."""
+
+    refine_tau: float = 0.07
+    """Where a view has more fine detail than the photographs, which is grain, the prior's clean estimate of it at this
+    noise level, one pass of its network, takes the place of its colours as far as needed; 0 leaves them as rendered.
+    Not in the paper."""
 
     # The geometric terms
     frustum_weight: float = 0.01
@@ -111,6 +119,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Fraction of the run at which all hash levels are switched on."""
     view_degrees: int = 2
     """Degrees of spherical harmonics through which colour depends on the view, 1 (not at all) to 4 (nerfacto's)."""
+
+    eval_samples_factor: int = 2
+    """After training, rays get this many times the samples of training: with a laptop's few samples, neighbouring
+    rays hit and miss thin surfaces, which is grain in the image."""
 
     # Deviations of the backbone from nerfacto's defaults
     camera_optimizer: CameraOptimizerConfig = field(default_factory=lambda: CameraOptimizerConfig(mode="off"))

@@ -95,18 +95,18 @@ class PatchPrior:
         return float((1.0 - self.alphas_cumprod[tau_to_timestep(tau, len(self.alphas_cumprod))]).sqrt())
 
     @torch.no_grad()
-    def predict_noise(self, x: Float[Tensor, "b 4 p p"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 p p"]:
-        """eps for patches at timesteps t; in and out float32 whatever the network computes in."""
+    def predict_noise(self, x: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
+        """eps for patches, or whole views, at timesteps t; in and out float32 whatever the network computes in."""
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             return self.denoiser(x, t).float()
 
-    def score(self, x: Float[Tensor, "b 4 p p"], tau: float) -> Float[Tensor, "b 4 p p"]:
+    def score(self, x: Float[Tensor, "b 4 h w"], tau: float) -> Float[Tensor, "b 4 h w"]:
         """grad log p(x) at noise level tau; no noise is added to x (paper section 3.3)."""
         t = tau_to_timestep(tau, len(self.alphas_cumprod))
         eps = self.predict_noise(x.detach(), torch.full((x.shape[0],), t, device=x.device, dtype=torch.int64))
         return -eps / (1.0 - self.alphas_cumprod[t]).sqrt()
 
-    def clean_estimate(self, x: Float[Tensor, "b 4 p p"], tau: float) -> Float[Tensor, "b 4 p p"]:
+    def clean_estimate(self, x: Float[Tensor, "b 4 h w"], tau: float) -> Float[Tensor, "b 4 h w"]:
         """x + (1 - abar) score, the patch that the prior would rather see (Tweedie's formula, x taken as abar = 1)."""
         return x.detach() + self.sigma(tau) ** 2 * self.score(x, tau)
 

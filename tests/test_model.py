@@ -361,6 +361,48 @@ def test_a_loaded_model_renders_what_the_trained_one_rendered(folders):
         torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
 
 
+def view(pipeline: VanillaPipeline) -> dict[str, torch.Tensor]:
+    pipeline.eval()
+    return pipeline.model.get_outputs_for_camera(pipeline.datamanager.eval_dataset.cameras[:1])
+
+
+def test_the_colours_of_a_view_are_the_priors_clean_estimate(folders):
+    pipeline, known = with_known_prior(folders, refine_tau=0.07)
+    pipeline.model.metadata["fine_detail"] = 0.0  # photographs without any: all the detail of a view is grain
+    shown = view(pipeline)
+    assert known.calls == 1
+    # eps = c x: the clean estimate is (1 - c sigma) x, and x = 2 rgb - 1
+    expected = 0.5 + (shown["rgb_rendered"] - 0.5) * (1.0 - known.c * known.prior.sigma(0.07))
+    torch.testing.assert_close(shown["rgb"], expected)
+
+
+def test_views_are_left_as_rendered_where_refinement_is_off_or_the_prior_is_missing(folders, capsys):
+    pipeline, known = with_known_prior(folders, refine_tau=0.0)
+    shown = view(pipeline)
+    assert known.calls == 0
+    assert torch.equal(shown["rgb"], shown["rgb_rendered"])
+
+    pipeline = build(folders, prior="no-such-prior", metric_scale=1.0, score_weight=0.0, refine_tau=0.07)
+    for _ in range(2):
+        shown = view(pipeline)
+        assert torch.equal(shown["rgb"], shown["rgb_rendered"])
+    assert capsys.readouterr().out.count("not refined") == 1
+
+
+def test_views_get_more_samples_than_training_rays(folders, monkeypatch):
+    pipeline = build(folders, refine_tau=0.0, eval_samples_factor=3)
+    rays, _ = pipeline.datamanager.next_train(0)
+    samples = pipeline.model.config.num_nerf_samples_per_ray
+    counts = []
+    monkeypatch.setattr(
+        pipeline.model.field, "forward", lambda ray_samples, **_: counts.append(ray_samples.shape[-1]) or 1 / 0
+    )
+    for mode in (pipeline.train, pipeline.eval, pipeline.train):
+        with pytest.raises(ZeroDivisionError):
+            mode().model(rays)
+    assert counts == [samples, 3 * samples, samples]
+
+
 def test_a_resumed_run_ends_its_schedules_where_the_whole_run_does(folders):
     pipeline = build(folders, **TERMS_OFF)
     tie(pipeline, 600, start=400)

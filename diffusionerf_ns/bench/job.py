@@ -205,7 +205,7 @@ def render_test_image(pipeline: Any, index: int) -> TestImage:
     data = dataset[index]
     camera = dataset.cameras[index : index + 1].to(pipeline.device)
     rays = camera.generate_rays(camera_indices=0, keep_shape=True)
-    outputs = pipeline.model.get_outputs_for_camera_ray_bundle(rays)
+    outputs = pipeline.model.get_outputs_for_camera(camera)
     units_per_metre = dataset.metadata.get("scene_units_per_metre", 1.0)
     depth = outputs["depth"] / rays.metadata["directions_norm"] / units_per_metre
     true_depth = data.get("depth_image")

@@ -56,7 +56,7 @@ def save_pictures(folder: Path, images: Sequence[tuple[int, "TestImage"]]) -> li
             save("true_depth", color_depth(image.true_depth.numpy(), limits))
             arrays["true_depth"] = image.true_depth.numpy().astype(np.float32)
         path = folder / f"{index:03d}_depth.npz"
-        np.savez_compressed(path, allow_pickle=False, **arrays)
+        np.savez_compressed(path, **arrays)
         files["depth_values"] = f"{folder.name}/{path.name}"
         written.append({"name": image.name, **files})
     return written

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
 
 Method = Literal["diffusionerf", "diffusionerf-tiny"]
-NO_PRIOR = {"pipeline.model.score_weight": 0.0}
+NO_PRIOR = {"pipeline.model.score_weight": 0.0, "pipeline.model.refine_tau": 0.0}
 # Nothing that this project adds to the photometric loss, nor to nerfacto's fields.
 NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
@@ -68,6 +68,12 @@ VARIANTS: dict[str, Variant] = {
             overrides={"pipeline.model.tau_start": 0.0, "pipeline.model.tau_end": 0.0},
             ablation="DiffusioNeRF, tau = 0",
         ),
+        Variant(
+            name="no-refinement",
+            title="no refinement of views",
+            overrides={"pipeline.model.refine_tau": 0.0},
+        ),
+        Variant(name="refinement-only", title="no score", overrides={"pipeline.model.score_weight": 0.0}),
         Variant(
             name="no-stereo",
             title="no stereo",
