@@ -29,6 +29,11 @@ def _optimizers(steps: int) -> dict:
     }
 
 
+def _viewer(rays_per_chunk: int) -> ViewerConfig:
+    """With its port named: where it is in use the next free one is taken, else nerfstudio would take any."""
+    return ViewerConfig(num_rays_per_chunk=rays_per_chunk, websocket_port=7007)
+
+
 _FULL_STEPS = 10_000
 
 diffusionerf = MethodSpecification(
@@ -49,7 +54,7 @@ diffusionerf = MethodSpecification(
             model=DiffusioNeRFModelConfig(eval_num_rays_per_chunk=1 << 14),
         ),
         optimizers=_optimizers(_FULL_STEPS),
-        viewer=ViewerConfig(num_rays_per_chunk=1 << 14),
+        viewer=_viewer(1 << 14),
         vis="viewer+tensorboard",
     ),
     description="DiffusioNeRF: few-view NeRF with a diffusion prior of RGBD patches.",
@@ -85,7 +90,7 @@ diffusionerf_tiny = MethodSpecification(
             ),
         ),
         optimizers=_optimizers(_TINY_STEPS),
-        viewer=ViewerConfig(num_rays_per_chunk=1 << 12),
+        viewer=_viewer(1 << 12),
     ),
     description="DiffusioNeRF with small tables and few samples: laptops, CI, a first look in minutes without a GPU.",
 )

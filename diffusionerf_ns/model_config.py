@@ -99,7 +99,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     distortion_loss_mult: float = 0.0
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
-    stereo_depth_weight: float = 0.1
+    stereo_depth_weight: float = 0.2
     """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper."""
 
     # Where the rays begin and end

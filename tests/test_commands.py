@@ -328,6 +328,19 @@ def test_ns_render_interpolates_between_the_test_images(trained, commands, folde
         assert picture.size == (3 * WIDTH, HEIGHT), "colour, depth and the nearest training image side by side"
 
 
+def test_ns_render_goes_round_a_test_camera_in_a_spiral(trained, commands, folder):
+    run, _ = trained
+    commands.run(
+        "ns-render", "spiral", "--load-config", run / "config.yml", "--output-path", folder / "spiral",
+        "--rendered-output-names", "rgb", "MedianDepth", "--output-format", "images", "--image-format", "png",
+        "--seconds", 0.1,
+    ).ok()  # fmt: skip
+    pictures = sorted((folder / "spiral").glob("*.png"))
+    assert len(pictures) == 2
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (2 * WIDTH, HEIGHT)
+
+
 def test_a_finished_run_is_evaluated_but_not_resumed_when_its_prior_is_gone(commands, llff, prior, folder):
     """The bounds of LLFF give the metric scale through the prior: a finished run has it in its checkpoint."""
     gone = Path(shutil.copytree(prior, folder / "gone"))
@@ -390,6 +403,19 @@ def test_ns_export_writes_a_point_cloud(trained, commands, folder):
         "--num-rays-per-batch", 256, "--normal-method", "open3d", "--remove-outliers", "False",
     ).ok()  # fmt: skip
     assert (folder / "cloud" / "point_cloud.ply").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_ns_export_writes_a_textured_mesh(trained, commands, folder):
+    run, _ = trained
+    commands.run(
+        "ns-export", "tsdf", "--load-config", run / "config.yml", "--output-dir", "mesh", "--resolution", 24, 24, 24,
+        "--target-num-faces", 500, "--num-pixels-per-side", 32,
+    ).ok()  # fmt: skip
+    assert (folder / "mesh" / "tsdf_mesh.ply").stat().st_size > 1000
+    assert "\nf " in (folder / "mesh" / "mesh.obj").read_text(), "faces"
+    with Image.open(folder / "mesh" / "material_0.png") as texture:
+        assert np.asarray(texture).std() > 0, "a texture that is not blank"
 
 
 # Bad input

@@ -186,7 +186,7 @@ def config_hash(config: "TrainerConfig") -> str:
             owner = owner[parent]
         owner.pop(name, None)
     model: Any = config.pipeline.model
-    if getattr(model, "score_weight", 0.0):
+    if getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0):
         content["prior"] = prior_hash(model.prior, model.prior_revision)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
