@@ -64,7 +64,7 @@ def depth_errors(
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluate prior folders on held-out frames; writes evaluation.json and pictures.
+    """Evaluate prior folders on held-out frames; writes evaluation.json, evaluation.md and pictures.
 
     Several priors are measured on the same patches with the same noise. The `prior` folder of a running training may
     be given.
@@ -167,6 +167,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             result["priors"][name]["samples"] = measured
             plot_histograms(config.output_dir / f"histograms-{name}.png", samples, real)
     plot_denoising(config.output_dir / "denoising.png", result)
+    (config.output_dir / "evaluation.md").write_text(tables(result) + "\n")
     (config.output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 ExportDtype = Literal["fp16", "fp32"]
+CURVES_FILE = "curves.png"
 
 
 def export_prior(
@@ -113,7 +114,8 @@ Squared error of the predicted noise on held-out patches (predicting zero gives 
 |---|---|---|
 {rows}
 
-`samples.png` shows unconditional samples, colour and depth side by side (depth: red .3 m, blue 20 m).
+`{CURVES_FILE}` shows the losses over the training, `samples.png` unconditional samples, colour and depth side by side
+(depth: red .3 m, blue 20 m).
 """
 
 

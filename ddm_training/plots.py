@@ -1,5 +1,6 @@
-"""Plots of an evaluation."""
+"""Plots of a training and of an evaluation."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddm_training.plausibility import DEPTH_BINS, GRADIENT_BINS, gradient_size, histogram
+
+
+def plot_training(path: Path, log: Path) -> None:
+    """Loss, and held-out depth loss per noise level, over the steps of a `log.jsonl`."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in log.read_text().splitlines() if line]
+    trained = {row["step"]: row["loss"] for row in rows if "loss" in row}  # of steps done twice, the last
+    held_out = {row["step"]: row["val"] for row in rows if "val" in row}
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(sorted(trained), [trained[step] for step in sorted(trained)])
+    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    steps = sorted(held_out)
+    for t in held_out[steps[-1]] if steps else ():
+        right.plot(steps, [held_out[step][t]["depth"] for step in steps], "o-", markersize=3, label=f"t = {t}")
+    right.set(xlabel="step", ylabel="held-out loss, depth channel", yscale="log")
+    if steps:
+        right.legend(fontsize="small", ncols=2)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
 
 
 def plot_denoising(path: Path, result: dict[str, Any]) -> None:

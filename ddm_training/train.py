@@ -236,7 +236,9 @@ def train(config: TrainConfig) -> None:
     from accelerate import Accelerator
 
     from ddm_training.checkpoints import find_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
+    from ddm_training.export import CURVES_FILE
     from ddm_training.patches import open_sampler
+    from ddm_training.plots import plot_training
     from ddm_training.progress import Journal
     from ddm_training.unet import NoisePredictor, add_noise, make_scheduler, make_unet
     from ddm_training.validation import Validation
@@ -285,6 +287,11 @@ def train(config: TrainConfig) -> None:
             save_checkpoint(config.output_dir, step, state, settings(config), limit=limit)
         accelerator.wait_for_everyone()
 
+    def validate_now(step: int) -> None:
+        if validation and journal:
+            journal.validation(step, validation.run(average, step))
+            plot_training(validation.folder / CURVES_FILE, journal.path)
+
     stop = StopRequest(config.max_train_minutes)
     step, saved, rate = start, start, 0.0
     pending: list[Tensor] = []
@@ -328,14 +335,13 @@ def train(config: TrainConfig) -> None:
                 save(step)
                 saved = step
             if validate:
-                if validation and journal:
-                    journal.validation(step, validation.run(average, step))
+                validate_now(step)
                 accelerator.wait_for_everyone()
             if ends:
                 break
         if validation and journal:
             if step == start or (step % config.validation_steps and step < config.max_train_steps):
-                journal.validation(step, validation.run(average, step))
+                validate_now(step)
             done = step >= config.max_train_steps
             journal.say(
                 f"{'finished' if done else 'stopped'} at step {step}, checkpoint-{saved}, prior in {config.output_dir}"

@@ -201,7 +201,7 @@ def test_a_run_leaves_a_prior_folder_a_log_and_the_last_checkpoints(store, tmp_p
     prior = tmp_path / "prior"
     files = {str(p.relative_to(prior)) for p in prior.rglob("*") if p.is_file()}
     assert files == {
-        "README.md", "rgbd.json", "samples.png", "scheduler/scheduler_config.json",
+        "README.md", "curves.png", "rgbd.json", "samples.png", "scheduler/scheduler_config.json",
         "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     spec = RgbdSpec.load(prior)
