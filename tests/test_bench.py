@@ -424,6 +424,7 @@ def test_tables_put_published_numbers_beside_ours_and_name_what_is_missing(tmp_p
     assert "| DiffusioNeRF (published) | 19.79 | 0.568 | 0.338 |" in text
     assert "Protocol `llff-regnerf`" in text
     assert f"1 of 4 jobs are not in these means: {missing.name} (missing)" in text
+    assert "| diffusionerf-tiny | 100 | photometric only | 2 | 5 | 0.05 |" in (root / "times.md").read_text()
     with (root / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["origin"] for row in rows} == {"ours", "published"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench.results import Entry, read_entries
-from diffusionerf_ns.bench.table import PEER_SCENES, read_peers, summarise_runs
+from diffusionerf_ns.bench.table import DATASETS, PEER_SCENES, read_peers, summarise_runs
 from diffusionerf_ns.bench.variants import VARIANTS
 
 
@@ -74,7 +74,7 @@ def _draw_psnr(results: Sequence[dict[str, Any]], output: Path) -> list[Path]:
             for name in dict.fromkeys(p.method for p in peers):
                 points = sorted((int(p.views), p.metrics["psnr"]) for p in peers if p.method == name)
                 axes.plot(*zip(*points), "--", linewidth=1, alpha=0.7, label=f"{name}, published")
-        axes.set(xlabel="training views", ylabel="PSNR, dB", title=f"{dataset.upper()}, test images")
+        axes.set(xlabel="training views", ylabel="PSNR, dB", title=f"{DATASETS.get(dataset, dataset)}, test images")
         axes.set_xticks(sorted({int(s.views) for s in settings} | {3, 6, 9}))
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right center", fontsize=6)

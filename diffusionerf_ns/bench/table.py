@@ -29,6 +29,7 @@ METRICS: dict[str, tuple[str, int]] = {
     "depth_rmse_aligned": ("depth RMSE, aligned", 3),
     "depth_delta_aligned": ("depth < 1.25, aligned", 3),
 }
+DATASETS = {"llff": "LLFF", "dtu": "DTU", "transforms": "nerfstudio captures"}
 PEER_METRICS = ("psnr", "ssim", "lpips_vgg", "average")
 # What the published numbers are means over, and the protocol of ours that they can stand beside.
 PEER_SCENES = {"llff": ("all 8 scenes, 504 x 378", "llff-regnerf"), "dtu": ("all 15 scans, 400 x 300", "dtu-regnerf")}
@@ -36,7 +37,7 @@ PEER_SCENES = {"llff": ("all 8 scenes, 504 x 378", "llff-regnerf"), "dtu": ("all
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig:
-    """Write table.md, table.csv and jobs.csv of a results folder, and print the table."""
+    """Write table.md, times.md, table.csv and jobs.csv of a results folder, and print the table."""
 
     results: Path
     """Results folder."""
@@ -157,7 +158,7 @@ def _row(variant: str, results: list[dict[str, Any]]) -> Row:
 
 
 def write_tables(results: Path, output: Path) -> str:
-    """Write `table.md`, `table.csv` and `jobs.csv`; returns the Markdown.
+    """Write `table.md`, `times.md`, `table.csv` and `jobs.csv`; returns the table.
 
     Raises:
         InputError: no results folder, one of another version, or no job in it is done.
@@ -171,6 +172,7 @@ def write_tables(results: Path, output: Path) -> str:
     text = _markdown(settings, peers, entries, [result for _, result in done])
     output.mkdir(parents=True, exist_ok=True)
     _write_text(output / "table.md", text)
+    _write_text(output / "times.md", _times([result for _, result in done]))
     _write_csv(output / "table.csv", _table_rows(settings, peers))
     _write_csv(output / "jobs.csv", _job_rows(done))
     return text
@@ -188,7 +190,7 @@ def _markdown(
     lines = ["# Results", ""]
     for setting, rows in settings.items():
         lines += [
-            f"## {setting.dataset.upper()}, {setting.views} views",
+            f"## {DATASETS.get(setting.dataset, setting.dataset)}, {setting.views} views",
             "",
             f"Protocol `{setting.protocol}`, images of {setting.image_size}, method `{setting.method}`, "
             f"{setting.steps:,} steps. Means over scenes of equal weight; +- is the deviation over seeds.",
@@ -212,6 +214,7 @@ def _summary_table(setting: Setting, rows: list[Row], published: list[Peer]) -> 
                 str(len(row.seeds)),
             ]
         )
+    published = [peer for peer in published if set(peer.metrics) & set(names)]
     for peer in published:
         figures = [f"{peer.metrics[n]:.{METRICS[n][1]}f}" if n in peer.metrics else "" for n in names]
         cells.append([f"{peer.method} (published)", *figures, "", ""])
@@ -236,10 +239,17 @@ def _cell(value: Mean | None, decimals: int) -> str:
 
 def _scene_table(rows: list[Row]) -> list[str]:
     scenes = sorted({scene for row in rows for scene in row.scenes})
-    lines = [f"| PSNR / SSIM | {' | '.join(scenes)} |", f"| --- |{' ---: |' * len(scenes)}"]
+    has = set.intersection(*(set(row.means) for row in rows))
+    names = [name for name in ("psnr", "ssim", "lpips_alex", "lpips", "depth_abs_rel") if name in has]
+    lines = [
+        f"| {' / '.join(METRICS[name][0] for name in names)} | {' | '.join(scenes)} |",
+        f"| --- |{' ---: |' * len(scenes)}",
+    ]
     for row in rows:
         figures = [
-            f"{row.by_scene[scene]['psnr']:.2f} / {row.by_scene[scene]['ssim']:.3f}" if scene in row.by_scene else ""
+            " / ".join(f"{row.by_scene[scene][name]:.{METRICS[name][1]}f}" for name in names)
+            if scene in row.by_scene
+            else ""
             for scene in scenes
         ]
         lines.append(f"| {row.title} | {' | '.join(figures)} |")
@@ -265,6 +275,28 @@ def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[
     if settings:
         notes.append(f"Overrides beside the variants': {'; '.join(sorted(settings))}.")
     return ["Notes:", "", *(f"* {note}" for note in notes)]
+
+
+def _times(results: Sequence[dict[str, Any]]) -> str:
+    """Seconds and memory per variant, means over runs; a file of its own, as no two benchmarks take the same time."""
+    lines = [
+        "| method | steps | variant | runs | training, s | a step, s | evaluation, s | peak memory, GB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for result in results:
+        key = (result["job"]["method"], result["steps"], result["job"]["variant"])
+        groups.setdefault(key, []).append(result)
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    for (method, steps, variant), runs in sorted(groups.items(), key=lambda g: (g[0][:2], order.get(g[0][2], 99))):
+        train, evaluate = (mean(r["seconds"][phase] for r in runs) for phase in ("train", "evaluate"))
+        memory = max(max(r["peak_memory"].values()) for r in runs)
+        title = VARIANTS[variant].title if variant in VARIANTS else variant
+        lines.append(
+            f"| {method} | {steps:,} | {title} | {len(runs)} | {train:.0f} | {train / steps:.2f} | {evaluate:.0f} | "
+            f"{memory:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _table_rows(settings: dict[Setting, list[Row]], peers: list[Peer]) -> list[dict[str, Any]]:
