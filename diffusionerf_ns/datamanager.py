@@ -114,8 +114,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
-        images = [self.train_dataset.get_image_float32(i)[..., :3] for i in range(len(self.train_dataset))]
-        self.train_dataset.metadata["fine_detail"] = sum(map(refine.fine_detail, images)) / len(images)
+        # Views are compared with the photographs when they are rendered, also long after the training.
+        self.train_dataset.metadata["fine_detail"] = refine.detail_by_scale(
+            (self.train_dataset.get_image_float32(i)[..., :3], float(self.train_dataset.cameras.fx[i]))
+            for i in range(len(self.train_dataset))
+        )
         self._matched: stereo.MatchedDepth | None = None
         if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
             self._match_images()

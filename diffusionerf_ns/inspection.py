@@ -28,6 +28,7 @@ from ddm_training import rgbd
 from ddm_training.errors import InputError
 from diffusionerf_ns.patches import image_patch_focal
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.tiles import over_tiles
 
 COUNT_COLOURS = ((0.35, 0.07, 0.10), (0.90, 0.45, 0.10), (0.95, 0.85, 0.25), (0.20, 0.65, 0.35))
 """Colours of 0, 1, 2 and 3 or more training cameras."""
@@ -42,7 +43,6 @@ PICTURES = (
     "PriorCleanDepth",
 )
 _POINTS_PER_CHUNK = 1 << 18
-_PATCHES_PER_BATCH = 16
 
 
 class ViewOutputs(dict[str, Any]):
@@ -133,6 +133,9 @@ class ViewContext:
     """Number of training cameras that see a point; None where they are unknown."""
     tau: float
     """Noise level for the prior's verdict."""
+    refined: Callable[[Float[Tensor, "h w 3"], Float[Tensor, "h w"], Cameras], Float[Tensor, "h w 3"]] | None = None
+    """Colours of a view as they are shown, from those rendered, planar depth in metres and the camera; None: as they
+    are rendered."""
 
 
 def in_viewer() -> bool:
@@ -155,6 +158,7 @@ def view_outputs(ready: dict[str, Tensor], camera: Cameras, context: ViewContext
     """
     live = in_viewer()
     view = _View(ready, camera, context)
+    ready = ready | {"rgb_rendered": ready["rgb"]}
     on_demand: dict[str, Callable[[], Tensor]] = {
         "z_metres": lambda: view.z[..., None],
         "disparity": lambda: 0.5 * (view.x()[3] + 1.0)[..., None],
@@ -169,13 +173,16 @@ def view_outputs(ready: dict[str, Tensor], camera: Cameras, context: ViewContext
         "PriorScoreDepth": lambda: score_picture(view.score()[3:], view.sigma()),
         "PriorCleanDepth": lambda: view.depth_picture(view.clean_z()[..., None], context.metric_scale),
     }
+    refined = context.refined
+    if refined is not None and is_perspective(camera):
+        on_demand["rgb"] = lambda: refined(view.rgb, view.z, camera)
     if context.count is not None:
         on_demand["training_cameras"] = lambda: view.training_cameras()[..., None].float()
         on_demand["TrainingCameras"] = lambda: count_picture(view.training_cameras())
     if live:
         on_demand = {name: _grey_on_error(compute, ready["rgb"]) for name, compute in on_demand.items()}
-    listed = ["rgb", "accumulation", *(name for name in PICTURES if name in on_demand)] if live else None
-    return ViewOutputs(ready, on_demand, listed)
+    pictures = ["rgb", "rgb_rendered", "accumulation", *(name for name in PICTURES if name in on_demand)]
+    return ViewOutputs(ready, on_demand, pictures if live else None)
 
 
 def is_perspective(camera: Cameras) -> bool:
@@ -254,26 +261,8 @@ def tiled_score(x: Float[Tensor, "4 h w"], prior: PatchPrior, tau: float, focal:
     height, width = x.shape[1:]
     factor = image_patch_focal(spec, focal) / focal
     small = (max(round(height * factor), 1), max(round(width * factor), 1))
-    reduced = _resize(x, small)
-    padded = functional.pad(reduced[None], (0, max(size - small[1], 0), 0, max(size - small[0], 0)), mode="replicate")[
-        0
-    ]
-    corners = [(top, left) for top in _starts(padded.shape[1], size) for left in _starts(padded.shape[2], size)]
-    ramp = torch.sin(torch.pi * (torch.arange(size, device=x.device) + 0.5) / size) ** 2 + 1e-3
-    window = ramp[:, None] * ramp
-    total, weight = torch.zeros_like(padded), torch.zeros_like(padded[:1])
-    for begin in range(0, len(corners), _PATCHES_PER_BATCH):
-        batch = corners[begin : begin + _PATCHES_PER_BATCH]
-        scores = prior.score(torch.stack([padded[:, v : v + size, u : u + size] for v, u in batch]), tau)
-        for (v, u), score in zip(batch, scores):
-            total[:, v : v + size, u : u + size] += window * score
-            weight[:, v : v + size, u : u + size] += window
-    return _resize((total / weight)[:, : small[0], : small[1]], (height, width))
-
-
-def _starts(length: int, size: int) -> list[int]:
-    """Where patches begin along an axis: two thirds of a patch apart, the last one flush with the end."""
-    return [*range(0, length - size, max(2 * size // 3, 1)), length - size]
+    score = over_tiles(_resize(x, small), size, size, lambda tiles: prior.score(tiles, tau))
+    return _resize(score, (height, width))
 
 
 def _resize(x: Float[Tensor, "c _h _w"], size: tuple[int, int]) -> Float[Tensor, "c _i _j"]:

@@ -66,7 +66,7 @@ class DiffusioNeRFModel(NerfactoModel):
         self.total_steps = 1
         self.register_buffer("metric_scale", torch.tensor(self._first_metric_scale(near, far, found)))
         self.last_patch: LastPatch | None = None
-        self._refines: bool | None = None
+        self._prior_found: bool | None = None
         self.depth_colours = inspection.DepthRange()
         self.verdict_tau = self.config.tau_start
         self.inspection_panel = InspectionPanel(self)
@@ -121,7 +121,7 @@ class DiffusioNeRFModel(NerfactoModel):
 
     @cached_property  # not a property: nerfstudio's viewer reads every property of a model when it opens
     def prior(self) -> PatchPrior:
-        """The prior, loaded when it is first used: evaluation and rendering seldom need it."""
+        """The prior, loaded when it is first used."""
         return PatchPrior.load(self.config.prior, revision=self.config.prior_revision, device=self.device)
 
     def set_prior(self, prior: PatchPrior) -> None:
@@ -193,6 +193,8 @@ class DiffusioNeRFModel(NerfactoModel):
         if "depth_image" in batch and units_per_metre is not None:
             z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
             values |= metrics.evaluate_depth(z, batch["depth_image"][..., 0].to(z))
+        if "rgb_rendered" in outputs:
+            values["refined"] = float(not torch.equal(outputs["rgb_rendered"], pred))
         self.image_metrics.append(dict(values))
         images = {
             "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
@@ -200,15 +202,25 @@ class DiffusioNeRFModel(NerfactoModel):
         }
         return values, images | inspection.cheap_pictures(outputs)
 
-    def _can_refine(self) -> bool:
-        """Whether there is a prior; that it is lacking after training is said once, and views are left as rendered."""
-        if self._refines is None:
+    def _refined(self, rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], camera: Cameras) -> Float[Tensor, "h w 3"]:
+        """Colours of a view without their grain; as they are where the prior is missing, which is said once."""
+        details = self.metadata.get("fine_detail")
+        if details is None:  # a data manager that is not ours
+            return rgb
+        if self._prior_found is None:
             try:
-                self._refines = self.prior is not None
+                self._prior_found = self.prior is not None
             except InputError as error:
-                CONSOLE.print(f"[yellow]Views are not refined: {error}")
-                self._refines = False
-        return self._refines
+                CONSOLE.print(
+                    f"[yellow]Views are left as rendered, metrics too: {error} Give the prior back its place, or set "
+                    "refine_tau to 0 in the run's config.yml."
+                )
+                self._prior_found = False
+        if not self._prior_found:
+            return rgb
+        detail = refine.detail_at(details, float(camera.fx.reshape(-1)[0]))
+        given = rgb.to(self.device), z.to(self.device)
+        return refine.refined_view(*given, self.prior, self.config.refine_tau, detail).to(rgb)
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> inspection.ViewOutputs:
         """nerfacto's outputs of a view, and on demand those of `inspection`.
@@ -227,15 +239,9 @@ class DiffusioNeRFModel(NerfactoModel):
             prior=lambda: self.prior,
             count=None if self.frusta is None else self.frusta.count,
             tau=self.verdict_tau,
+            refined=self._refined if self.config.refine_tau > 0.0 else None,
         )
-        view = inspection.view_outputs(outputs, camera, context)
-        view["rgb_rendered"] = view["rgb"]
-        if self.config.refine_tau > 0.0 and inspection.is_perspective(camera) and self._can_refine():
-            rgb, z = (view[name].to(self.device) for name in ("rgb", "planar_depth"))
-            detail = self.metadata.get("fine_detail", 0.0)
-            refined = refine.refined_view(rgb, z[..., 0], self.prior, self.config.refine_tau, detail)
-            view["rgb"] = refined.to(view["rgb_rendered"])
-        return view
+        return inspection.view_outputs(outputs, camera, context)
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
@@ -383,22 +389,12 @@ class DiffusioNeRFModel(NerfactoModel):
             rgb_norm=c.score_rgb_norm,
             max_depth=c.score_max_depth,
         )
-        weighted = weighted * self._unseen(outputs, patches)
         self.last_patch = LastPatch.of(outputs["ray_samples_list"][-1], patches, x.detach(), score, tau)
         log["score_depth_rms"] = score[:, 3].square().mean().sqrt()
         log["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
         log["tau"] = torch.tensor(tau)
         log["metric_scale"] = self.metric_scale.clone()
         return regularizers.score_pseudo_loss(x, weighted)
-
-    def _unseen(self, outputs: dict[str, Any], patches: PatchBatch) -> Tensor:
-        """1 where at most `score_max_views` training frusta see a patch's surface, else 0 [b, 1, p, p]."""
-        limit, shape = self.config.score_max_views, (len(patches), 1, patches.size, patches.size)
-        frustums = outputs["ray_samples_list"][-1].frustums[patches.first_ray :, 0]
-        if limit is None or self.frusta is None:
-            return torch.ones(shape, device=frustums.origins.device)
-        surface = frustums.origins + frustums.directions * outputs["expected_depth"][patches.first_ray :].detach()
-        return (self.frusta.count(surface) <= limit).float().reshape(shape)
 
     def _patch_of(
         self, outputs: dict[str, Any], patches: PatchBatch
@@ -415,11 +411,11 @@ class DiffusioNeRFModel(NerfactoModel):
     @torch.no_grad()
     def _find_metric_scale(self, outputs: dict[str, Any]) -> None:
         """At the end of the warm-up, put the median disparity of the rendered rays on the prior's."""
-        if self.config.score_weight == 0.0 or not bool(self.metric_scale.isnan()):
+        if not bool(self.metric_scale.isnan()) or (self.config.score_weight == 0.0 and self.config.refine_tau == 0.0):
             return
         if schedules.fraction(self.step, self.total_steps) >= self.config.metric_scale_warmup:
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
-            self.metric_scale.fill_(metric_scale_from_disparity(disparity, self.prior.spec))
+            self.metric_scale.fill_(metric_scale_from_disparity(disparity, self._prior_spec()))
             CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
 
 

@@ -29,7 +29,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     prior_revision: str | None = None
     """Revision of a hub id."""
     score_weight: float = 1.0
-    """Overall factor of the score term; 0 switches the prior off: it is then not loaded, and no patch is rendered."""
+    """Overall factor of the score term; 0 switches it off, and no patch is rendered. See also `refine_tau`."""
     score_scaling: Literal["variance", "none"] = "none"
     """"none" is the paper's: the score as it is, whose pull grows as the noise level falls. "variance" multiplies it by
     the variance of the noise level and divides by the pixels of a patch: the pull is then that of the mean squared
@@ -43,9 +43,6 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     score_max_depth: float = 20.0
     """Depth in metres at which the factor of the depth score stops growing. The paper, with bounded scenes, has no such
     limit."""
-    score_max_views: int | None = None
-    """The score acts only where at most this many training frusta hold the surface; None: everywhere, as in the
-    paper."""
     score_start: float = 0.0
     """Fraction of the run before which the prior is off. The paper's value."""
     score_fade_start: float = 1.0
@@ -100,7 +97,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
     stereo_depth_weight: float = 0.2
-    """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper."""
+    """Weight of the logarithmic depth error where stereo of the training images knows the depth. Not in the paper.
+    Higher weights: better depth, less sharp images."""
 
     # Where the rays begin and end
     near_margin: float = 0.75

@@ -37,6 +37,9 @@ class PatchPrior:
         spec: what the prior was trained on.
         name: for messages.
         autocast: run the network in bfloat16. On the CPU it halves the time where the processor knows bfloat16.
+        any_size: the network can be shown more than a patch at once. Not so the authors', whose attention is divided
+            by the number of pixels.
+        multiple: sides of what it is shown are multiples of this.
     """
 
     def __init__(
@@ -47,12 +50,15 @@ class PatchPrior:
         *,
         name: str = "prior",
         autocast: bool = False,
+        any_size: bool = True,
+        multiple: int = 8,
     ) -> None:
         self.denoiser = denoiser
         self.alphas_cumprod = alphas_cumprod.float()
         self.spec = spec
         self.name = name
         self.autocast = autocast
+        self.any_size, self.multiple = any_size, multiple
 
     @classmethod
     def load(
@@ -73,6 +79,7 @@ class PatchPrior:
         folder = find_prior(str(source), revision)
         spec = RgbdSpec.load(folder)
         unet, scheduler = load_unet(folder), load_scheduler(folder)
+        config = getattr(getattr(unet, "unet", None), "config", None)  # of diffusers' network
         device = torch.device(device)
         unet = unet.to(device).eval().requires_grad_(False)
         return cls(
@@ -81,6 +88,8 @@ class PatchPrior:
             spec,
             name=str(source),
             autocast=_bfloat16_pays(device),
+            any_size=config is not None,
+            multiple=8 if config is None else 2 ** (len(config["block_out_channels"]) - 1),
         )
 
     def to(self, device: torch.device | str) -> "PatchPrior":

@@ -5,12 +5,16 @@ model was trained on just this, a clean patch plus noise, and its clean estimate
 diffusion fixes rendered views in the same place in Difix3D+ (Wu et al., CVPR 2025).
 
 How much of it is grain and how much is texture, the photographs tell: a view is refined until it has as much fine
-detail as they have. Where the photographs are full of texture, nothing is taken from the view.
+detail as they have at its scale. Where the photographs are full of texture, nothing is taken from the view.
 
 Notation
     x      the view as the prior sees it, RGBD in [-1, 1]      [4, h, w]
     tau    noise level; sigma(tau) is about that of strong grain
+    f      focal length in pixels, the scale of an image or a view
 """
+
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -19,9 +23,10 @@ from torch.nn import functional as F
 
 from ddm_training import rgbd
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.tiles import over_tiles
 
-TILE, OVERLAP = 512, 32  # pixels: larger views are done in tiles, so that memory does not grow with the view
-MULTIPLE = 8  # of a side, for the network's levels
+TILE = 512  # pixels: larger views are done in tiles, so that memory does not grow with the view
+OCTAVES = 4  # scales at which the photographs' detail is measured
 
 
 def fine_detail(rgb: Float[Tensor, "h w 3"]) -> float:
@@ -34,6 +39,26 @@ def fine_detail(rgb: Float[Tensor, "h w 3"]) -> float:
         return 0.0
     a, b, c, d = (rgb[i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
     return float((0.5 * (a - b - c + d)).abs().median()) / 0.6745
+
+
+def detail_by_scale(photographs: Iterable[tuple[Float[Tensor, "_h _w 3"], float]]) -> list[tuple[float, float]]:
+    """Mean focal length and mean `fine_detail` of the photographs at full size, half, a quarter and an eighth.
+
+    Args:
+        photographs: colours in [0, 1] and focal length in pixels.
+    """
+    rows = []
+    for rgb, focal in photographs:
+        x = rgb.permute(2, 0, 1)[None]
+        sizes = [x] + [F.avg_pool2d(x, 2**k) for k in range(1, OCTAVES) if min(x.shape[2:]) >= 2**k]
+        rows.append([(focal / 2**k, fine_detail(small[0].permute(1, 2, 0))) for k, small in enumerate(sizes)])
+    octaves = zip(*rows)  # as many as the smallest photograph has
+    return [(sum(f for f, _ in o) / len(o), sum(d for _, d in o) / len(o)) for o in octaves]
+
+
+def detail_at(details: Sequence[tuple[float, float]], focal: float) -> float:
+    """The photographs' detail at the scale nearest to a view's; one that is finer has to do with their full size."""
+    return min(details, key=lambda pair: abs(math.log(pair[0] / focal)))[1]
 
 
 def refined_view(
@@ -52,39 +77,20 @@ def refined_view(
     if has <= detail:
         return rgb
     clean = refined_colours(rgb, z, prior, tau)
-    share = (has - detail) / max(has - fine_detail(clean), 1e-9)
-    return torch.lerp(rgb, clean, min(share, 1.0)) if share > 0.0 else rgb
+    gain = has - fine_detail(clean)
+    return torch.lerp(rgb, clean, min((has - detail) / gain, 1.0)) if gain > 0.0 else rgb
 
 
 @torch.no_grad()
 def refined_colours(
     rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], prior: PatchPrior, tau: float
 ) -> Float[Tensor, "h w 3"]:
-    """Colours of the prior's clean estimate of a view, in [0, 1].
+    """Colours of the prior's clean estimate of a view, in [0, 1]. Arguments as above.
 
-    The networks are convolutional, so a tile is one input, many times larger than a training patch and without seams.
-
-    Args:
-        rgb: rendered colours in [0, 1].
-        z: planar depth in metres.
-        prior: on the device of ``rgb``.
-        tau: noise level.
+    A view of up to 512 pixels is one input of a prior that takes any size; others see it patch by patch.
     """
     x = rgbd.encode(rgb.permute(2, 0, 1), z, prior.spec.near)
-    height, width = x.shape[1:]
-    refined = torch.empty_like(x[:3])
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            bottom, right = min(top + TILE, height), min(left + TILE, width)
-            v, u = max(top - OVERLAP, 0), max(left - OVERLAP, 0)
-            part = x[:, v : bottom + OVERLAP, u : right + OVERLAP]
-            clean = prior.clean_estimate(_padded(part)[None], tau)[0, :3]
-            refined[:, top:bottom, left:right] = clean[:, top - v : bottom - v, left - u : right - u]
+    size, multiple = (TILE, prior.multiple) if prior.any_size else (prior.spec.patch_size, prior.spec.patch_size)
+    size = -(-size // multiple) * multiple
+    refined = over_tiles(x, size, multiple, lambda tiles: prior.clean_estimate(tiles, tau)[:, :3])
     return (0.5 * (refined + 1.0)).clamp(0.0, 1.0).permute(1, 2, 0)
-
-
-def _padded(x: Float[Tensor, "c h w"]) -> Float[Tensor, "c i j"]:
-    """Repeat the last row and column until both sides are multiples of 8, and no smaller than a patch of 16."""
-    height, width = x.shape[1:]
-    more = [max(-side % MULTIPLE, 2 * MULTIPLE - side) for side in (height, width)]
-    return F.pad(x[None], (0, more[1], 0, more[0]), mode="replicate")[0]

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from diffusionerf_ns.bench import engines, pictures, results, table, variants, w
 from diffusionerf_ns.bench.engines import EngineConfig, worker_environments
 from diffusionerf_ns.bench.jobs import Job, config_hash, configure, describe, make_jobs, read_jobs
 from diffusionerf_ns.bench.plot import draw_plots
-from diffusionerf_ns.bench.run import RunConfig, parse_overrides, run_benchmark
+from diffusionerf_ns.bench.run import RunConfig, VariantName, parse_overrides, run_benchmark
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -149,9 +149,16 @@ def test_variants_change_what_their_names_say_and_nothing_of_the_preset(tmp_path
     assert models["geometric"].score_weight == 0.0
     assert all(getattr(models["geometric"], w) == getattr(models["full"], w) > 0 for w in weights[1:])
     assert models["full"].score_weight > 0
+    assert [models[name].refine_tau for name in ("photometric", "geometric", "no-refinement")] == [0.0] * 3
+    assert models["full"].refine_tau == models["refinement-only"].refine_tau > 0
+    assert models["photometric"].eval_samples_factor == 1
     assert manager.image_patch_share == 0.0
     assert (models["tau-zero"].tau_start, models["tau-zero"].tau_end) == (0.0, 0.0)
     assert describe(diffusionerf_tiny.config) == before
+
+
+def test_every_variant_can_be_asked_for_on_the_command_line() -> None:
+    assert set(get_args(VariantName)) == set(variants.VARIANTS)
 
 
 def test_nerfacto_has_the_sizes_of_ours_and_neither_prior_nor_camera_optimiser(tmp_path: Path) -> None:

@@ -177,6 +177,17 @@ def test_the_model_is_told_how_deep_the_scene_lies(manager):
     assert low * 0.9 < found["near"] < 1 / found["median_disparity"] < found["far"] < high * 1.1
 
 
+def test_the_model_is_told_how_much_fine_detail_the_photographs_have(manager):
+    from diffusionerf_ns.refine import fine_detail
+
+    data = manager.train_dataset
+    focal, detail = data.metadata["fine_detail"][0]
+    assert focal == pytest.approx(float(data.cameras.fx.mean()))
+    images = [data.get_image_float32(i)[..., :3] for i in range(len(data))]
+    assert detail > 0.0
+    assert detail == pytest.approx(sum(map(fine_detail, images)) / len(images))
+
+
 def test_stereo_that_nobody_wants_is_not_made(make, monkeypatch):
     monkeypatch.setattr("diffusionerf_ns.stereo.match", lambda *a: pytest.fail("matched"))
     make(stereo_rays_per_batch=0)

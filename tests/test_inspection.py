@@ -88,7 +88,7 @@ def test_the_prior_judges_nothing_until_its_output_is_read_and_then_once():
 def test_every_output_has_the_shape_of_the_view():
     outputs, _, _ = view()
     for name, value in outputs.items():
-        assert value.shape == (20, 30, 3 if name == "rgb" or name in inspection.PICTURES else 1), name
+        assert value.shape == (20, 30, 3 if name.startswith("rgb") or name in inspection.PICTURES else 1), name
     for name in inspection.PICTURES:
         assert outputs[name].min() >= 0, name
         assert outputs[name].max() <= 1, name
@@ -260,11 +260,11 @@ def in_render_thread(function):
 
 def test_the_viewer_lists_pictures_and_still_finds_the_numbers_that_it_composites_with():
     outputs, _, ready = in_render_thread(view)
-    assert list(outputs.keys()) == ["rgb", "accumulation", *inspection.PICTURES]
+    assert list(outputs.keys()) == ["rgb", "rgb_rendered", "accumulation", *inspection.PICTURES]
     assert outputs["depth"] is ready["depth"]
     outputs["gl_z_buf_depth"] = ready["depth"]
     assert "gl_z_buf_depth" in outputs
-    assert set(outputs.keys()) == {"rgb", "accumulation", *inspection.PICTURES}
+    assert set(outputs.keys()) == {"rgb", "rgb_rendered", "accumulation", *inspection.PICTURES}
 
 
 def test_a_lost_prior_is_a_grey_picture_in_the_viewer_and_a_message():

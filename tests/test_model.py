@@ -368,8 +368,10 @@ def view(pipeline: VanillaPipeline) -> dict[str, torch.Tensor]:
 
 def test_the_colours_of_a_view_are_the_priors_clean_estimate(folders):
     pipeline, known = with_known_prior(folders, refine_tau=0.07)
-    pipeline.model.metadata["fine_detail"] = 0.0  # photographs without any: all the detail of a view is grain
+    pipeline.model.metadata["fine_detail"] = [(1.0, 0.0)]  # photographs without any: all the detail of a view is grain
     shown = view(pipeline)
+    assert known.calls == 0, "only when it is looked at"
+    assert not torch.equal(shown["rgb"], shown["rgb_rendered"])
     assert known.calls == 1
     # eps = c x: the clean estimate is (1 - c sigma) x, and x = 2 rgb - 1
     expected = 0.5 + (shown["rgb_rendered"] - 0.5) * (1.0 - known.c * known.prior.sigma(0.07))
@@ -386,7 +388,7 @@ def test_views_are_left_as_rendered_where_refinement_is_off_or_the_prior_is_miss
     for _ in range(2):
         shown = view(pipeline)
         assert torch.equal(shown["rgb"], shown["rgb_rendered"])
-    assert capsys.readouterr().out.count("not refined") == 1
+    assert capsys.readouterr().out.count("left as rendered") == 1
 
 
 def test_views_get_more_samples_than_training_rays(folders, monkeypatch):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from test_inspection import CountingPrior
-from torch.nn import functional as F
 
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.unet import make_scheduler
@@ -22,19 +21,68 @@ def test_a_gaussian_prior_shrinks_colours_towards_its_mean(size):
     torch.testing.assert_close(refine.refined_colours(rgb, z, prior, TAU), expected)
 
 
-def test_tiles_give_what_the_whole_view_gives(monkeypatch):
-    """A network that looks 3 pixels far, within the overlap of the tiles; it sees depth as well."""
+def test_a_view_larger_than_a_tile_is_blended_from_tiles_of_one_size(monkeypatch):
+    """A network whose answer depends on the whole of its input, as those with norms and attention do."""
+    sizes = set()
 
     def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x - F.avg_pool2d(x, 7, stride=1, padding=3, count_include_pad=False) + 0.1 * x[:, 3:]
+        sizes.add(tuple(x.shape[2:]))
+        return x - x.mean(dim=(2, 3), keepdim=True)
+
+    monkeypatch.setattr(refine, "TILE", 32)
+    prior = PatchPrior(denoiser, make_scheduler().alphas_cumprod, RgbdSpec(patch_size=16))
+    u = torch.linspace(0.2, 0.8, 81).expand(37, 81)
+    rgb = torch.stack([u, u, u], dim=-1)  # tiles have different means: cut hard, their borders would show
+    change = refine.refined_colours(rgb, torch.full((37, 81), 2.0), prior, TAU) - rgb
+    assert sizes == {(32, 32)}
+    assert change.abs().max() > 0.01
+    assert (change[:, 1:] - change[:, :-1]).abs().max() < 0.004
+
+
+def test_a_network_that_takes_patches_only_is_shown_patches_only():
+    sizes = set()
+
+    def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sizes.add(tuple(x.shape[2:]))
+        return torch.zeros_like(x)
+
+    prior = PatchPrior(denoiser, make_scheduler().alphas_cumprod, RgbdSpec(patch_size=16), any_size=False)
+    rgb = torch.rand(20, 40, 3)
+    torch.testing.assert_close(refine.refined_colours(rgb, torch.ones(20, 40), prior, TAU), rgb)
+    assert sizes == {(16, 16)}
+
+
+def test_a_deeper_network_gets_sides_that_it_can_halve_as_often_as_it_does():
+    sizes = set()
+
+    def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sizes.add(tuple(x.shape[2:]))
+        return torch.zeros_like(x)
+
+    prior = PatchPrior(denoiser, make_scheduler().alphas_cumprod, RgbdSpec(patch_size=48), multiple=16)
+    refine.refined_colours(torch.rand(72, 96, 3), torch.ones(72, 96), prior, TAU)
+    assert sizes == {(80, 96)}
+
+
+def test_a_clean_estimate_with_more_grain_than_the_view_is_not_taken():
+    def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.randn_like(x)
 
     prior = PatchPrior(denoiser, make_scheduler().alphas_cumprod, RgbdSpec(patch_size=16))
-    rgb, z = torch.rand(64, 80, 3), 1.0 + torch.rand(64, 80)
-    whole = refine.refined_colours(rgb, z, prior, TAU)
-    monkeypatch.setattr(refine, "TILE", 32)
-    monkeypatch.setattr(refine, "OVERLAP", 8)
-    torch.testing.assert_close(refine.refined_colours(rgb, z, prior, TAU), whole)
-    assert (whole - rgb).abs().mean() > 0.001
+    rgb = 0.5 + 0.02 * torch.randn(64, 64, 3)
+    assert torch.equal(refine.refined_view(rgb, torch.ones(64, 64), prior, TAU, 0.0), rgb)
+
+
+def test_the_photographs_detail_is_that_of_the_views_scale():
+    torch.manual_seed(0)
+    photographs = [(0.5 + 0.08 * torch.randn(64, 96, 3), 100.0)] * 2
+    details = refine.detail_by_scale(photographs)
+    assert [focal for focal, _ in details] == [100.0, 50.0, 25.0, 12.5]
+    # the mean of 4 pixels has half the deviation
+    assert [d for _, d in details] == pytest.approx([0.08, 0.04, 0.02, 0.01], rel=0.15)
+    for focal, octave in ((1000.0, 0), (100.0, 0), (55.0, 1), (23.0, 2), (1.0, 3)):
+        assert refine.detail_at(details, focal) == details[octave][1]
+    assert len(refine.detail_by_scale([(torch.rand(3, 9, 3), 10.0)])) == 2
 
 
 def test_fine_detail_of_noise_is_its_deviation_and_of_a_shaded_wall_next_to_nothing():

@@ -189,7 +189,7 @@ def test_a_wrong_shape_or_type_raises(call):
         call()
 
 
-def test_relative_depth_is_free_of_units_and_counts_a_wrong_match_linearly() -> None:
+def test_relative_depth_is_free_of_units_and_logarithmic() -> None:
     known = torch.tensor([1.0, 2.0, 4.0])
     depth = torch.tensor([2.0, 2.0, 1.0])
     expected = math.log(2.0) * (1 + 0 + 2) / 3

@@ -9,7 +9,10 @@ from typing import Any, Literal
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench.engines import EngineConfig
 
-VariantName = Literal["photometric", "geometric", "full", "no-image-patches", "tau-zero", "nerfacto"]
+VariantName = Literal[
+    "photometric", "geometric", "full", "no-image-patches", "tau-zero", "no-refinement", "refinement-only", "no-stereo",
+    "nerfacto",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -278,10 +278,10 @@ def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[
 
 
 def _times(results: Sequence[dict[str, Any]]) -> str:
-    """Seconds and memory per variant, means over runs; a file of its own, as no two benchmarks take the same time."""
+    """Mean seconds and highest memory per variant; a file of its own, as no two benchmarks take the same time."""
     lines = [
-        "| method | steps | variant | runs | training, s | a step, s | evaluation, s | peak memory, GB |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| method | steps | variant | runs | training, s | a step, s | evaluation, s | peak RAM, GB | peak GPU, GB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for result in results:
@@ -290,11 +290,11 @@ def _times(results: Sequence[dict[str, Any]]) -> str:
     order = {name: i for i, name in enumerate(VARIANTS)}
     for (method, steps, variant), runs in sorted(groups.items(), key=lambda g: (g[0][:2], order.get(g[0][2], 99))):
         train, evaluate = (mean(r["seconds"][phase] for r in runs) for phase in ("train", "evaluate"))
-        memory = max(max(r["peak_memory"].values()) for r in runs)
+        ram, gpu = (max(r["peak_memory"].get(kind, 0.0) for r in runs) for kind in ("ram_gb", "gpu_gb"))
         title = VARIANTS[variant].title if variant in VARIANTS else variant
         lines.append(
             f"| {method} | {steps:,} | {title} | {len(runs)} | {train:.0f} | {train / steps:.2f} | {evaluate:.0f} | "
-            f"{memory:.1f} |"
+            f"{ram:.1f} | {f'{gpu:.1f}' if gpu else ''} |"
         )
     return "\n".join(lines) + "\n"
 

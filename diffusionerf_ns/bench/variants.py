@@ -22,6 +22,7 @@ NO_GEOMETRY = {
     "pipeline.datamanager.stereo_rays_per_batch": 0,
     "pipeline.model.levels_start": 1.0,
     "pipeline.model.view_degrees": 4,
+    "pipeline.model.eval_samples_factor": 1,
 }
 
 
