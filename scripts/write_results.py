@@ -1,0 +1,165 @@
+"""Write docs/results.md, docs/figures/bench.md and the contact sheets from the results folder of a benchmark.
+
+python scripts/write_results.py RESULTS     after `diffusionerf-bench table` and `plot` of the same folder
+"""
+
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from PIL import Image
+
+from diffusionerf_ns.bench.results import read_entries
+from diffusionerf_ns.bench.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+SHEET_WIDTH = 900  # pixels
+METRICS = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS-Alex", 3), "depth_abs_rel": ("depth AbsRel", 3)}
+Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
+
+
+def read_runs(folder: Path) -> Runs:
+    """Variant -> (scene, seed) -> result, of the jobs that are done."""
+    runs: Runs = {}
+    for entry in read_entries(folder):
+        result = entry.result()
+        if result is not None:
+            metrics = result["metrics"]
+            if "lpips" not in metrics and "lpips_alex" in metrics:
+                metrics["lpips"] = metrics["lpips_alex"]
+            runs.setdefault(entry.job.variant, {})[entry.job.scene, entry.job.seed] = result
+    order = list(VARIANTS)
+    return dict(sorted(runs.items(), key=lambda item: order.index(item[0])))
+
+
+def over_scenes(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> tuple[float, float | None] | None:
+    """Mean over scenes, each the mean over its seeds; deviation over the seeds that have all scenes."""
+    found = {key: r["metrics"][metric] for key, r in runs.items() if metric in r["metrics"]}
+    if not found:
+        return None
+    scenes, seeds = sorted({s for s, _ in found}), sorted({k for _, k in found})
+    means = [mean(v for (s, _), v in found.items() if s == scene) for scene in scenes]
+    whole = [mean(found[s, k] for s in scenes) for k in seeds if all((s, k) in found for s in scenes)]
+    return mean(means), stdev(whole) if len(whole) > 1 else None
+
+
+def summary(runs: Runs) -> str:
+    """One row a variant: metrics over all scenes, depth over those with true depth, and the time of a step."""
+    scenes = {scene for found in runs.values() for scene, _ in found}
+    steps = next(iter(next(iter(runs.values())).values()))["steps"]
+    lines = [
+        f"{len(scenes)} scenes, 3 views, {steps} steps of `diffusionerf-tiny`, or of nerfacto at the same sizes; +- is "
+        "the deviation over the seeds that have all scenes.",
+        "",
+        f"| | {' | '.join(title for title, _ in METRICS.values())} | a step, s | seeds |",
+        f"|---|{'---:|' * (len(METRICS) + 2)}",
+    ]
+    for name, found in runs.items():
+        cells = []
+        for metric, (_, decimals) in METRICS.items():
+            value = over_scenes(found, metric)
+            if value is None:
+                cells.append("")
+                continue
+            deviation = "" if value[1] is None else f" +- {value[1]:.{decimals}f}"
+            cells.append(f"{value[0]:.{decimals}f}{deviation}")
+        step = mean(r["seconds"]["train"] / r["steps"] for r in found.values())
+        seeds = sorted({k for _, k in found})
+        cells += [f"{step:.2f}", ", ".join(f"{k}: {sum(s == k for _, s in found)} scenes" for k in seeds)]
+        lines.append(f"| {VARIANTS[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def targets(runs: Runs) -> str:
+    """The targets of the full variant at 3 views, each with what was measured on the runs that both variants have."""
+
+    def paired(metric: str, other: str) -> tuple[float, float] | None:
+        """Means over scenes of the full and of another variant, over the scenes and seeds that both have."""
+        both = runs.get("full", {}).keys() & runs.get(other, {}).keys()
+        both = {k for k in both if metric in runs["full"][k]["metrics"] and metric in runs[other][k]["metrics"]}
+        if not both:
+            return None
+        a, b = (over_scenes({k: runs[name][k] for k in both}, metric) for name in ("full", other))
+        assert a is not None
+        assert b is not None
+        return a[0], b[0]
+
+    rows: list[tuple[str, str, bool]] = []
+    for metric, other, least, unit in (
+        ("psnr", "nerfacto", 1.5, "dB"),
+        ("psnr", "geometric", 0.3, "dB"),
+    ):
+        if pair := paired(metric, other):
+            gain = pair[0] - pair[1]
+            rows.append(
+                (f"PSNR at least {least} {unit} above {VARIANTS[other].title}", f"{gain:+.2f} dB", gain >= least)
+            )
+    for other in ("nerfacto", "geometric"):
+        if pair := paired("lpips", other):
+            text = f"{pair[0]:.3f} against {pair[1]:.3f}"
+            rows.append((f"LPIPS-Alex lower than {VARIANTS[other].title}", text, pair[0] < pair[1]))
+    if pair := paired("depth_abs_rel", "geometric"):
+        rows.append(("depth AbsRel on rooms below .15", f"{pair[0]:.3f}", pair[0] < 0.15))
+        rows.append(
+            (
+                "depth AbsRel at most half of the geometric baseline's",
+                f"{pair[0] / pair[1]:.2f} of it",
+                pair[0] <= 0.5 * pair[1],
+            )
+        )
+    lines = ["| target | measured | |", "|---|---:|---|"]
+    lines += [f"| {text} | {value} | {'met' if met else 'missed'} |" for text, value, met in rows]
+    return "\n".join(lines) + "\n"
+
+
+def sheets(folder: Path) -> list[str]:
+    """The contact sheets of seed 0, made small enough for the repository; returns lines that show them."""
+    target = ROOT / "docs" / "figures"
+    lines = []
+    for path in sorted((folder / "plots").glob("sheet-*-seed-0.png")):
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            height = round(image.height * SHEET_WIDTH / image.width)
+            image.resize((SHEET_WIDTH, height), Image.Resampling.LANCZOS).save(target / f"{path.stem}.jpg", quality=80)
+        lines += [f"![{path.stem}](figures/{path.stem}.jpg)", ""]
+    return lines
+
+
+def main() -> None:
+    """Write the files."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    folder = Path(sys.argv[1])
+    runs = read_runs(folder)
+    short = summary(runs)
+    (ROOT / "docs" / "figures" / "bench.md").write_text(short)
+    tables = (folder / "table.md").read_text().removeprefix("# Results\n").strip()
+    text = [
+        "# Results",
+        "",
+        "Written by `diffusionerf-bench run`, `table`, `plot` and `scripts/write_results.py`. Means over all scenes:",
+        "",
+        short,
+        "What was aimed at for 3 views, and what came out (scenes and seeds that both variants have):",
+        "",
+        targets(runs),
+        "Levers, failures and what they mean are in [findings.md](findings.md).",
+        "",
+        tables,
+        "",
+        "## Times",
+        "",
+        (folder / "times.md").read_text().strip(),
+        "",
+        "## Pictures",
+        "",
+        "Ground truth, render, depth and error of held-out views, seed 0.",
+        "",
+        *sheets(folder),
+    ]
+    (ROOT / "docs" / "results.md").write_text("\n".join(text).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
