@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ddm_training.errors import InputError
 
 ROOM_SEED = 7
-TITLES = {"photometric": "without regularisation (photometric)", "full": "with the prior and geometric terms"}
+TITLES = {"photometric": "without regularisation (photometric)", "default": "as it is meant to be"}
 # Name in result files -> heading and decimals.
 SHOWN: dict[str, tuple[str, int]] = {
     "psnr": ("PSNR, dB", 2),

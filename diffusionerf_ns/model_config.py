@@ -29,7 +29,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     prior_revision: str | None = None
     """Revision of a hub id."""
     score_weight: float = 1.0
-    """Overall factor of the score term; 0 switches it off, and no patch is rendered. See also `refine_tau`."""
+    """Overall factor of the score term; 0 switches it off, and no patch is rendered: so in the
+    laptop preset. See also `refine_tau`."""
     score_scaling: Literal["variance", "none"] = "none"
     """"none" is the paper's: the score as it is, whose pull grows as the noise level falls. "variance" multiplies it by
     the variance of the noise level and divides by the pixels of a patch: the pull is then that of the mean squared

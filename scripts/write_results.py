@@ -15,6 +15,7 @@ from diffusionerf_ns.bench.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHEET_WIDTH = 900  # pixels
+OURS = "refinement-only"  # what the laptop preset is
 METRICS = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS-Alex", 3), "depth_abs_rel": ("depth AbsRel", 3)}
 Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
 
@@ -72,15 +73,15 @@ def summary(runs: Runs) -> str:
 
 
 def targets(runs: Runs) -> str:
-    """The targets of the full variant at 3 views, each with what was measured on the runs that both variants have."""
+    """The targets at 3 views, each with what was measured on the scenes and seeds that both variants have."""
 
     def paired(metric: str, other: str) -> tuple[float, float] | None:
-        """Means over scenes of the full and of another variant, over the scenes and seeds that both have."""
-        both = runs.get("full", {}).keys() & runs.get(other, {}).keys()
-        both = {k for k in both if metric in runs["full"][k]["metrics"] and metric in runs[other][k]["metrics"]}
+        """Means over scenes of our default and of another variant, over the scenes and seeds that both have."""
+        both = runs.get(OURS, {}).keys() & runs.get(other, {}).keys()
+        both = {k for k in both if metric in runs[OURS][k]["metrics"] and metric in runs[other][k]["metrics"]}
         if not both:
             return None
-        a, b = (over_scenes({k: runs[name][k] for k in both}, metric) for name in ("full", other))
+        a, b = (over_scenes({k: runs[name][k] for k in both}, metric) for name in (OURS, other))
         assert a is not None
         assert b is not None
         return a[0], b[0]

@@ -55,7 +55,12 @@ def build(folders: tuple[Path, Path, Path], *, data: Path | None = None, share: 
     config.datamanager.train_num_rays_per_batch = RAYS
     config.datamanager.image_patch_share = share
     config.datamanager.stereo_rays_per_batch = 8
-    ours = {"prior": str(folders[2]), "patch_size": None, "patch_every": 1}  # whatever the preset has
+    ours = {
+        "prior": str(folders[2]),
+        "patch_size": None,
+        "patch_every": 1,
+        "score_weight": 1.0,
+    }  # whatever the preset has
     for name, value in (ours | options).items():
         assert hasattr(config.model, name)
         setattr(config.model, name, value)

@@ -71,6 +71,7 @@ class Training:
             *(flag for name in ("max-num-iterations", "steps-per-save", "steps-per-eval-batch", "steps-per-eval-image")
               for flag in (f"--{name}", 100_000)),
             "--pipeline.model.prior", box_room.write_prior(folder / "prior"), "--pipeline.model.patch-size", 16,
+            "--pipeline.model.score-weight", 1,
             "--pipeline.model.metric-scale-warmup", 0.0, "--pipeline.datamanager.train-num-rays-per-batch", 256,
         ]
         # fmt: on

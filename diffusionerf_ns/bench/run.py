@@ -10,8 +10,8 @@ from ddm_training.errors import InputError
 from diffusionerf_ns.bench.engines import EngineConfig
 
 VariantName = Literal[
-    "photometric", "geometric", "full", "no-image-patches", "tau-zero", "no-refinement", "refinement-only", "no-stereo",
-    "nerfacto",
+    "default", "photometric", "geometric", "refinement-only", "full", "no-image-patches", "tau-zero", "no-refinement",
+    "no-stereo", "nerfacto",
 ]  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class RunConfig:
     """Numbers of training images."""
     seeds: tuple[int, ...] = (0,)
     """Seeds."""
-    variants: tuple[VariantName, ...] = ("full",)
+    variants: tuple[VariantName, ...] = ("default",)
     """Variants of the method."""
     method: Literal["diffusionerf", "diffusionerf-tiny"] = "diffusionerf-tiny"
     """Method that the variants are variants of."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
 
 Method = Literal["diffusionerf", "diffusionerf-tiny"]
+SCORE = {"pipeline.model.score_weight": 1.0}
 NO_PRIOR = {"pipeline.model.score_weight": 0.0, "pipeline.model.refine_tau": 0.0}
 # Nothing that this project adds to the photometric loss, nor to nerfacto's fields.
 NO_GEOMETRY = {
@@ -56,32 +57,35 @@ VARIANTS: dict[str, Variant] = {
             overrides=NO_PRIOR,
             ablation="DiffusioNeRF, geometric baseline",
         ),
-        Variant(name="full", title="full", ablation="DiffusioNeRF"),
+        Variant(name="default", title="as the preset has it"),
+        Variant(
+            name="refinement-only",
+            title="prior refines views, no score in training",
+            overrides={"pipeline.model.score_weight": 0.0},
+        ),
+        Variant(name="full", title="full: score in training as well", overrides=SCORE, ablation="DiffusioNeRF"),
         Variant(
             name="no-image-patches",
             title="no image patches",
-            overrides={"pipeline.datamanager.image_patch_share": 0.0},
+            overrides=SCORE | {"pipeline.datamanager.image_patch_share": 0.0},
             ablation="DiffusioNeRF, no image patches",
         ),
         Variant(
             name="tau-zero",
             title="tau = 0 throughout",
-            overrides={"pipeline.model.tau_start": 0.0, "pipeline.model.tau_end": 0.0},
+            overrides=SCORE | {"pipeline.model.tau_start": 0.0, "pipeline.model.tau_end": 0.0},
             ablation="DiffusioNeRF, tau = 0",
         ),
         Variant(
             name="no-refinement",
             title="no refinement of views",
-            overrides={"pipeline.model.refine_tau": 0.0},
+            overrides=SCORE | {"pipeline.model.refine_tau": 0.0},
         ),
-        Variant(name="refinement-only", title="no score", overrides={"pipeline.model.score_weight": 0.0}),
         Variant(
             name="no-stereo",
             title="no stereo",
-            overrides={
-                "pipeline.model.stereo_depth_weight": 0.0,
-                "pipeline.datamanager.stereo_rays_per_batch": 0,
-            },
+            overrides=SCORE
+            | {"pipeline.model.stereo_depth_weight": 0.0, "pipeline.datamanager.stereo_rays_per_batch": 0},
         ),
         Variant(name="nerfacto", title="nerfacto", model="nerfacto"),
     )
