@@ -71,7 +71,8 @@ def train_arguments(
         "--save-only-latest-checkpoint", "False", "--logging.local-writer.enable", "False",
         "--pipeline.datamanager.train-num-rays-per-batch", 128, "--pipeline.datamanager.stereo-rays-per-batch", 16,
         "--pipeline.model.prior", prior, "--pipeline.model.patch-size", "None",
-        "--pipeline.model.score-weight", 1, "--pipeline.model.metric-scale-warmup", 0.0, *flags, *(parser or ("few-view-data", "--num-views", 3)),
+        "--pipeline.model.score-weight", 1, "--pipeline.model.metric-scale-warmup", 0.0,
+        *flags, *(parser or ("few-view-data", "--num-views", 3)),
     ]
     # fmt: on
 
