@@ -23,7 +23,7 @@ import pytest
 from commands import environment
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.heavy  # needs a machine that is not busy with other things
 
 PATIENCE = 400.0  # seconds: a browser without a GPU beside a training, on two busy cores
 FLAGS = [
@@ -71,8 +71,11 @@ class Training:
             *(flag for name in ("max-num-iterations", "steps-per-save", "steps-per-eval-batch", "steps-per-eval-image")
               for flag in (f"--{name}", 100_000)),
             "--pipeline.model.prior", box_room.write_prior(folder / "prior"), "--pipeline.model.patch-size", 16,
-            "--pipeline.model.score-weight", 1,
+            # A weak score, as it is noise, and a small scene, as it is to be seen soon.
+            "--pipeline.model.score-weight", 0.01, "--pipeline.model.refine-tau", 0.0,
             "--pipeline.model.metric-scale-warmup", 0.0, "--pipeline.datamanager.train-num-rays-per-batch", 256,
+            "--pipeline.model.num-levels", 6, "--pipeline.model.max-res", 256, "--pipeline.model.levels-start", 1.0,
+            "--pipeline.model.num-nerf-samples-per-ray", 16, "--pipeline.model.eval-samples-factor", 1,
         ]
         # fmt: on
         self._command = list(map(str, command))
@@ -262,11 +265,17 @@ def page(training, tmp_path_factory) -> Iterator[Page]:
 
 
 def share_of_depth_colours(picture: np.ndarray) -> float:
-    """Share of pixels whose colour is one of those that depth is drawn in: turbo, on white where nothing is."""
+    """Share of pixels whose colour is one of those that depth is drawn in: turbo, paler where some light passes."""
     turbo = np.asarray(matplotlib.colormaps["turbo"].colors)[::4]
-    palette = np.concatenate([a * turbo + 1.0 - a for a in (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)])
+    palette = np.concatenate([a * turbo + 1.0 - a for a in (1.0, 0.9, 0.8)])
     pixels = picture[::8, ::8].reshape(-1, 1, 3)
     return float((np.abs(pixels - palette).max(-1).min(-1) < 0.06).mean())
+
+
+def variation(picture: np.ndarray) -> float:
+    """How far apart the colours of most pixels are: 0 for a blank picture, also with some lines drawn on it."""
+    low, high = np.quantile(picture, (0.1, 0.9), axis=(0, 1))
+    return float((high - low).max())
 
 
 def differs(a: np.ndarray, b: np.ndarray) -> float:
@@ -276,12 +285,12 @@ def differs(a: np.ndarray, b: np.ndarray) -> float:
 def test_depth_is_shown_in_the_browser_while_training_and_follows_the_camera(training, page):
     page.press("Max res", *["\ue011"])  # Home: 64 pixels, as the machine may be slow
     page.button("Hide Train Cams")
-    before = eventually(lambda: (shot := page.picture()).std() > 0.03 and shot, "a colour image that is not blank")
+    before = page.picture()
 
     page.choose("Output type", "MedianDepth")
     depth = eventually(
-        lambda: (shot := page.picture()).std() > 0.03 and share_of_depth_colours(shot) > 0.7 and shot,
-        "a depth image that is not blank",
+        lambda: variation(shot := page.picture()) > 0.15 and share_of_depth_colours(shot) > 0.7 and shot,
+        "a picture in the colours of depth that is not blank",
     )
     assert differs(depth, before) > 0.05, "depth is not the colour image"
     assert share_of_depth_colours(before) < share_of_depth_colours(depth)
@@ -289,11 +298,13 @@ def test_depth_is_shown_in_the_browser_while_training_and_follows_the_camera(tra
 
     page.button("Pause Training")  # now nothing but the camera can change the picture
     still = eventually(page.picture_at_rest, "a picture that stays the same")
-    page.drag(160, 40)
-    moved = eventually(
-        lambda: (shot := page.picture_at_rest()) is not None and differs(shot, still) > 0.02 and shot,
-        "another depth image after the camera moved",
-    )
+
+    def another() -> np.ndarray | None:
+        page.drag(60, 10)
+        shot = page.picture_at_rest()
+        return shot if shot is not None and differs(shot, still) > 0.02 else None
+
+    moved = eventually(another, "another depth image after the camera moved")
     assert share_of_depth_colours(moved) > 0.6
     page.button("Resume Training")
 
@@ -339,7 +350,7 @@ def test_training_goes_on_when_the_browser_dies_in_the_middle_and_another_may_co
     other = Page(tmp_path)
     try:
         other.open(training.wait())
-        eventually(lambda: other.picture().std() > 0.03, "a picture that is not blank")
+        eventually(lambda: variation(other.picture()) > 0.15, "a picture that is not blank")
     finally:
         other.close()
     assert training.process.poll() is None
