@@ -97,8 +97,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     distortion_loss_mult: float = 0.0
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
-    stereo_depth_weight: float = 0.2
-    """Weight of the logarithmic depth error where stereo of the training images knows the depth. Not in the paper.
+    stereo_depth_weight: float = 0.1
+    """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper.
     Higher weights: better depth, less sharp images."""
 
     # Where the rays begin and end

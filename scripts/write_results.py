@@ -1,6 +1,8 @@
 """Write docs/results.md, docs/figures/bench.md and the contact sheets from the results folder of a benchmark.
 
-python scripts/write_results.py RESULTS     after `diffusionerf-bench table` and `plot` of the same folder
+python scripts/write_results.py RESULTS [NOTE]     after `diffusionerf-bench table` and `plot` of the same folder
+
+NOTE is a sentence that readers of the figures must know.
 """
 
 import sys
@@ -129,11 +131,11 @@ def sheets(folder: Path) -> list[str]:
 
 def main() -> None:
     """Write the files."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     runs = read_runs(folder)
-    short = summary(runs)
+    short = summary(runs) + "".join(f"\n{note}\n" for note in sys.argv[2:])
     (ROOT / "docs" / "figures" / "bench.md").write_text(short)
     tables = (folder / "table.md").read_text().removeprefix("# Results\n").strip()
     text = [

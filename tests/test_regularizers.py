@@ -1,7 +1,5 @@
 """The loss terms, against their definitions written out in plain loops and against closed forms."""
 
-import math
-
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -189,10 +187,10 @@ def test_a_wrong_shape_or_type_raises(call):
         call()
 
 
-def test_relative_depth_is_free_of_units_and_logarithmic() -> None:
+def test_relative_depth_is_free_of_units_and_counts_a_wrong_match_linearly() -> None:
     known = torch.tensor([1.0, 2.0, 4.0])
-    depth = torch.tensor([2.0, 2.0, 1.0])
-    expected = math.log(2.0) * (1 + 0 + 2) / 3
+    depth = torch.tensor([1.5, 2.0, 3.0])
+    expected = (0.5 + 0.0 + 0.25) / 3
     assert float(regularizers.relative_depth(depth, known)) == pytest.approx(expected)
     assert float(regularizers.relative_depth(7.0 * depth, 7.0 * known)) == pytest.approx(expected)
     assert float(regularizers.relative_depth(known, known)) == 0.0
