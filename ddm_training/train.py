@@ -11,6 +11,7 @@ The state of a training is tensors and one integer: samples, noise and learning 
 import copy
 import json
 import math
+import multiprocessing
 import signal
 import threading
 import time
@@ -295,6 +296,7 @@ def train(config: TrainConfig) -> None:
     stop = StopRequest(config.max_train_minutes)
     step, saved, rate = start, start, 0.0
     pending: list[Tensor] = []
+    loader: Any = None
     try:
         loader = make_loader(config, sampler, start=start, rank=accelerator.process_index, world=world)
         waited = 0.0
@@ -351,9 +353,18 @@ def train(config: TrainConfig) -> None:
                 validation.push()
     finally:
         stop.restore()
+        loader = None  # ends its workers, but for one that misses the word
+        end_workers()
         if journal:
             journal.close()
         accelerator.end_training()
+
+
+def end_workers() -> None:
+    """Kill what is left of the loader's workers: they ignore SIGTERM, and Python would wait for them for ever."""
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=1.0)
+        worker.kill()
 
 
 def agreed(stop: StopRequest, step: int, accelerator: Any) -> bool:

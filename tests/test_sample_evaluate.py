@@ -198,7 +198,7 @@ def test_eval_measures_each_prior_on_each_store(tmp_path, capsys):
     assert first["depth_rmse_by_tau"]["0.1"] == first["depth_rmse"]["99"]
     assert 0 <= result["priors"]["first"]["samples"]["plausible"] <= 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "denoising-first-rooms.png", "denoising-second-rooms.png", "denoising.png", "evaluation.json",
+        "denoising-first-rooms.png", "denoising-second-rooms.png", "denoising.png", "evaluation.json", "evaluation.md",
         "histograms-first.png", "histograms-second.png",
     ]  # fmt: skip
     printed = capsys.readouterr().out
