@@ -127,11 +127,19 @@ def summarise_runs(results: Sequence[dict[str, Any]]) -> dict[Setting, list[Row]
             image_size=f"{result['image_size'][0]} x {result['image_size'][1]}",
         )
         groups.setdefault(setting, {}).setdefault(result["job"]["variant"], []).append(result)
-    order = {name: i for i, name in enumerate(VARIANTS)}
     return {
-        setting: [_row(name, groups[setting][name]) for name in sorted(groups[setting], key=lambda n: order.get(n, 99))]
+        setting: [_row(name, groups[setting][name]) for name in sorted(groups[setting], key=_rank)]
         for setting in sorted(groups)
     }
+
+
+def _title(variant: str) -> str:
+    return VARIANTS[variant].title if variant in VARIANTS else variant
+
+
+def _rank(variant: str) -> int:
+    """Place among the rows: that of the list of variants, unknown ones last."""
+    return list(VARIANTS).index(variant) if variant in VARIANTS else len(VARIANTS)
 
 
 def _row(variant: str, results: list[dict[str, Any]]) -> Row:
@@ -153,8 +161,14 @@ def _row(variant: str, results: list[dict[str, Any]]) -> Row:
             value=mean(by_scene[scene][name] for scene in scenes),
             deviation=stdev(per_seed) if len(per_seed) > 1 and finite else None,
         )
-    title = VARIANTS[variant].title if variant in VARIANTS else variant
-    return Row(variant=variant, title=title, means=means, by_scene=by_scene, seeds=tuple(seeds), scenes=tuple(scenes))
+    return Row(
+        variant=variant,
+        title=_title(variant),
+        means=means,
+        by_scene=by_scene,
+        seeds=tuple(seeds),
+        scenes=tuple(scenes),
+    )
 
 
 def write_tables(results: Path, output: Path) -> str:
@@ -287,14 +301,12 @@ def _times(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         key = (result["job"]["method"], result["steps"], result["job"]["variant"])
         groups.setdefault(key, []).append(result)
-    order = {name: i for i, name in enumerate(VARIANTS)}
-    for (method, steps, variant), runs in sorted(groups.items(), key=lambda g: (g[0][:2], order.get(g[0][2], 99))):
+    for (method, steps, variant), runs in sorted(groups.items(), key=lambda g: (g[0][:2], _rank(g[0][2]))):
         train, evaluate = (mean(r["seconds"][phase] for r in runs) for phase in ("train", "evaluate"))
         ram, gpu = (max(r["peak_memory"].get(kind, 0.0) for r in runs) for kind in ("ram_gb", "gpu_gb"))
-        title = VARIANTS[variant].title if variant in VARIANTS else variant
         lines.append(
-            f"| {method} | {steps:,} | {title} | {len(runs)} | {train:.0f} | {train / steps:.2f} | {evaluate:.0f} | "
-            f"{ram:.1f} | {f'{gpu:.1f}' if gpu else ''} |"
+            f"| {method} | {steps:,} | {_title(variant)} | {len(runs)} | {train:.0f} | {train / steps:.2f} | "
+            f"{evaluate:.0f} | {ram:.1f} | {f'{gpu:.1f}' if gpu else ''} |"
         )
     return "\n".join(lines) + "\n"
 
