@@ -64,6 +64,7 @@ class DiffusioNeRFModel(NerfactoModel):
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self.total_steps = 1
+        self._in_training_run = False
         self.register_buffer("metric_scale", torch.tensor(self._first_metric_scale(near, far, found)))
         self.last_patch: LastPatch | None = None
         self._prior_found: bool | None = None
@@ -261,6 +262,7 @@ class DiffusioNeRFModel(NerfactoModel):
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
         """nerfacto's, and keeping the step and the length of the run."""
+        self._in_training_run = True
         trainer = training_callback_attributes.trainer
         if trainer is not None:
             # A resumed run goes on for that many steps: it ends where the whole run would have, and so do schedules.
@@ -289,7 +291,9 @@ class DiffusioNeRFModel(NerfactoModel):
         in scene units.
         """
         c = self.config
-        factor = 1 if self.training else c.eval_samples_factor
+        # A viewer beside a training shall be quick: its views are seen for moments only, and training waits for them.
+        quick = self.training or (self._in_training_run and inspection.in_viewer())
+        factor = 1 if quick else c.eval_samples_factor
         self.proposal_sampler.num_nerf_samples_per_ray = factor * c.num_nerf_samples_per_ray
         outputs = super().get_outputs(ray_bundle)
         scale = torch.nan_to_num(self.metric_scale, nan=1.0)

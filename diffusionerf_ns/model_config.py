@@ -121,7 +121,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
 
     eval_samples_factor: int = 2
     """After training, rays get this many times the samples of training: with a laptop's few samples, neighbouring
-    rays hit and miss thin surfaces, which is grain in the image."""
+    rays hit and miss thin surfaces, which is grain in the image. The viewer of a run that is under way does without."""
 
     # Deviations of the backbone from nerfacto's defaults
     camera_optimizer: CameraOptimizerConfig = field(default_factory=lambda: CameraOptimizerConfig(mode="off"))

@@ -17,7 +17,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 
 from ddm_training import rgbd
 from ddm_training.unet import make_scheduler
-from diffusionerf_ns import regularizers
+from diffusionerf_ns import inspection, regularizers
 from diffusionerf_ns.errors import NonFiniteLossError
 from diffusionerf_ns.prior import PatchPrior
 
@@ -408,6 +408,13 @@ def test_views_get_more_samples_than_training_rays(folders, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             mode().model(rays)
     assert counts == [samples, 3 * samples, samples]
+    monkeypatch.setattr(inspection, "in_viewer", lambda: True)
+    for under_way in (False, True):
+        if under_way:
+            tie(pipeline, 600)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.eval().model(rays)
+    assert counts[3:] == [3 * samples, samples], "a viewer beside a training is quick"
 
 
 def test_a_resumed_run_ends_its_schedules_where_the_whole_run_does(folders):
