@@ -7,17 +7,18 @@ NOTE is a sentence that readers of the figures must know.
 
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from PIL import Image
 
 from diffusionerf_ns.bench.results import read_entries
+from diffusionerf_ns.bench.table import Mean, over_scenes
 from diffusionerf_ns.bench.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHEET_WIDTH = 900  # pixels
-OURS = "refinement-only"  # what the laptop preset is
+OURS = "default"
 METRICS = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS-Alex", 3), "depth_abs_rel": ("depth AbsRel", 3)}
 Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
 
@@ -36,15 +37,10 @@ def read_runs(folder: Path) -> Runs:
     return dict(sorted(runs.items(), key=lambda item: order.index(item[0])))
 
 
-def over_scenes(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> tuple[float, float | None] | None:
-    """Mean over scenes, each the mean over its seeds; deviation over the seeds that have all scenes."""
-    found = {key: r["metrics"][metric] for key, r in runs.items() if metric in r["metrics"]}
-    if not found:
-        return None
-    scenes, seeds = sorted({s for s, _ in found}), sorted({k for _, k in found})
-    means = [mean(v for (s, _), v in found.items() if s == scene) for scene in scenes]
-    whole = [mean(found[s, k] for s in scenes) for k in seeds if all((s, k) in found for s in scenes)]
-    return mean(means), stdev(whole) if len(whole) > 1 else None
+def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | None:
+    """A metric over the scenes and seeds that have it."""
+    found = {key: run["metrics"][metric] for key, run in runs.items() if metric in run["metrics"]}
+    return over_scenes(found) if found else None
 
 
 def summary(runs: Runs) -> str:
@@ -61,12 +57,12 @@ def summary(runs: Runs) -> str:
     for name, found in runs.items():
         cells = []
         for metric, (_, decimals) in METRICS.items():
-            value = over_scenes(found, metric)
+            value = mean_of(found, metric)
             if value is None:
                 cells.append("")
                 continue
-            deviation = "" if value[1] is None else f" +- {value[1]:.{decimals}f}"
-            cells.append(f"{value[0]:.{decimals}f}{deviation}")
+            deviation = "" if value.deviation is None else f" +- {value.deviation:.{decimals}f}"
+            cells.append(f"{value.value:.{decimals}f}{deviation}")
         step = mean(r["seconds"]["train"] / r["steps"] for r in found.values())
         seeds = sorted({k for _, k in found})
         cells += [f"{step:.2f}", ", ".join(f"{k}: {sum(s == k for _, s in found)} scenes" for k in seeds)]
@@ -83,10 +79,10 @@ def targets(runs: Runs) -> str:
         both = {k for k in both if metric in runs[OURS][k]["metrics"] and metric in runs[other][k]["metrics"]}
         if not both:
             return None
-        a, b = (over_scenes({k: runs[name][k] for k in both}, metric) for name in (OURS, other))
+        a, b = (mean_of({k: runs[name][k] for k in both}, metric) for name in (OURS, other))
         assert a is not None
         assert b is not None
-        return a[0], b[0]
+        return a.value, b.value
 
     rows: list[tuple[str, str, bool]] = []
     for metric, other, least, unit in (

@@ -20,7 +20,7 @@ from PIL import Image
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench import engines, pictures, results, table, variants, worker
 from diffusionerf_ns.bench.engines import EngineConfig, worker_environments
-from diffusionerf_ns.bench.jobs import Job, config_hash, configure, describe, make_jobs, read_jobs
+from diffusionerf_ns.bench.jobs import Job, config_hash, configure, describe, make_jobs, read_jobs, training_hash
 from diffusionerf_ns.bench.plot import draw_plots
 from diffusionerf_ns.bench.run import RunConfig, VariantName, parse_overrides, run_benchmark
 
@@ -541,6 +541,52 @@ def test_a_bench_trains_evaluates_tabulates_and_plots(tmp_path: Path) -> None:
     assert bench("plot", "--results", str(tmp_path / "out")).returncode == 0
     with Image.open(tmp_path / "out/plots/sheet-wall-3-views-seed-0.png") as sheet:
         assert sheet.width > 600
+
+
+@pytest.mark.heavy
+def test_variants_that_differ_after_training_only_are_trained_once_and_end_as_if_trained_alone(tmp_path: Path) -> None:
+    flags = real_flags(tmp_path)
+    assert bench("run", *flags, "--variants", "full", "no-refinement").returncode == 0
+    whole, shared = (
+        json.loads((tmp_path / f"out/wall/3-views/{name}/seed-0/result.json").read_text())
+        for name in ("full", "no-refinement")
+    )
+    assert shared["trained_by"] == "../../full/seed-0"
+    assert shared["seconds"]["train"] == whole["seconds"]["train"]
+    (tmp_path / "out").rename(tmp_path / "both")
+    assert bench("run", *flags, "--variants", "no-refinement").returncode == 0
+    alone = json.loads((tmp_path / "out/wall/3-views/no-refinement/seed-0/result.json").read_text())
+    assert "trained_by" not in alone
+    assert alone["images"] == shared["images"]
+    assert alone["hash"] == shared["hash"]
+    assert alone["metrics"] != whole["metrics"]
+
+
+def test_only_a_whole_training_of_the_same_weights_is_taken_over(tmp_path: Path) -> None:
+    small_prior(tmp_path / "prior")
+    full, other = (make_job(tmp_path, variant=name) for name in ("full", "no-refinement"))
+    digests = [
+        training_hash(configure(job, tmp_path)) for job in (full, other, make_job(tmp_path, variant="geometric"))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    folder = tmp_path / full.name
+    content = fake_result(full, "h") | {
+        "training_hash": digests[0],
+        "config_file": "run/config.yml",
+        "metric_scale": None,
+    }
+
+    def found(**changes: Any) -> bool:
+        results.write_json(folder / results.RESULT_FILE, content | changes)
+        return results.same_training(tmp_path / other.name, digests[1], metric_scale=True) is not None
+
+    assert not found(metric_scale=1.5), "there is no checkpoint"
+    (folder / "run" / results.CHECKPOINTS).mkdir(parents=True)
+    (folder / "run" / results.CHECKPOINTS / "step-000000499.ckpt").touch()
+    assert found(metric_scale=1.5)
+    assert not found(), "it knows no metres, which this one needs"
+    assert not found(metric_scale=1.5, training_hash="another")
+    assert not found(metric_scale=1.5, trained_by="../../a/seed-0")
 
 
 @pytest.mark.heavy

@@ -7,10 +7,12 @@ A job's folder holds::
     <scene>/<method>/run nerfstudio's own folder: config.yml, checkpoint, TensorBoard events
 """
 
+import math
 import os
 import platform
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -27,9 +29,9 @@ from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils import writer
 from torch import Tensor
 
-from diffusionerf_ns.bench.jobs import config_hash, describe
+from diffusionerf_ns.bench.jobs import config_hash, describe, training_hash
 from diffusionerf_ns.bench.pictures import save_pictures
-from diffusionerf_ns.bench.results import FORMAT, RESULT_FILE, write_json
+from diffusionerf_ns.bench.results import CHECKPOINTS, FORMAT, RESULT_FILE, same_training, write_json
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.metrics import ProtocolName, evaluate_depth, evaluate_image, summarise
 
@@ -78,6 +80,7 @@ def run(
     *,
     job: dict[str, Any] | None = None,
     pictures: int = 4,
+    reuse: bool = False,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate all test images under the capture's protocol, and write ``folder/result.json``.
@@ -88,6 +91,8 @@ def run(
         folder: of the job.
         job: goes into the result as it is.
         pictures: how many test images are saved as pictures, spread evenly.
+        reuse: where another job of the same results folder was trained the same to the last bit, take its weights and
+            its training time; "trained_by" in the result names it.
         on_progress: called often.
 
     Returns:
@@ -97,23 +102,35 @@ def run(
         InputError: the capture, the configuration or the prior is not what it should be, or a loss is not finite.
     """
     report = on_progress or (lambda *_: None)
-    digest = config_hash(config)
+    digest, training = config_hash(config), training_hash(config)
+    needs_scale = bool(getattr(config.pipeline.model, "refine_tau", 0.0))
+    earlier = same_training(folder, training, metric_scale=needs_scale) if reuse else None
     description = describe(config)
     device = config.machine.device_type
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = _Clock(device)
-    trainer = make_trainer(config, lambda step: report("train", step, config.max_num_iterations))
+    trainer = make_trainer(
+        config,
+        lambda step: report("train", step, config.max_num_iterations),
+        None if earlier is None else _weights(earlier),
+    )
     clock.lap("setup")
-    trainer.train()
+    if earlier is None:
+        trainer.train()
     clock.lap("train")
     metadata = trainer.pipeline.datamanager.eval_dataset.metadata  # pyright: ignore[reportOptionalMemberAccess]
     protocol: ProtocolName = metadata.get("protocol", "nerfstudio")
     rows, saved = _evaluate(trainer, protocol, folder, pictures, report)
     clock.lap("evaluate")
+    curve = trainer.curve
+    if earlier is not None:
+        clock.seconds["train"], curve = earlier["seconds"]["train"], earlier["curve"]
     result = {
         "format": FORMAT,
         "hash": digest,
+        "training_hash": training,
+        **({} if earlier is None else {"trained_by": os.path.relpath(earlier["folder"], folder)}),
         "job": job,
         "dataset": metadata.get("source", "unknown"),
         "protocol": protocol,
@@ -132,18 +149,41 @@ def run(
         "git_revision": git_revision(),
         "config_file": os.path.relpath(trainer.base_dir / "config.yml", folder),
         "config": description,
-        "curve": trainer.curve,
+        "metric_scale": _metric_scale(trainer.pipeline.model),
+        "curve": curve,
     }
     write_json(folder / RESULT_FILE, result)
     return result
 
 
-def make_trainer(config: "TrainerConfig", on_step: Callable[[int], None] = lambda _: None) -> RecordingTrainer:
-    """A trainer that is ready to train, seeded, without viewer and evaluation in between; changes ``config``."""
+def _weights(result: dict[str, Any]) -> Path:
+    """Folder of the checkpoint of a done job."""
+    return (result["folder"] / result["config_file"]).parent / CHECKPOINTS
+
+
+def _metric_scale(model: Any) -> float | None:
+    """Metres per scene unit; None for a model that has none, or has not found it."""
+    scale = float(getattr(model, "metric_scale", math.nan))
+    return None if math.isnan(scale) else scale
+
+
+def make_trainer(
+    config: "TrainerConfig", on_step: Callable[[int], None] = lambda _: None, weights: Path | None = None
+) -> RecordingTrainer:
+    """A trainer that is ready to train, seeded, without viewer and evaluation in between; changes ``config``.
+
+    Args:
+        config: of the run.
+        on_step: called with the number of steps that are done.
+        weights: folder of a checkpoint that the trainer takes over, and has in its own folder from then on.
+    """
     seed_everything(config.machine.seed)
     _quieten(config)
     trainer = RecordingTrainer(config, on_step)
     config.save_config()
+    if weights is not None:
+        config.load_dir = trainer.base_dir / CHECKPOINTS
+        shutil.copytree(weights, config.load_dir)
     # nerfacto would fetch LPIPS weights when it is built; `metrics` makes LPIPS when it is wanted.
     with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
         trainer.setup(test_mode="val")

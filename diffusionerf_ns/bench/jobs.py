@@ -32,6 +32,8 @@ _NOT_HASHED = (
     "machine.dist_url",
     "pipeline.model.eval_num_rays_per_chunk",
 )
+# What changes views only, not the weights that training gives.
+_AFTER_TRAINING = ("pipeline.model.refine_tau", "pipeline.model.eval_samples_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +180,28 @@ def describe(value: Any) -> Any:
 
 def config_hash(config: "TrainerConfig") -> str:
     """Hash of everything in a configuration that decides the result, the content of the prior included."""
+    return _hash(config, _NOT_HASHED, prior=True)
+
+
+def training_hash(config: "TrainerConfig") -> str:
+    """Hash of everything that decides the weights at the end of training.
+
+    Variants that differ in how views are rendered have the same.
+    """
+    scored = bool(getattr(config.pipeline.model, "score_weight", 0.0))
+    return _hash(config, (*_NOT_HASHED, *_AFTER_TRAINING), prior=scored)
+
+
+def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool) -> str:
     content = describe(config)
-    for path in _NOT_HASHED:
+    for path in left_out:
         owner = content
         *parents, name = path.split(".")
         for parent in parents:
             owner = owner[parent]
         owner.pop(name, None)
     model: Any = config.pipeline.model
-    if getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0):
+    if prior and (getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0)):
         content["prior"] = prior_hash(model.prior, model.prior_revision)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

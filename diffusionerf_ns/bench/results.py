@@ -29,6 +29,7 @@ JOBS_FILE = "jobs.json"
 RESULT_FILE = "result.json"
 FAILED_FILE = "failed.json"
 LOG_FILE = "log.txt"
+CHECKPOINTS = "nerfstudio_models"
 Status = Literal["done", "failed", "missing"]
 
 
@@ -92,6 +93,27 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     if found != FORMAT:
         raise InputError(_other_version(path, found))
     return content
+
+
+def same_training(folder: Path, training: str, *, metric_scale: bool) -> dict[str, Any] | None:
+    """A done job of the same scene and views whose training gave the weights that this one's would give.
+
+    Args:
+        folder: of the job that is to be done.
+        training: its `training_hash`.
+        metric_scale: whether it needs the metres of a scene unit; a run without a prior may not have found them.
+
+    Returns:
+        The content of its `result.json`; "folder" in it says where it lies.
+    """
+    for path in sorted(folder.parents[1].glob(f"*/*/{RESULT_FILE}")):
+        result = read_result(path.parent)
+        if result is None or result.get("training_hash") != training or "trained_by" in result:
+            continue
+        checkpoints = (path.parent / result["config_file"]).parent / CHECKPOINTS
+        if any(checkpoints.glob("*.ckpt")) and not (metric_scale and result["metric_scale"] is None):
+            return result | {"folder": path.parent}
+    return None
 
 
 def read_entries(folder: Path) -> list[Entry]:

@@ -3,7 +3,7 @@
 import csv
 import importlib.resources
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -142,25 +142,32 @@ def _rank(variant: str) -> int:
     return list(VARIANTS).index(variant) if variant in VARIANTS else len(VARIANTS)
 
 
+def over_scenes(values: Mapping[tuple[str, int], float]) -> Mean:
+    """Mean over scenes, each the mean over its seeds; the deviation is over the seeds that have all scenes.
+
+    Args:
+        values: (scene, seed) -> a metric.
+    """
+    scenes, seeds = sorted({scene for scene, _ in values}), sorted({seed for _, seed in values})
+    whole = [seed for seed in seeds if all((scene, seed) in values for scene in scenes)]
+    per_seed = [mean(values[scene, seed] for scene in scenes) for seed in whole]
+    finite = all(math.isfinite(v) for v in per_seed)
+    return Mean(
+        value=mean(mean(v for (of, _), v in values.items() if of == scene) for scene in scenes),
+        deviation=stdev(per_seed) if len(per_seed) > 1 and finite else None,
+    )
+
+
 def _row(variant: str, results: list[dict[str, Any]]) -> Row:
-    scenes = sorted({r["job"]["scene"] for r in results})
-    seeds = sorted({r["job"]["seed"] for r in results})
     found = {(r["job"]["scene"], r["job"]["seed"]): r["metrics"] for r in results}
+    scenes, seeds = sorted({scene for scene, _ in found}), sorted({seed for _, seed in found})
     # A metric that some runs lack (LPIPS without its weights) would be a mean over other runs: it is left out.
     names = [name for name in METRICS if all(name in metrics for metrics in found.values())]
     by_scene = {
         scene: {name: mean(m[name] for (of, _), m in found.items() if of == scene) for name in names}
         for scene in scenes
     }
-    whole = [seed for seed in seeds if all((scene, seed) in found for scene in scenes)]
-    means = {}
-    for name in names:
-        per_seed = [mean(found[scene, seed][name] for scene in scenes) for seed in whole]
-        finite = all(math.isfinite(v) for v in per_seed)
-        means[name] = Mean(
-            value=mean(by_scene[scene][name] for scene in scenes),
-            deviation=stdev(per_seed) if len(per_seed) > 1 and finite else None,
-        )
+    means = {name: over_scenes({key: metrics[name] for key, metrics in found.items()}) for name in names}
     return Row(
         variant=variant,
         title=_title(variant),

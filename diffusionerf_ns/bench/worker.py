@@ -93,7 +93,7 @@ def _run(folder: Path) -> None:
                 share = TRAIN_SHARE + (1.0 - TRAIN_SHARE) * done / total
             write_json(folder / PROGRESS_FILE, share)
 
-    run(config, folder, job=job.to_dict(), pictures=task["pictures"], on_progress=on_progress)
+    run(config, folder, job=job.to_dict(), pictures=task["pictures"], reuse=True, on_progress=on_progress)
 
 
 def _end_with_parent() -> None:
