@@ -44,12 +44,14 @@ class PatchBatch:
 
 @dataclass(frozen=True)
 class StereoBatch:
-    """Rays of a bundle whose depth stereo knows."""
+    """What stereo knows of the rays of a bundle."""
 
     rays: slice
-    """Where in the bundle they are."""
+    """Where in the bundle the rays through matched pixels are."""
     distance: Float[Tensor, " rays"]
-    """Distance along the ray, scene units."""
+    """Distance along each of them to its surface, scene units."""
+    roughly: Float[Tensor, " pixel_rays"]
+    """Distance along each pixel ray to about where its surface is, scene units."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             f"{seconds:.1f} s."
         )
         self._matched = matched
+        self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1)
         centre, radius = matched.content_cube(cameras)
         self.train_dataset.metadata["stereo"] = {
             "near": near,
@@ -199,7 +202,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch,))
             bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
             bundles.append(bundle)
-            batch["stereo"] = StereoBatch(slice(len(rays), len(rays) + len(chosen)), distance)
+            roughly = self._matched.completed_at(batch["indices"], self._image_sizes).to(self.device)
+            batch["stereo"] = StereoBatch(
+                rays=slice(len(rays), len(rays) + len(chosen)),
+                distance=distance,
+                roughly=roughly * rays.metadata["directions_norm"][:, 0],
+            )
         request = self._request()
         if request is None or request.count == 0:
             return (rays if len(bundles) == 1 else patches.concatenate_rays(bundles)), batch

@@ -54,13 +54,11 @@ class DiffusioNeRFModel(NerfactoModel):
         self.image_metrics: list[dict[str, float]] = []
         found: dict[str, float] = metadata.get("stereo") or {}
         near, far = metadata.get("near"), metadata.get("far")
-        if near is None and found:
-            # Not all surfaces can be matched: leave as much room again in front of the nearest match.
-            near = 0.5 * found["near"] / self.config.near_margin
-        self.collider = BoundsCollider(
-            self.config.near_plane if near is None else self.config.near_margin * near,
-            self.config.far_plane if far is None else self.config.far_margin * far,
-        )
+        begin = self.config.near_plane if near is None else self.config.near_margin * near
+        end = self.config.far_plane if far is None else self.config.far_margin * far
+        if found and self.config.stereo_near_margin * found["near"] < end:
+            begin = max(begin, self.config.stereo_near_margin * found["near"])
+        self.collider = BoundsCollider(begin, end)
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self.total_steps = 1
@@ -167,8 +165,8 @@ class DiffusioNeRFModel(NerfactoModel):
         return spec if size is None or size >= spec.patch_size else replace(spec, patch_size=size)
 
     def stereo_wanted(self) -> bool:
-        """Whether the next step needs rays whose depth stereo knows."""
-        return self.config.stereo_depth_weight > 0.0
+        """Whether the next step needs what stereo knows of depth."""
+        return self.config.stereo_depth_weight > 0.0 or self.config.completed_depth_weight > 0.0
 
     # Evaluation
 
@@ -331,10 +329,7 @@ class DiffusioNeRFModel(NerfactoModel):
             losses.update(self._geometric_losses(outputs, count, log))
             stereo: StereoBatch | None = batch.get("stereo")
             if stereo is not None:
-                log["stereo_depth"] = regularizers.relative_depth(
-                    outputs["expected_depth"][stereo.rays, 0], stereo.distance
-                )
-                losses["stereo_depth_loss"] = self.config.stereo_depth_weight * log["stereo_depth"]
+                losses.update(self._stereo_losses(outputs["expected_depth"][:, 0], stereo, log))
             patches: PatchBatch | None = batch.get("patches")
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)
@@ -375,6 +370,21 @@ class DiffusioNeRFModel(NerfactoModel):
                 far=float(self.collider.bounds[1]),
             )
             losses["distortion_loss"] = distortion_weight * log["distortion"]
+        return losses
+
+    def _stereo_losses(
+        self, depth: Float[Tensor, " rays"], stereo: StereoBatch, log: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """What depth (distance along the ray) costs by what stereo knows; a term whose weight is 0 is not computed."""
+        c = self.config
+        losses: dict[str, Tensor] = {}
+        if c.stereo_depth_weight > 0.0:
+            log["stereo_depth"] = regularizers.relative_depth(depth[stereo.rays], stereo.distance)
+            losses["stereo_depth_loss"] = c.stereo_depth_weight * log["stereo_depth"]
+        if c.completed_depth_weight > 0.0:
+            pixel_rays = depth[: len(stereo.roughly)]
+            log["completed_depth"] = regularizers.depth_range(pixel_rays, stereo.roughly, c.completed_depth_margin)
+            losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses
 
     def _score_loss(self, outputs: dict[str, Any], patches: PatchBatch, log: dict[str, Any]) -> Tensor:

@@ -101,9 +101,18 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper.
     Higher weights: better depth, less sharp images."""
 
+    completed_depth_weight: float = 0.1
+    """Weight of depth that is far from where stereo depth, interpolated between the matched pixels, has the surface.
+    Keeps untextured walls from ending up before the cameras. Not in the paper."""
+    completed_depth_margin: float = 0.3
+    """Relative error that costs nothing, as interpolated depth is rough."""
+
     # Where the rays begin and end
     near_margin: float = 0.75
-    """Where the scene's near bound is known, rays begin at this times it; else at `near_plane`."""
+    """Where the scene's near bound is known, rays begin at this times it, or at `stereo_near_margin` times the nearest
+    depth that stereo finds, whichever is farther; where neither is known, at `near_plane`."""
+    stereo_near_margin: float = 0.6
+    """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25
     """Where the scene's far bound is known, rays end at this times it; else at `far_plane`."""
 

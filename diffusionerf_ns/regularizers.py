@@ -105,3 +105,13 @@ def distortion(
 def relative_depth(depth: Float[Tensor, " rays"], known: Float[Tensor, " rays"]) -> Float[Tensor, ""]:
     """Mean of |depth - known| / known: free of scene units; not squared, so that a wrong match weighs little."""
     return ((depth - known).abs() / known).mean()
+
+
+def depth_range(depth: Float[Tensor, " rays"], roughly: Float[Tensor, " rays"], margin: float) -> Float[Tensor, ""]:
+    """Mean of what |depth - roughly| / roughly exceeds a margin by: free of scene units.
+
+    Behind the surface half as much again is allowed, and from twice the distance on nothing pulls any more: a ray may
+    well pass what it was taken for, but little excuses a surface far in front of it.
+    """
+    error = depth / roughly - 1.0
+    return ((-error - margin).clamp_min(0.0) + (error - 1.5 * margin).clamp(0.0, 1.0)).mean()

@@ -1,15 +1,16 @@
 """Depth of the training images by plane-sweep stereo, kept only where several views agree.
 
 Few views can be matched densely: every pixel of a view is tried at a number of depths, and the depth at which the other
-views look most alike wins (Collins 1996; Yang and Pollefeys 2003). It answers where there is texture and is silent
-elsewhere, which is where a prior of plausible surfaces is needed.
+views look most alike wins (Collins 1996; Yang and Pollefeys 2003), with a say of the pixels around (`semi_global`). It is
+silent without texture; there, depth interpolated from around (`completion`) tells roughly where a surface is.
 
 Notation
     z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
-    zncc    zero-mean normalised cross-correlation of 7 x 7 windows, in [-1, 1]
+    zncc    zero-mean normalised cross-correlation of 5 x 5 windows, in [-1, 1]
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,16 +21,19 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusionerf_ns import completion, semi_global
+
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
 MAX_PLANES = 128  # depths of a sweep
 NEIGHBOURS = 4  # views that a view is matched with, the nearest ones: work stays linear in the number of views
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
-WINDOW = 7  # pixels
+WINDOW = 5  # pixels
 MIN_ZNCC = 0.7  # of the winning depth
-MARGIN = 0.05  # by which the winner must beat all depths that are not its neighbours
+MARGIN = 0.1  # by which the winner's aggregated cost must be below that of all depths that are not its neighbours
 TOLERANCE = 0.03  # relative difference of depth up to which two views agree
-MIN_DEVIATION = 0.01  # of grey values in a window, in [0, 1]: with less there is nothing to match
+SEEN_THROUGH = 0.05  # relative difference of depth from which a view that sees farther contradicts
+TEXTURE = 1e-4  # variance of grey values, in [0, 1], of windows with much less of which zncc says nothing
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class MatchedDepth:
     """Continuous (u, v) in the image, the centre of its first pixel at (0.5, 0.5)."""
     depth: Float[Tensor, " n"]
     """Planar depth, scene units."""
+    completed: tuple[Float[Tensor, "_h _w"], ...] = ()
+    """Planar depth of all pixels of each image at the working size, interpolated where it is not matched."""
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -90,6 +96,23 @@ class MatchedDepth:
         )
         bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
         return bundle, self.depth[chosen].to(cameras.device) * bundle.metadata["directions_norm"][:, 0]
+
+    def completed_at(self, indices: Int[Tensor, "k 3"], sizes: Int[Tensor, "images 2"]) -> Float[Tensor, " k"]:
+        """Completed planar depth at pixels of the training images, scene units.
+
+        Args:
+            indices: image, row and column.
+            sizes: height and width of each image.
+        """
+        image, pixel = indices[:, 0].cpu(), indices[:, 1:].cpu()
+        sizes = sizes.cpu()
+        out = torch.empty(len(image))
+        for i in image.unique().tolist():
+            here = image == i
+            depth = self.completed[i]
+            row, column = ((pixel[here] + 0.5) * torch.tensor(depth.shape) / sizes[i]).long().unbind(-1)
+            out[here] = depth[row, column]
+        return out
 
     def content_cube(self, cameras: Cameras, share: float = 0.8) -> tuple[tuple[float, float, float], float]:
         """Centre and half side, scene units, of the cube about the median point that holds ``share`` of the points."""
@@ -123,9 +146,12 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
     found = torch.cat([d[d > 0] for d in depths])
     if len(found) < MIN_MATCHES:
         return nothing
-    near, far = np.quantile(found.numpy(), [0.05, 0.95])
+    near, far = np.quantile(found.numpy(), [0.03, 0.97])
     fine = [_view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
     depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), STEP)
+    depths = [completion.without_speckle(depth) for depth in depths]
+    if sum(int((depth > 0).sum()) for depth in depths) < MIN_MATCHES:
+        return nothing
     parts = []
     for index, depth in enumerate(depths):
         v, u = torch.nonzero(depth > 0, as_tuple=True)
@@ -133,8 +159,20 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
-    matched = MatchedDepth(*(torch.cat(column) for column in zip(*parts)))
-    return matched if len(matched) >= MIN_MATCHES else nothing
+    middle = torch.cat([depth for _, _, depth in parts]).median()
+    completed = tuple(_complete(image, depth, middle) for image, depth in zip(images, depths))
+    return MatchedDepth(*(torch.cat(column) for column in zip(*parts)), completed)
+
+
+def _complete(
+    image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"], otherwise: Tensor
+) -> Float[Tensor, "h w"]:
+    """Depth of all pixels of an image; where not one of them is matched, that of the scene."""
+    if not bool((depth > 0).any()):
+        return torch.full_like(depth, float(otherwise))
+    rgb = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
+    small = F.interpolate(rgb, size=depth.shape, mode="area")[0].permute(1, 2, 0)
+    return completion.interpolate(small, depth)
 
 
 @torch.no_grad()
@@ -150,7 +188,8 @@ def agreed_depth(
         step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views.
     """
     depths = [_sweep(index, views, others, near, far, step) for index, others in enumerate(nearest)]
-    return [_confirm(index, views, others, depths) for index, others in enumerate(nearest)]
+    agreed = [_confirm(index, views, others, depths) for index, others in enumerate(nearest)]
+    return [_uncontradicted(index, views, others, agreed) for index, others in enumerate(nearest)]
 
 
 def _view(cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], working_width: int) -> View:
@@ -185,7 +224,7 @@ def _sweep(
     reference = views[index]
     directions = reference.directions()
     mean = _blur(reference.grey)
-    variance = (_blur(reference.grey.square()) - mean.square()).clamp_min(1e-6)
+    variance = (_blur(reference.grey.square()) - mean.square()).clamp_min(0.0)
     baseline = max(float((views[other].position - reference.position).norm()) for other in others)
     moved = (1.0 / near - 1.0 / far) * baseline * float(reference.focal[0])
     # More depths than the images can tell apart would make every winner its own neighbours' rival.
@@ -201,15 +240,16 @@ def _sweep(
             inside = (grid.abs() < 1.0).all(-1)[None, None]
             moments = _blur(torch.cat([warped, warped.square(), reference.grey * warped], dim=1))
             m, square, product = moments.split(1, dim=1)
-            zncc = (product - mean * m) / (variance * (square - m.square()).clamp_min(1e-6)).sqrt()
+            zncc = (product - mean * m) / ((variance * (square - m.square()).clamp_min(0.0)).sqrt() + TEXTURE)
             # The best view, not the mean: with wide baselines many points are hidden in one of the others.
-            best = torch.maximum(best, torch.where(inside, zncc, torch.full_like(zncc, -1.0)))
+            best = torch.maximum(best, torch.where(inside, zncc, torch.zeros_like(zncc)))
         scores.append(best[0, 0])
-    score = torch.stack(scores)
+    zncc = torch.stack(scores)
+    score = -semi_global.aggregate(1.0 - zncc, reference.grey[0, 0])
     top, winner = score.max(dim=0)
     neighbours = (torch.arange(planes)[:, None, None] - winner).abs() <= 3
-    rival = score.masked_fill(neighbours, -1.0).max(dim=0).values
-    sure = (top > MIN_ZNCC) & (top - rival > MARGIN) & (variance[0, 0].sqrt() > MIN_DEVIATION)
+    rival = score.masked_fill(neighbours, -torch.inf).max(dim=0).values
+    sure = (zncc.gather(0, winner[None])[0] > MIN_ZNCC) & (top - rival > MARGIN)
     sure &= (winner > 0) & (winner < planes - 1)
     refined = disparity[0] + (disparity[1] - disparity[0]) * (winner + _parabola(score, winner))
     return torch.where(sure, 1.0 / refined, torch.zeros_like(refined))
@@ -222,13 +262,26 @@ def _parabola(score: Float[Tensor, "planes h w"], winner: Tensor) -> Float[Tenso
     return (0.5 * (below - above) / (below - 2.0 * at + above).clamp_max(-1e-6)).clamp(-0.5, 0.5)
 
 
-def _confirm(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Float[Tensor, "h w"]:
-    """Keep a depth where some other view found the same surface."""
-    reference, depth = views[index], depths[index]
-    points = reference.position + reference.directions() * depth[..., None]
-    agreed = torch.zeros_like(depth, dtype=torch.bool)
+def _seen(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of the other views: depth there of the surfaces that a view found, and of what it found itself there."""
+    reference = views[index]
+    points = reference.position + reference.directions() * depths[index][..., None]
     for other in others:
         grid, z = views[other].project(points)
-        seen = F.grid_sample(depths[other][None, None], grid[None], mode="nearest", align_corners=False)[0, 0]
+        yield z, F.grid_sample(depths[other][None, None], grid[None], mode="nearest", align_corners=False)[0, 0]
+
+
+def _confirm(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Float[Tensor, "h w"]:
+    """Keep a depth where some other view found the same surface."""
+    agreed = torch.zeros_like(depths[index], dtype=torch.bool)
+    for z, seen in _seen(index, views, others, depths):
         agreed |= (seen > 0) & ((seen - z).abs() < TOLERANCE * z)
-    return torch.where(agreed & (depth > 0), depth, torch.zeros_like(depth))
+    return torch.where(agreed, depths[index], 0.0)
+
+
+def _uncontradicted(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Float[Tensor, "h w"]:
+    """Drop a depth where some other view sees through it to a surface that is farther away."""
+    contradicted = torch.zeros_like(depths[index], dtype=torch.bool)
+    for z, seen in _seen(index, views, others, depths):
+        contradicted |= seen - z > SEEN_THROUGH * z
+    return torch.where(contradicted, 0.0, depths[index])

@@ -47,6 +47,7 @@ TERMS = {
     "foreground_weight": "Foreground",
     "distortion_weight": "Distortion",
     "stereo_depth_weight": "Stereo depth",
+    "completed_depth_weight": "Completed depth",
 }
 
 

@@ -28,6 +28,7 @@ TERMS_OFF: dict[str, float] = {
     "foreground_weight": 0.0,
     "distortion_weight": 0.0,
     "stereo_depth_weight": 0.0,
+    "completed_depth_weight": 0.0,
 }
 SCORE_ALONE = {name: 0.0 for name in TERMS_OFF if name != "score_weight"} | {"score_weight": 1.0}
 

@@ -194,3 +194,20 @@ def test_relative_depth_is_free_of_units_and_counts_a_wrong_match_linearly() -> 
     assert float(regularizers.relative_depth(depth, known)) == pytest.approx(expected)
     assert float(regularizers.relative_depth(7.0 * depth, 7.0 * known)) == pytest.approx(expected)
     assert float(regularizers.relative_depth(known, known)) == 0.0
+
+
+def test_depth_within_the_margin_costs_nothing_and_far_in_front_costs_most() -> None:
+    roughly = torch.full((1,), 4.0)
+
+    def cost(depth: float) -> float:
+        return float(regularizers.depth_range(torch.tensor([depth]), roughly, 0.3))
+
+    assert cost(4.0) == cost(2.9) == cost(5.7) == 0.0
+    assert cost(2.0) == pytest.approx(0.2)
+    assert cost(0.0) == pytest.approx(0.7)
+    assert cost(7.0) == pytest.approx(0.3)
+    assert cost(40.0) == cost(400.0) == pytest.approx(1.0)
+    depth = torch.tensor([1.0, 3.5, 7.0, 40.0], requires_grad=True)
+    regularizers.depth_range(depth, roughly.expand(4), 0.3).backward()
+    assert depth.grad is not None
+    assert [float(g) * 4 for g in depth.grad] == pytest.approx([-0.25, 0.0, 0.25, 0.0])

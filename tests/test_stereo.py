@@ -90,3 +90,33 @@ def test_unrelated_images_give_next_to_nothing() -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8) for _ in CENTRES]
     assert len(stereo.match(make_cameras(CENTRES), images)) < 0.02 * 3 * HEIGHT * WIDTH
+
+
+def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None:
+    views = []
+    for centre in CENTRES:
+        image, z = plane_view(centre, 4.0, 0.0)
+        image[20:40, 30:50] = 128  # no texture there
+        views.append((image, z))
+    matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
+    pixels = torch.tensor([[i, row, column] for i in range(3) for row in range(HEIGHT) for column in range(WIDTH)])
+    depth = matched.completed_at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3)).reshape(3, HEIGHT, WIDTH)
+    plain = depth[:, 22:38, 32:48]
+    known = matched.pixel[(matched.view == 1)].long()
+    inside = (known[:, 0] >= 34) & (known[:, 0] < 46) & (known[:, 1] >= 24) & (known[:, 1] < 36)
+    assert not bool(inside.any()), "nothing is matched where there is no texture"
+    assert float((plain / 4.0 - 1.0).abs().max()) < 0.15
+    # Of matched pixels it is what was matched.
+    at = torch.stack([matched.view, matched.pixel[:, 1].long(), matched.pixel[:, 0].long()], dim=-1)
+    again = matched.completed_at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
+    assert float((again / matched.depth - 1.0).abs().median()) < 0.01
+
+
+def test_depth_that_another_view_sees_through_is_dropped() -> None:
+    cameras = make_cameras([(0.0, 0.0, 0.0), (0.1, 0.0, 0.0)])
+    views = [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(2)]
+    near, far = torch.full((HEIGHT, WIDTH), 2.0), torch.full((HEIGHT, WIDTH), 4.0)
+    middle = (slice(20, 40), slice(20, 60))
+    assert (stereo._uncontradicted(0, views, [1], [near, far])[middle] == 0.0).all()
+    assert (stereo._uncontradicted(1, views, [0], [near, far])[middle] == 4.0).all(), "hidden there, perhaps"
+    assert (stereo._uncontradicted(0, views, [1], [near, torch.zeros_like(far)]) == 2.0).all(), "silence says nothing"

@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 Method = Literal["diffusionerf", "diffusionerf-tiny"]
 SCORE = {"pipeline.model.score_weight": 1.0}
 NO_PRIOR = {"pipeline.model.score_weight": 0.0, "pipeline.model.refine_tau": 0.0}
+NO_STEREO = {
+    "pipeline.model.stereo_depth_weight": 0.0,
+    "pipeline.model.completed_depth_weight": 0.0,
+    "pipeline.datamanager.stereo_rays_per_batch": 0,
+}
 # Nothing that this project adds to the photometric loss, nor to nerfacto's fields.
 NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,
     "pipeline.model.distortion_weight": 0.0,
-    "pipeline.model.stereo_depth_weight": 0.0,
-    "pipeline.datamanager.stereo_rays_per_batch": 0,
+    **NO_STEREO,
     "pipeline.model.levels_start": 1.0,
     "pipeline.model.view_degrees": 4,
     "pipeline.model.eval_samples_factor": 1,
@@ -84,8 +88,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             name="no-stereo",
             title="no stereo",
-            overrides=SCORE
-            | {"pipeline.model.stereo_depth_weight": 0.0, "pipeline.datamanager.stereo_rays_per_batch": 0},
+            overrides=SCORE | NO_STEREO,
         ),
         Variant(name="nerfacto", title="nerfacto", model="nerfacto"),
     )

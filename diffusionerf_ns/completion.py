@@ -1,0 +1,71 @@
+"""Depth between the pixels whose depth is known: single wrong ones taken out, the rest interpolated along the image."""
+
+import numpy as np
+import scipy.sparse
+import torch
+from jaxtyping import Float
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import spsolve
+from torch import Tensor
+
+NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
+SAME_SURFACE = 0.02  # relative difference of depth
+LEAST_PIXELS = 30  # of a patch of surface that is believed
+COLOUR_SIGMA = 0.02  # difference of colours, in [0, 1], across which depth may change
+WEAKEST_LINK = 1e-3  # between pixels of different colours
+
+
+def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> Float[Tensor, "h w"]:
+    """Depth without its small islands: connected pixels of one surface that are fewer than ``least``. 0 is unknown.
+
+    Wrong matches agree by chance and with few neighbours; right ones come in patches.
+    """
+    values = depth.numpy()
+    ids = np.arange(values.size).reshape(values.shape)
+    links = []
+    for down, right in NEIGHBOURS:
+        (a, b) = _shifted(values, down, right)
+        same = (a > 0) & (b > 0) & (np.abs(a - b) < SAME_SURFACE * np.minimum(a, b))
+        links.append(np.stack([ids_[same] for ids_ in _shifted(ids, down, right)]))
+    first, second = np.concatenate(links, axis=1)
+    graph = scipy.sparse.coo_matrix((np.ones(len(first)), (first, second)), shape=(values.size, values.size))
+    island = connected_components(graph, directed=False)[1]
+    size = np.bincount(island)[island].reshape(values.shape)
+    return torch.from_numpy(np.where(size >= least, values, 0.0).astype(np.float32))
+
+
+def interpolate(rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
+    """Depth of all pixels from those that are known: inverse depth as a membrane that gives way where colours change.
+
+    Args:
+        rgb: in [0, 1].
+        depth: planar, 0 where unknown; some of it must be known.
+
+    Returns:
+        Planar depth in the same units, close to ``depth`` where that is known. Levin et al. 2004 interpolate colours
+        along grey values in this way.
+    """
+    colours, known = rgb.numpy(), depth.numpy() > 0
+    inverse = np.divide(1.0, depth.numpy(), where=known, out=np.zeros(known.shape))
+    ids, count = np.arange(known.size).reshape(known.shape), known.size
+    links, weights = [], []
+    for down, right in ((0, 1), (1, 0)):
+        a, b = _shifted(colours, down, right)
+        weight = np.exp(-((a - b) ** 2).sum(-1) / (2.0 * COLOUR_SIGMA**2)) + WEAKEST_LINK
+        links.append(np.stack([part.ravel() for part in _shifted(ids, down, right)]))
+        weights.append(weight.ravel())
+    (first, second), weight = np.concatenate(links, axis=1), np.concatenate(weights)
+    adjacency = scipy.sparse.coo_matrix((weight, (first, second)), shape=(count, count)).tocsr()
+    adjacency = adjacency + adjacency.T
+    trust = known.ravel().astype(np.float64)
+    laplacian = scipy.sparse.diags(np.asarray(adjacency.sum(axis=1)).ravel() + trust) - adjacency
+    filled = spsolve(laplacian.tocsc(), trust * inverse.ravel()).reshape(known.shape)
+    return torch.from_numpy((1.0 / filled.clip(min=inverse[known].min())).astype(np.float32))
+
+
+def _shifted(x: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:
+    """An array without the pixels that have no neighbour in that direction, and those neighbours."""
+    height, width = x.shape[:2]
+    left = max(-right, 0)
+    here = x[: height - down, left : width - max(right, 0)]
+    return here, x[down:, left + right : width - max(right, 0) + right]
