@@ -1,8 +1,8 @@
 """Depth of the training images by plane-sweep stereo, kept only where several views agree.
 
 Few views can be matched densely: every pixel of a view is tried at a number of depths, and the depth at which the other
-views look most alike wins (Collins 1996; Yang and Pollefeys 2003), with a say of the pixels around (`semi_global`). It is
-silent without texture; there, depth interpolated from around (`completion`) tells roughly where a surface is.
+views look most alike wins (Collins 1996; Yang and Pollefeys 2003), with a say of the pixels around (`semi_global`). It
+is silent without texture; there, depth interpolated from around (`completion`) tells roughly where a surface is.
 
 Notation
     z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
