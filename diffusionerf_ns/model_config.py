@@ -101,7 +101,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper.
     Higher weights: better depth, less sharp images."""
 
-    completed_depth_weight: float = 0.1
+    completed_depth_weight: float = 0.3
     """Weight of depth that is far from where stereo depth, interpolated between the matched pixels, has the surface.
     Keeps untextured walls from ending up before the cameras. Not in the paper."""
     completed_depth_margin: float = 0.3

@@ -167,6 +167,19 @@ def test_stereo_rays_end_on_the_walls_of_the_scene(manager):
     assert off.quantile(0.8) < 0.15
 
 
+def test_every_pixel_ray_is_told_about_where_its_wall_is(manager):
+    wish(manager, 0, stereo=True)
+    rays, batch = manager.next_train(0)
+    roughly = batch["stereo"].roughly
+    assert roughly.shape == (RAYS,)
+    data, indices = manager.train_dataset, batch["indices"].cpu()
+    images = [data[i]["depth_image"][..., 0] * data.metadata["scene_units_per_metre"] for i in range(len(data))]
+    true = torch.stack([images[i][row, column] for i, row, column in indices.tolist()])
+    true = true * rays.metadata["directions_norm"][:RAYS, 0]
+    assert float((roughly / true - 1.0).abs().median()) < 0.05
+    assert float(((roughly / true - 1.0).abs() > 0.3).float().mean()) < 0.1
+
+
 def test_the_model_is_told_how_deep_the_scene_lies(manager):
     found = manager.train_dataset.metadata["stereo"]
     units = manager.train_dataset.metadata["scene_units_per_metre"]
