@@ -1,9 +1,12 @@
 """Depth between the pixels whose depth is known: single wrong ones taken out, the rest interpolated along the image."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 from torch import Tensor
@@ -13,6 +16,43 @@ SAME_SURFACE = 0.02  # relative difference of depth
 LEAST_PIXELS = 30  # of a patch of surface that is believed
 COLOUR_SIGMA = 0.02  # difference of colours, in [0, 1], across which depth may change
 WEAKEST_LINK = 1e-3  # between pixels of different colours
+
+
+@dataclass(frozen=True)
+class DepthMaps:
+    """Depth of images of any sizes, looked up by pixel."""
+
+    values: Float[Tensor, " pixels"]
+    """All maps, row by row, one after the other; 0 where unknown."""
+    shapes: Int[Tensor, "images 2"]
+    """Height and width of each map."""
+    starts: Int[Tensor, " images"]
+    """Where in ``values`` each map begins."""
+
+    @classmethod
+    def of(cls, maps: Sequence[Float[Tensor, "_h _w"]]) -> "DepthMaps":
+        """From one map an image."""
+        sizes = torch.tensor([depth.numel() for depth in maps])
+        shapes = torch.tensor([depth.shape for depth in maps])
+        return cls(torch.cat([depth.flatten() for depth in maps]), shapes, sizes.cumsum(0) - sizes)
+
+    def to(self, device: torch.device | str) -> "DepthMaps":
+        """The same on another device."""
+        return replace(
+            self, values=self.values.to(device), shapes=self.shapes.to(device), starts=self.starts.to(device)
+        )
+
+    def at(self, pixels: Int[Tensor, "k 3"], sizes: Int[Tensor, "images 2"]) -> Float[Tensor, " k"]:
+        """Depth at pixels of images, which may be larger or smaller than the maps.
+
+        Args:
+            pixels: image, row and column.
+            sizes: height and width of each image.
+        """
+        image = pixels[:, 0]
+        shape = self.shapes[image]
+        row, column = ((pixels[:, 1:] + 0.5) * shape / sizes[image]).long().unbind(-1)
+        return self.values[self.starts[image] + row * shape[:, 1] + column]
 
 
 def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> Float[Tensor, "h w"]:

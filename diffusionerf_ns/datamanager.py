@@ -50,8 +50,8 @@ class StereoBatch:
     """Where in the bundle the rays through matched pixels are."""
     distance: Float[Tensor, " rays"]
     """Distance along each of them to its surface, scene units."""
-    roughly: Float[Tensor, " pixel_rays"]
-    """Distance along each pixel ray to about where its surface is, scene units."""
+    completed: Float[Tensor, " pixel_rays"]
+    """Distance along each pixel ray to about where its surface is, scene units; 0 where even that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
 
     stereo_rays_per_batch: int = 128
     """Rays per step through pixels of the training images whose depth stereo knows, for the stereo depth term; 0
-    leaves stereo out, and with it what it tells of the scene's bounds and scale. Not in the paper."""
+    leaves stereo out, and with it completed depth and what stereo tells of the scene's bounds and scale. Not in the
+    paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,9 +139,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             return
         started = time.perf_counter()
         images = [self.train_dataset.get_numpy_image(i)[..., :3] for i in range(len(self.train_dataset))]
-        matched = stereo.match(cameras, images)
+        masks = None
+        if self.train_dataparser_outputs.mask_filenames is not None:
+            masks = [self.train_dataset[i]["mask"][..., 0] for i in range(len(self.train_dataset))]
+        matched = stereo.match(cameras, images, masks)
         seconds = time.perf_counter() - started
-        if len(matched) == 0:
+        if matched.completed is None:
             CONSOLE.print(
                 "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap or texture may "
                 "be the reason): training goes on without it."
@@ -152,7 +156,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             f"{seconds:.1f} s."
         )
         self._matched = matched
-        self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1)
+        self._completed = matched.completed.to(self.device)
+        self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1).to(self.device)
         centre, radius = matched.content_cube(cameras)
         self.train_dataset.metadata["stereo"] = {
             "near": near,
@@ -202,11 +207,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch,))
             bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
             bundles.append(bundle)
-            roughly = self._matched.completed_at(batch["indices"], self._image_sizes).to(self.device)
+            completed = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
             batch["stereo"] = StereoBatch(
                 rays=slice(len(rays), len(rays) + len(chosen)),
                 distance=distance,
-                roughly=roughly * rays.metadata["directions_norm"][:, 0],
+                completed=completed * rays.metadata["directions_norm"][:, 0],
             )
         request = self._request()
         if request is None or request.count == 0:

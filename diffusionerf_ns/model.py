@@ -56,7 +56,7 @@ class DiffusioNeRFModel(NerfactoModel):
         near, far = metadata.get("near"), metadata.get("far")
         begin = self.config.near_plane if near is None else self.config.near_margin * near
         end = self.config.far_plane if far is None else self.config.far_margin * far
-        if found and self.config.stereo_near_margin * found["near"] < end:
+        if found and found["near"] < end:
             begin = max(begin, self.config.stereo_near_margin * found["near"])
         self.collider = BoundsCollider(begin, end)
         cameras = metadata.get("train_cameras")
@@ -272,15 +272,21 @@ class DiffusioNeRFModel(NerfactoModel):
 
         if self.config.score_weight != 0.0:
             self.patch_spec()  # a bad prior shall be found before the first step
+        elif self.config.refine_tau != 0.0:
+            self._prior_spec()  # the same, without loading its network
         return [
             *super().get_training_callbacks(training_callback_attributes),
             TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], set_step, update_every_num_iters=1),
+            TrainingCallback([TrainingCallbackLocation.AFTER_TRAIN], self._end_of_training),
             TrainingCallback(
                 [TrainingCallbackLocation.AFTER_TRAIN_ITERATION],
                 self.inspection_panel.after_step,
                 update_every_num_iters=1,
             ),
         ]
+
+    def _end_of_training(self, step: int) -> None:
+        self._in_training_run = False
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """nerfacto's outputs and `planar_depth` in metres: differentiable, along the optical axis.
@@ -292,6 +298,9 @@ class DiffusioNeRFModel(NerfactoModel):
         # A viewer beside a training shall be quick: its views are seen for moments only, and training waits for them.
         quick = self.training or (self._in_training_run and inspection.in_viewer())
         factor = 1 if quick else c.eval_samples_factor
+        if not self.training:
+            # The same after a short run as when it is loaded again: a checkpoint does not hold the warm-up's state.
+            self.proposal_sampler.set_anneal(1.0)
         self.proposal_sampler.num_nerf_samples_per_ray = factor * c.num_nerf_samples_per_ray
         outputs = super().get_outputs(ray_bundle)
         scale = torch.nan_to_num(self.metric_scale, nan=1.0)
@@ -382,8 +391,10 @@ class DiffusioNeRFModel(NerfactoModel):
             log["stereo_depth"] = regularizers.relative_depth(depth[stereo.rays], stereo.distance)
             losses["stereo_depth_loss"] = c.stereo_depth_weight * log["stereo_depth"]
         if c.completed_depth_weight > 0.0:
-            pixel_rays = depth[: len(stereo.roughly)]
-            log["completed_depth"] = regularizers.depth_range(pixel_rays, stereo.roughly, c.completed_depth_margin)
+            pixel_rays = depth[: len(stereo.completed)]
+            log["completed_depth"] = regularizers.coarse_depth_hinge(
+                pixel_rays, stereo.completed, c.completed_depth_margin
+            )
             losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses
 

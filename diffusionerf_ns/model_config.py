@@ -102,15 +102,16 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     Higher weights: better depth, less sharp images."""
 
     completed_depth_weight: float = 0.3
-    """Weight of depth that is far from where stereo depth, interpolated between the matched pixels, has the surface.
-    Keeps untextured walls from ending up before the cameras. Not in the paper."""
+    """Weight of the error of all pixel rays' depth against stereo depth interpolated between the matched pixels, as far
+    as it exceeds `completed_depth_margin`. Keeps untextured walls from ending up before the cameras. Not in the
+    paper."""
     completed_depth_margin: float = 0.3
-    """Relative error that costs nothing, as interpolated depth is rough."""
+    """Relative error that costs nothing, as interpolated depth is rough; behind the surface, 1.5 times as much."""
 
     # Where the rays begin and end
     near_margin: float = 0.75
     """Where the scene's near bound is known, rays begin at this times it, or at `stereo_near_margin` times the nearest
-    depth that stereo finds, whichever is farther; where neither is known, at `near_plane`."""
+    depth (2 % quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`."""
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25

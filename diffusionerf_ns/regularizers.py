@@ -107,11 +107,19 @@ def relative_depth(depth: Float[Tensor, " rays"], known: Float[Tensor, " rays"])
     return ((depth - known).abs() / known).mean()
 
 
-def depth_range(depth: Float[Tensor, " rays"], roughly: Float[Tensor, " rays"], margin: float) -> Float[Tensor, ""]:
-    """Mean of what |depth - roughly| / roughly exceeds a margin by: free of scene units.
+def coarse_depth_hinge(
+    depth: Float[Tensor, " rays"], coarse: Float[Tensor, " rays"], margin: float
+) -> Float[Tensor, ""]:
+    """Mean over rays of what the relative error depth / coarse - 1 exceeds a margin by: free of scene units.
 
-    Behind the surface half as much again is allowed, and from twice the distance on nothing pulls any more: a ray may
-    well pass what it was taken for, but little excuses a surface far in front of it.
+    In front of the surface that is ``margin``, behind it 1.5 times as much; where the error exceeds it by 1 there,
+    nothing pulls any longer. A ray may well pass what it was taken for, but little excuses a surface far before it.
+
+    Args:
+        depth: rendered, distance along the ray.
+        coarse: about where the surface is; 0 where unknown, which costs nothing.
+        margin: relative error that costs nothing.
     """
-    error = depth / roughly - 1.0
-    return ((-error - margin).clamp_min(0.0) + (error - 1.5 * margin).clamp(0.0, 1.0)).mean()
+    error = depth / coarse.clamp_min(1e-9) - 1.0
+    cost = (-error - margin).clamp_min(0.0) + (error - 1.5 * margin).clamp(0.0, 1.0)
+    return torch.where(coarse > 0, cost, 0.0).mean()

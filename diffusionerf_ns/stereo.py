@@ -10,12 +10,12 @@ Notation
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
@@ -73,8 +73,9 @@ class MatchedDepth:
     """Continuous (u, v) in the image, the centre of its first pixel at (0.5, 0.5)."""
     depth: Float[Tensor, " n"]
     """Planar depth, scene units."""
-    completed: tuple[Float[Tensor, "_h _w"], ...] = ()
-    """Planar depth of all pixels of each image at the working size, interpolated where it is not matched."""
+    completed: completion.DepthMaps | None = None
+    """Planar depth of all pixels of each image, interpolated where it is not matched, scene units; 0 in images of which
+    nothing is matched."""
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -97,23 +98,6 @@ class MatchedDepth:
         bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
         return bundle, self.depth[chosen].to(cameras.device) * bundle.metadata["directions_norm"][:, 0]
 
-    def completed_at(self, indices: Int[Tensor, "k 3"], sizes: Int[Tensor, "images 2"]) -> Float[Tensor, " k"]:
-        """Completed planar depth at pixels of the training images, scene units.
-
-        Args:
-            indices: image, row and column.
-            sizes: height and width of each image.
-        """
-        image, pixel = indices[:, 0].cpu(), indices[:, 1:].cpu()
-        sizes = sizes.cpu()
-        out = torch.empty(len(image))
-        for i in image.unique().tolist():
-            here = image == i
-            depth = self.completed[i]
-            row, column = ((pixel[here] + 0.5) * torch.tensor(depth.shape) / sizes[i]).long().unbind(-1)
-            out[here] = depth[row, column]
-        return out
-
     def content_cube(self, cameras: Cameras, share: float = 0.8) -> tuple[tuple[float, float, float], float]:
         """Centre and half side, scene units, of the cube about the median point that holds ``share`` of the points."""
         chosen = torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long()
@@ -125,7 +109,11 @@ class MatchedDepth:
 
 
 @torch.no_grad()
-def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> MatchedDepth:
+def match(
+    cameras: Cameras,
+    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    masks: Sequence[Bool[Tensor, "_h _w"] | None] | None = None,
+) -> MatchedDepth:
     """Depth of all training images as far as they tell it, with no bounds given.
 
     A coarse sweep over all depths that the baseline can tell apart finds where the scene lies; a fine one sweeps there.
@@ -133,6 +121,7 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
     Args:
         cameras: of the images, perspective, in scene units.
         images: RGB.
+        masks: of each image, the pixels that belong to the scene; None: all.
     """
     centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
     distance = torch.cdist(centres, centres)
@@ -149,7 +138,8 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
     near, far = np.quantile(found.numpy(), [0.03, 0.97])
     fine = [_view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
     depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), STEP)
-    depths = [completion.without_speckle(depth) for depth in depths]
+    masks = masks or [None] * len(images)
+    depths = [completion.without_speckle(_inside(depth, mask)) for depth, mask in zip(depths, masks)]
     if sum(int((depth > 0).sum()) for depth in depths) < MIN_MATCHES:
         return nothing
     parts = []
@@ -159,17 +149,22 @@ def match(cameras: Cameras, images: list[UInt8[np.ndarray, "_h _w 3"]]) -> Match
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
-    middle = torch.cat([depth for _, _, depth in parts]).median()
-    completed = tuple(_complete(image, depth, middle) for image, depth in zip(images, depths))
+    completed = completion.DepthMaps.of([_complete(image, depth) for image, depth in zip(images, depths)])
     return MatchedDepth(*(torch.cat(column) for column in zip(*parts)), completed)
 
 
-def _complete(
-    image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"], otherwise: Tensor
-) -> Float[Tensor, "h w"]:
-    """Depth of all pixels of an image; where not one of them is matched, that of the scene."""
+def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> Float[Tensor, "h w"]:
+    """Depth inside the mask, which may be of another size; 0 elsewhere."""
+    if mask is None:
+        return depth
+    small = F.interpolate(mask[None, None].float(), size=depth.shape, mode="nearest")[0, 0]
+    return torch.where(small > 0, depth, 0.0)
+
+
+def _complete(image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
+    """Depth of all pixels of an image; 0 throughout where none is known."""
     if not bool((depth > 0).any()):
-        return torch.full_like(depth, float(otherwise))
+        return depth
     rgb = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
     small = F.interpolate(rgb, size=depth.shape, mode="area")[0].permute(1, 2, 0)
     return completion.interpolate(small, depth)
@@ -283,5 +278,5 @@ def _uncontradicted(index: int, views: list[View], others: list[int], depths: li
     """Drop a depth where some other view sees through it to a surface that is farther away."""
     contradicted = torch.zeros_like(depths[index], dtype=torch.bool)
     for z, seen in _seen(index, views, others, depths):
-        contradicted |= seen - z > SEEN_THROUGH * z
+        contradicted |= (seen > 0) & (seen - z > SEEN_THROUGH * z)
     return torch.where(contradicted, 0.0, depths[index])

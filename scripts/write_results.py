@@ -18,7 +18,7 @@ from diffusionerf_ns.bench.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHEET_WIDTH = 900  # pixels
-OURS = "default"
+OURS = ("default", "full")  # the method as it is meant to be: the first of these that was run
 METRICS = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS-Alex", 3), "depth_abs_rel": ("depth AbsRel", 3)}
 Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
 
@@ -73,13 +73,15 @@ def summary(runs: Runs) -> str:
 def targets(runs: Runs) -> str:
     """The targets at 3 views, each with what was measured on the scenes and seeds that both variants have."""
 
+    ours = next(name for name in OURS if name in runs)
+
     def paired(metric: str, other: str) -> tuple[float, float] | None:
         """Means over scenes of our default and of another variant, over the scenes and seeds that both have."""
-        both = runs.get(OURS, {}).keys() & runs.get(other, {}).keys()
-        both = {k for k in both if metric in runs[OURS][k]["metrics"] and metric in runs[other][k]["metrics"]}
+        both = runs[ours].keys() & runs.get(other, {}).keys()
+        both = {k for k in both if metric in runs[ours][k]["metrics"] and metric in runs[other][k]["metrics"]}
         if not both:
             return None
-        a, b = (mean_of({k: runs[name][k] for k in both}, metric) for name in (OURS, other))
+        a, b = (mean_of({k: runs[name][k] for k in both}, metric) for name in (ours, other))
         assert a is not None
         assert b is not None
         return a.value, b.value
@@ -131,6 +133,10 @@ def main() -> None:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     runs = read_runs(folder)
+    if OURS not in runs:
+        sys.exit(
+            f"{folder} has no runs of the variant {OURS!r}, which the targets are about; it has {', '.join(runs)}."
+        )
     short = summary(runs) + "".join(f"\n{note}\n" for note in sys.argv[2:])
     (ROOT / "docs" / "figures" / "bench.md").write_text(short)
     tables = (folder / "table.md").read_text().removeprefix("# Results\n").strip()

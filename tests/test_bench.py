@@ -20,6 +20,7 @@ from PIL import Image
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench import engines, pictures, results, table, variants, worker
 from diffusionerf_ns.bench.engines import EngineConfig, worker_environments
+from diffusionerf_ns.bench.job import git_revision
 from diffusionerf_ns.bench.jobs import Job, config_hash, configure, describe, make_jobs, read_jobs, training_hash
 from diffusionerf_ns.bench.plot import draw_plots
 from diffusionerf_ns.bench.run import RunConfig, VariantName, parse_overrides, run_benchmark
@@ -544,18 +545,22 @@ def test_a_bench_trains_evaluates_tabulates_and_plots(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_variants_that_differ_after_training_only_are_trained_once_and_end_as_if_trained_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "second"), [("full", "no-refinement"), ("geometric", "refinement-only")])
+def test_variants_that_differ_after_training_only_are_trained_once_and_end_as_if_trained_alone(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    if (results_of := git_revision()) is not None and results_of.endswith("+changes"):
+        pytest.skip("the checkout has changes: trainings are not shared, as nothing says that their code is the same")
     flags = real_flags(tmp_path)
-    assert bench("run", *flags, "--variants", "full", "no-refinement").returncode == 0
+    assert bench("run", *flags, "--variants", first, second).returncode == 0
     whole, shared = (
-        json.loads((tmp_path / f"out/wall/3-views/{name}/seed-0/result.json").read_text())
-        for name in ("full", "no-refinement")
+        json.loads((tmp_path / f"out/wall/3-views/{name}/seed-0/result.json").read_text()) for name in (first, second)
     )
-    assert shared["trained_by"] == "../../full/seed-0"
+    assert shared["trained_by"] == f"../../{first}/seed-0"
     assert shared["seconds"]["train"] == whole["seconds"]["train"]
     (tmp_path / "out").rename(tmp_path / "both")
-    assert bench("run", *flags, "--variants", "no-refinement").returncode == 0
-    alone = json.loads((tmp_path / "out/wall/3-views/no-refinement/seed-0/result.json").read_text())
+    assert bench("run", *flags, "--variants", second).returncode == 0
+    alone = json.loads((tmp_path / f"out/wall/3-views/{second}/seed-0/result.json").read_text())
     assert "trained_by" not in alone
     assert alone["images"] == shared["images"]
     assert alone["hash"] == shared["hash"]
@@ -570,23 +575,20 @@ def test_only_a_whole_training_of_the_same_weights_is_taken_over(tmp_path: Path)
     ]
     assert digests[0] == digests[1] != digests[2]
     folder = tmp_path / full.name
-    content = fake_result(full, "h") | {
-        "training_hash": digests[0],
-        "config_file": "run/config.yml",
-        "metric_scale": None,
-    }
+    wanted = {"training_hash": digests[0], "git_revision": "abc"}
+    content = fake_result(full, "h") | wanted | {"config_file": "run/config.yml"}
 
     def found(**changes: Any) -> bool:
         results.write_json(folder / results.RESULT_FILE, content | changes)
-        return results.same_training(tmp_path / other.name, digests[1], metric_scale=True) is not None
+        return results.same_training(tmp_path / other.name, wanted) is not None
 
-    assert not found(metric_scale=1.5), "there is no checkpoint"
+    assert not found(), "there is no checkpoint"
     (folder / "run" / results.CHECKPOINTS).mkdir(parents=True)
     (folder / "run" / results.CHECKPOINTS / "step-000000499.ckpt").touch()
-    assert found(metric_scale=1.5)
-    assert not found(), "it knows no metres, which this one needs"
-    assert not found(metric_scale=1.5, training_hash="another")
-    assert not found(metric_scale=1.5, trained_by="../../a/seed-0")
+    assert found()
+    assert not found(training_hash="another")
+    assert not found(git_revision="abd"), "other code"
+    assert not found(trained_by="../../a/seed-0")
 
 
 @pytest.mark.heavy

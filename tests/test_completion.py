@@ -41,3 +41,10 @@ def test_interpolation_is_linear_in_inverse_depth_on_a_plain_surface() -> None:
     filled = completion.interpolate(torch.full((20, 41, 3), 0.3), depth)
     np.testing.assert_allclose(1.0 / filled[10], np.linspace(1.0, 0.25, 41), atol=0.05)
     assert float(filled[:, 0].mean()) == pytest.approx(1.0, rel=0.05)
+
+
+def test_depth_maps_of_several_sizes_are_looked_up_by_pixels_of_larger_images() -> None:
+    maps = completion.DepthMaps.of([torch.arange(6.0).reshape(2, 3), 10.0 + torch.arange(8.0).reshape(4, 2)])
+    sizes = torch.tensor([[4, 6], [4, 2]])
+    pixels = torch.tensor([[0, 0, 0], [0, 3, 5], [0, 1, 2], [1, 0, 0], [1, 3, 1], [1, 2, 0]])
+    assert maps.at(pixels, sizes).tolist() == [0.0, 5.0, 1.0, 10.0, 17.0, 14.0]

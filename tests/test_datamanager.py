@@ -170,7 +170,7 @@ def test_stereo_rays_end_on_the_walls_of_the_scene(manager):
 def test_every_pixel_ray_is_told_about_where_its_wall_is(manager):
     wish(manager, 0, stereo=True)
     rays, batch = manager.next_train(0)
-    roughly = batch["stereo"].roughly
+    roughly = batch["stereo"].completed
     assert roughly.shape == (RAYS,)
     data, indices = manager.train_dataset, batch["indices"].cpu()
     images = [data[i]["depth_image"][..., 0] * data.metadata["scene_units_per_metre"] for i in range(len(data))]

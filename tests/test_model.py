@@ -12,13 +12,13 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from nerfstudio.configs.method_configs import all_methods
-from nerfstudio.engine.callbacks import TrainingCallbackAttributes
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 
 from ddm_training import rgbd
 from ddm_training.unet import make_scheduler
 from diffusionerf_ns import inspection, regularizers
-from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.prior import PatchPrior
 
 RAYS, P = 32, 16
@@ -72,10 +72,16 @@ def build(folders: tuple[Path, Path, Path], *, data: Path | None = None, share: 
     return pipeline.train()
 
 
+def callbacks(pipeline: VanillaPipeline, steps: int = 100, start: int = 0) -> list[TrainingCallback]:
+    """What a trainer calls."""
+    trainer = SimpleNamespace(config=SimpleNamespace(max_num_iterations=steps), _start_step=start)
+    attributes = TrainingCallbackAttributes(None, None, pipeline, trainer)  # pyright: ignore[reportArgumentType]
+    return pipeline.model.get_training_callbacks(attributes)
+
+
 def tie(pipeline: VanillaPipeline, steps: int, start: int = 0) -> None:
     """What a trainer does before the first step, as far as it concerns the prior."""
-    trainer = SimpleNamespace(config=SimpleNamespace(max_num_iterations=steps), _start_step=start)
-    pipeline.model.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, trainer))
+    callbacks(pipeline, steps, start)
     pipeline.datamanager.get_training_callbacks(TrainingCallbackAttributes(None, None, pipeline, None))
 
 
@@ -323,6 +329,26 @@ def test_stereo_puts_the_scene_at_the_depth_that_the_prior_knows(folders):
     assert found["median_disparity"] / float(pipeline.model.metric_scale) == pytest.approx(0.45)
 
 
+@pytest.mark.parametrize(
+    ("near", "far", "begin"),
+    [
+        (None, None, 0.6 * 2.0),
+        (1.0, 10.0, 0.6 * 2.0),
+        (4.0, 10.0, 0.75 * 4.0),
+        (0.1, 1.0, 0.75 * 0.1),  # stereo finds everything behind the far bound: one of them is wrong
+    ],
+)
+def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, near, far, begin):
+    pipeline = build(folders)
+    metadata = dict(pipeline.datamanager.train_dataset.metadata)
+    metadata["stereo"] = metadata["stereo"] | {"near": 2.0}
+    metadata |= {} if near is None else {"near": near, "far": far}
+    model = pipeline.config.model.setup(
+        scene_box=pipeline.model.scene_box, num_train_data=4, metadata=metadata, device="cpu"
+    )
+    assert float(model.collider.bounds[0]) == pytest.approx(begin)
+
+
 def test_without_bounds_and_stereo_the_scale_is_read_off_the_rendered_depth(folders):
     options: dict[str, Any] = SCORE_ALONE | {"metric_scale_warmup": 0.2}
     pipeline = build(folders, **options)
@@ -390,11 +416,18 @@ def test_views_are_left_as_rendered_where_refinement_is_off_or_the_prior_is_miss
     assert known.calls == 0
     assert torch.equal(shown["rgb"], shown["rgb_rendered"])
 
-    pipeline = build(folders, prior="no-such-prior", metric_scale=1.0, score_weight=0.0, refine_tau=0.07)
+    pipeline = build(folders, metric_scale=1.0, score_weight=0.0, refine_tau=0.07)
+    pipeline.model.config.prior = "no-such-prior"
     for _ in range(2):
         shown = view(pipeline)
         assert torch.equal(shown["rgb"], shown["rgb_rendered"])
     assert capsys.readouterr().out.count("left as rendered") == 1
+
+
+def test_a_prior_that_is_missing_is_refused_before_the_first_step_also_where_it_refines_views_only(folders):
+    with pytest.raises(InputError, match="no-such-prior"):
+        build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.07)
+    build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.0)
 
 
 def test_views_get_more_samples_than_training_rays(folders, monkeypatch):
@@ -413,6 +446,11 @@ def test_views_get_more_samples_than_training_rays(folders, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         pipeline.eval().model(rays)
     assert counts[3:] == [samples], "a viewer beside a training is quick"
+    for callback in callbacks(pipeline):
+        callback.run_callback_at_location(step=99, location=TrainingCallbackLocation.AFTER_TRAIN)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.model(rays)
+    assert counts[4:] == [3 * samples], "and shows what it can once that is over"
 
 
 def test_a_resumed_run_ends_its_schedules_where_the_whole_run_does(folders):

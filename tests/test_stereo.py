@@ -100,7 +100,8 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
         views.append((image, z))
     matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
     pixels = torch.tensor([[i, row, column] for i in range(3) for row in range(HEIGHT) for column in range(WIDTH)])
-    depth = matched.completed_at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3)).reshape(3, HEIGHT, WIDTH)
+    assert matched.completed is not None
+    depth = matched.completed.at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3)).reshape(3, HEIGHT, WIDTH)
     plain = depth[:, 22:38, 32:48]
     known = matched.pixel[(matched.view == 1)].long()
     inside = (known[:, 0] >= 34) & (known[:, 0] < 46) & (known[:, 1] >= 24) & (known[:, 1] < 36)
@@ -108,7 +109,7 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
     assert float((plain / 4.0 - 1.0).abs().max()) < 0.15
     # Of matched pixels it is what was matched.
     at = torch.stack([matched.view, matched.pixel[:, 1].long(), matched.pixel[:, 0].long()], dim=-1)
-    again = matched.completed_at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
+    again = matched.completed.at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
     assert float((again / matched.depth - 1.0).abs().median()) < 0.01
 
 
@@ -120,3 +121,26 @@ def test_depth_that_another_view_sees_through_is_dropped() -> None:
     assert (stereo._uncontradicted(0, views, [1], [near, far])[middle] == 0.0).all()
     assert (stereo._uncontradicted(1, views, [0], [near, far])[middle] == 4.0).all(), "hidden there, perhaps"
     assert (stereo._uncontradicted(0, views, [1], [near, torch.zeros_like(far)]) == 2.0).all(), "silence says nothing"
+
+
+def test_a_camera_that_faces_away_contradicts_nothing() -> None:
+    cameras = make_cameras([(0.0, 0.0, 0.0), (0.0, 0.0, -1.0)])
+    cameras.camera_to_worlds[1, :, :3] = torch.diag(torch.tensor([-1.0, 1.0, -1.0]))
+    views = [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(2)]
+    depths = [torch.full((HEIGHT, WIDTH), 4.0)] * 2
+    assert (stereo._uncontradicted(0, views, [1], depths) == 4.0).all()
+
+
+def test_an_image_of_which_nothing_is_matched_and_what_a_mask_leaves_out_stay_unknown() -> None:
+    views = [plane_view(c, 4.0, 0.0) for c in CENTRES]
+    images = [image for image, _ in views]
+    masks = [torch.ones(HEIGHT, WIDTH, dtype=torch.bool) for _ in CENTRES]
+    masks[0][:, :40] = False
+    masks[2][:] = False
+    matched = stereo.match(make_cameras(CENTRES), images, masks)
+    assert set(matched.view.tolist()) == {0, 1}
+    assert float(matched.pixel[matched.view == 0][:, 0].min()) > 40.0
+    assert matched.completed is not None
+    sizes = torch.tensor([[HEIGHT, WIDTH]] * 3)
+    assert float(matched.completed.at(torch.tensor([[2, 30, 40]]), sizes)) == 0.0
+    assert float(matched.completed.at(torch.tensor([[0, 30, 60]]), sizes)) == pytest.approx(4.0, rel=0.05)

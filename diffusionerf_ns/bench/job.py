@@ -7,7 +7,6 @@ A job's folder holds::
     <scene>/<method>/run nerfstudio's own folder: config.yml, checkpoint, TensorBoard events
 """
 
-import math
 import os
 import platform
 import random
@@ -29,7 +28,8 @@ from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils import writer
 from torch import Tensor
 
-from diffusionerf_ns.bench.jobs import config_hash, describe, training_hash
+from ddm_training.errors import InputError
+from diffusionerf_ns.bench.jobs import config_hash, describe, prior_hash, training_hash
 from diffusionerf_ns.bench.pictures import save_pictures
 from diffusionerf_ns.bench.results import CHECKPOINTS, FORMAT, RESULT_FILE, same_training, write_json
 from diffusionerf_ns.lpips import LpipsNetworks
@@ -102,11 +102,17 @@ def run(
         InputError: the capture, the configuration or the prior is not what it should be, or a loss is not finite.
     """
     report = on_progress or (lambda *_: None)
-    digest, training = config_hash(config), training_hash(config)
-    needs_scale = bool(getattr(config.pipeline.model, "refine_tau", 0.0))
-    earlier = same_training(folder, training, metric_scale=needs_scale) if reuse else None
-    description = describe(config)
+    digest, description = config_hash(config), describe(config)
     device = config.machine.device_type
+    made_with = {
+        "training_hash": training_hash(config),
+        "prior_hash": _prior_hash(config),  # also decides the metric scale of a run that does without a prior
+        "device": device_name(device),
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+    unchanged = not (made_with["git_revision"] or "").endswith("+changes")
+    earlier = same_training(folder, made_with) if reuse and unchanged else None
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = _Clock(device)
@@ -118,18 +124,23 @@ def run(
     clock.lap("setup")
     if earlier is None:
         trainer.train()
+    else:  # as training does when it begins
+        trainer.pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(
+            trainer.base_dir / "dataparser_transforms.json"
+        )
     clock.lap("train")
     metadata = trainer.pipeline.datamanager.eval_dataset.metadata  # pyright: ignore[reportOptionalMemberAccess]
     protocol: ProtocolName = metadata.get("protocol", "nerfstudio")
     rows, saved = _evaluate(trainer, protocol, folder, pictures, report)
     clock.lap("evaluate")
-    curve = trainer.curve
+    curve, memory = trainer.curve, peak_memory(device)
     if earlier is not None:
         clock.seconds["train"], curve = earlier["seconds"]["train"], earlier["curve"]
+        memory = {name: max(value, earlier["peak_memory"].get(name, 0.0)) for name, value in memory.items()}
     result = {
         "format": FORMAT,
         "hash": digest,
-        "training_hash": training,
+        **made_with,
         **({} if earlier is None else {"trained_by": os.path.relpath(earlier["folder"], folder)}),
         "job": job,
         "dataset": metadata.get("source", "unknown"),
@@ -143,13 +154,9 @@ def run(
         "steps": config.max_num_iterations,
         "seed": config.machine.seed,
         "seconds": clock.seconds,
-        "peak_memory": peak_memory(device),
-        "device": device_name(device),
-        "versions": versions(),
-        "git_revision": git_revision(),
+        "peak_memory": memory,
         "config_file": os.path.relpath(trainer.base_dir / "config.yml", folder),
         "config": description,
-        "metric_scale": _metric_scale(trainer.pipeline.model),
         "curve": curve,
     }
     write_json(folder / RESULT_FILE, result)
@@ -161,10 +168,15 @@ def _weights(result: dict[str, Any]) -> Path:
     return (result["folder"] / result["config_file"]).parent / CHECKPOINTS
 
 
-def _metric_scale(model: Any) -> float | None:
-    """Metres per scene unit; None for a model that has none, or has not found it."""
-    scale = float(getattr(model, "metric_scale", math.nan))
-    return None if math.isnan(scale) else scale
+def _prior_hash(config: "TrainerConfig") -> str | None:
+    """Of the prior that a configuration names, used or not; None where it names none or it is not there."""
+    model: Any = config.pipeline.model
+    if not hasattr(model, "prior"):
+        return None
+    try:
+        return prior_hash(model.prior, model.prior_revision)
+    except InputError:
+        return None
 
 
 def make_trainer(
@@ -217,6 +229,8 @@ def _evaluate(
     """Metrics of each test image; pictures of some."""
     pipeline: Any = trainer.pipeline
     pipeline.eval()
+    # As where a checkpoint is evaluated: it does not hold the state of the proposal networks' warm-up.
+    pipeline.model.proposal_sampler.set_anneal(1.0)
     dataset = pipeline.datamanager.eval_dataset
     count = len(dataset)
     chosen = set(np.unique(np.linspace(0, count - 1, min(pictures, count)).round().astype(int)).tolist())

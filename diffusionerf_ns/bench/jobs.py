@@ -184,12 +184,11 @@ def config_hash(config: "TrainerConfig") -> str:
 
 
 def training_hash(config: "TrainerConfig") -> str:
-    """Hash of everything that decides the weights at the end of training.
+    """Hash of everything in a configuration that decides the weights at the end of training.
 
     Variants that differ in how views are rendered have the same.
     """
-    scored = bool(getattr(config.pipeline.model, "score_weight", 0.0))
-    return _hash(config, (*_NOT_HASHED, *_AFTER_TRAINING), prior=scored)
+    return _hash(config, (*_NOT_HASHED, *_AFTER_TRAINING), prior=False)
 
 
 def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool) -> str:

@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,23 +95,22 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def same_training(folder: Path, training: str, *, metric_scale: bool) -> dict[str, Any] | None:
+def same_training(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """A done job of the same scene and views whose training gave the weights that this one's would give.
 
     Args:
         folder: of the job that is to be done.
-        training: its `training_hash`.
-        metric_scale: whether it needs the metres of a scene unit; a run without a prior may not have found them.
+        wanted: entries of its `result.json` that must be the same there: its training hash, and code, versions and
+            device.
 
     Returns:
         The content of its `result.json`; "folder" in it says where it lies.
     """
     for path in sorted(folder.parents[1].glob(f"*/*/{RESULT_FILE}")):
         result = read_result(path.parent)
-        if result is None or result.get("training_hash") != training or "trained_by" in result:
+        if result is None or "trained_by" in result or any(result.get(k) != v for k, v in wanted.items()):
             continue
-        checkpoints = (path.parent / result["config_file"]).parent / CHECKPOINTS
-        if any(checkpoints.glob("*.ckpt")) and not (metric_scale and result["metric_scale"] is None):
+        if any(((path.parent / result["config_file"]).parent / CHECKPOINTS).glob("*.ckpt")):
             return result | {"folder": path.parent}
     return None
 
