@@ -138,10 +138,11 @@ def remember_stereo(monkeypatch: Any) -> None:
 
     plain = stereo.match
 
-    def match(cameras: Any, images: list[np.ndarray]) -> Any:
-        key = (cameras.camera_to_worlds.numpy().tobytes(), *(image.tobytes() for image in images))
+    def match(cameras: Any, images: list[np.ndarray], masks: Any) -> Any:
+        shapes = [] if masks is None else [mask.numpy().tobytes() for mask in masks]
+        key = (cameras.camera_to_worlds.numpy().tobytes(), *(image.tobytes() for image in images), *shapes)
         if key not in _MATCHED:
-            _MATCHED[key] = plain(cameras, images)
+            _MATCHED[key] = plain(cameras, images, masks)
         return _MATCHED[key]
 
     monkeypatch.setattr(stereo, "match", match)
