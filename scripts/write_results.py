@@ -44,17 +44,19 @@ def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | 
 
 
 def summary(runs: Runs) -> str:
-    """One row a variant: metrics over all scenes, depth over those with true depth, and the time of a step."""
+    """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step."""
     scenes = {scene for found in runs.values() for scene, _ in found}
     steps = next(iter(next(iter(runs.values())).values()))["steps"]
     lines = [
-        f"{len(scenes)} scenes, 3 views, {steps} steps of `diffusionerf-tiny`, or of nerfacto at the same sizes; +- is "
-        "the deviation over the seeds that have all scenes.",
+        f"{len(scenes)} scenes, 3 views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same sizes; +- is "
+        "the deviation over the seeds that have all scenes. Variants that were not run on all scenes are left out.",
         "",
         f"| | {' | '.join(title for title, _ in METRICS.values())} | a step, s | seeds |",
         f"|---|{'---:|' * (len(METRICS) + 2)}",
     ]
     for name, found in runs.items():
+        if {scene for scene, _ in found} != scenes:
+            continue
         cells = []
         for metric, (_, decimals) in METRICS.items():
             value = mean_of(found, metric)
