@@ -48,8 +48,8 @@ def summary(runs: Runs) -> str:
     scenes = {scene for found in runs.values() for scene, _ in found}
     steps = next(iter(next(iter(runs.values())).values()))["steps"]
     lines = [
-        f"{len(scenes)} scenes, 3 views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same sizes; +- is "
-        "the deviation over the seeds that have all scenes. Variants that were not run on all scenes are left out.",
+        f"{len(scenes)} scenes, 3 views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same sizes; +- "
+        "is the deviation over the seeds that have all scenes. Variants that were not run on all scenes are left out.",
         "",
         f"| | {' | '.join(title for title, _ in METRICS.values())} | a step, s | seeds |",
         f"|---|{'---:|' * (len(METRICS) + 2)}",
