@@ -30,7 +30,7 @@ from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
-from diffusionerf_ns.viewer import InspectionPanel, LastPatch
+from diffusionerf_ns.viewer import InspectionPanel, LastPatch, draw_small_on_cpu
 from diffusionerf_ns.visibility import TrainingFrusta
 
 
@@ -265,6 +265,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if trainer is not None:
             # A resumed run goes on for that many steps: it ends where the whole run would have, and so do schedules.
             self.total_steps = getattr(trainer, "_start_step", 0) + trainer.config.max_num_iterations
+            draw_small_on_cpu(trainer, self.device)
 
         def set_step(step: int) -> None:
             self.step = step

@@ -41,6 +41,9 @@ LOG_FILE = "viewer_changes.log"
 STEPS_PER_REFRESH = 5
 """Steps between two refreshes of the panel of the last patch, at most one a second."""
 MAX_TEST_CAMERAS = 50
+CPU_RESOLUTION = 128
+"""Pixels up to which the viewer draws at first where there is no GPU: training waits for every frame, and one at
+nerfstudio's 512 takes half a minute there."""
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])
 TERMS = {
     "frustum_weight": "Frustum",
@@ -49,6 +52,18 @@ TERMS = {
     "stereo_depth_weight": "Stereo depth",
     "completed_depth_weight": "Completed depth",
 }
+
+
+def draw_small_on_cpu(trainer: Any, device: torch.device | str) -> None:
+    """Lower the viewer's "Max res" to what a CPU draws in a moment; it can be raised again in the viewer.
+
+    Args:
+        trainer: nerfstudio's; one without a viewer is left alone.
+        device: that renders.
+    """
+    panel = getattr(getattr(trainer, "viewer_state", None), "control_panel", None)
+    if panel is not None and torch.device(device).type == "cpu":
+        panel._max_res.value = min(CPU_RESOLUTION, panel.max_res)  # as nerfstudio's own presets of resolution do
 
 
 @dataclass(frozen=True)

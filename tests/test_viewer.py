@@ -391,3 +391,11 @@ def test_a_port_in_use_is_named_with_the_one_that_is_taken_instead(tmp_path, cap
     assert f"Port {port} is in use" in said
     assert str(server.get_port()) in said
     assert f":{server.get_port()} " in viewer.viewer_info[0]
+
+
+@pytest.mark.parametrize(("device", "before", "after"), [("cpu", 512, 128), ("cpu", 64, 64), ("cuda", 512, 512)])
+def test_the_viewer_begins_small_without_a_gpu(device, before, after):
+    panel = SimpleNamespace(_max_res=SimpleNamespace(value=before), max_res=before)
+    ours.draw_small_on_cpu(SimpleNamespace(viewer_state=SimpleNamespace(control_panel=panel)), device)
+    assert panel._max_res.value == after
+    ours.draw_small_on_cpu(SimpleNamespace(viewer_state=None), device)

@@ -20,8 +20,11 @@ import matplotlib
 import numpy as np
 import psutil
 import pytest
+import torch
 from commands import environment
 from PIL import Image
+
+from diffusionerf_ns.viewer import CPU_RESOLUTION
 
 PATIENCE = 400.0  # seconds: a browser without a GPU beside a training, on two busy cores
 FLAGS = [
@@ -281,6 +284,7 @@ def differs(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_depth_is_shown_in_the_browser_while_training_and_follows_the_camera(training, page):
+    assert page.press("Max res") == CPU_RESOLUTION or torch.cuda.is_available()
     page.press("Max res", *["\ue011"])  # Home: 64 pixels, as the machine may be slow
     page.button("Hide Train Cams")
     before = page.picture()
