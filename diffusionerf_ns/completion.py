@@ -4,11 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.sparse
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import spsolve
 from torch import Tensor
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
@@ -60,6 +57,9 @@ def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> F
 
     Wrong matches agree by chance and with few neighbours; right ones come in patches.
     """
+    from scipy.sparse import coo_matrix  # here: nerfstudio loads this module in each of its commands
+    from scipy.sparse.csgraph import connected_components
+
     values = depth.numpy()
     ids = np.arange(values.size).reshape(values.shape)
     links = []
@@ -68,7 +68,7 @@ def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> F
         same = (a > 0) & (b > 0) & (np.abs(a - b) < SAME_SURFACE * np.minimum(a, b))
         links.append(np.stack([ids_[same] for ids_ in _shifted(ids, down, right)]))
     first, second = np.concatenate(links, axis=1)
-    graph = scipy.sparse.coo_matrix((np.ones(len(first)), (first, second)), shape=(values.size, values.size))
+    graph = coo_matrix((np.ones(len(first)), (first, second)), shape=(values.size, values.size))
     island = connected_components(graph, directed=False)[1]
     size = np.bincount(island)[island].reshape(values.shape)
     return torch.from_numpy(np.where(size >= least, values, 0.0).astype(np.float32))
@@ -85,6 +85,9 @@ def interpolate(rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]) -> Flo
         Planar depth in the same units, close to ``depth`` where that is known. Levin et al. 2004 interpolate colours
         along grey values in this way.
     """
+    from scipy.sparse import coo_matrix, diags
+    from scipy.sparse.linalg import spsolve
+
     colours, known = rgb.numpy(), depth.numpy() > 0
     inverse = np.divide(1.0, depth.numpy(), where=known, out=np.zeros(known.shape))
     ids, count = np.arange(known.size).reshape(known.shape), known.size
@@ -95,10 +98,10 @@ def interpolate(rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]) -> Flo
         links.append(np.stack([part.ravel() for part in _shifted(ids, down, right)]))
         weights.append(weight.ravel())
     (first, second), weight = np.concatenate(links, axis=1), np.concatenate(weights)
-    adjacency = scipy.sparse.coo_matrix((weight, (first, second)), shape=(count, count)).tocsr()
+    adjacency = coo_matrix((weight, (first, second)), shape=(count, count)).tocsr()
     adjacency = adjacency + adjacency.T
     trust = known.ravel().astype(np.float64)
-    laplacian = scipy.sparse.diags(np.asarray(adjacency.sum(axis=1)).ravel() + trust) - adjacency
+    laplacian = diags(np.asarray(adjacency.sum(axis=1)).ravel() + trust) - adjacency
     filled = spsolve(laplacian.tocsc(), trust * inverse.ravel()).reshape(known.shape)
     return torch.from_numpy((1.0 / filled.clip(min=inverse[known].min())).astype(np.float32))
 
