@@ -64,7 +64,7 @@ def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> F
     ids = np.arange(values.size).reshape(values.shape)
     links = []
     for down, right in NEIGHBOURS:
-        (a, b) = _shifted(values, down, right)
+        a, b = _shifted(values, down, right)
         same = (a > 0) & (b > 0) & (np.abs(a - b) < SAME_SURFACE * np.minimum(a, b))
         links.append(np.stack([ids_[same] for ids_ in _shifted(ids, down, right)]))
     first, second = np.concatenate(links, axis=1)

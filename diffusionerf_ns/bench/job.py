@@ -119,7 +119,7 @@ def run(
     trainer = make_trainer(
         config,
         lambda step: report("train", step, config.max_num_iterations),
-        None if earlier is None else _weights(earlier),
+        None if earlier is None else earlier["checkpoints"],
     )
     clock.lap("setup")
     if earlier is None:
@@ -161,11 +161,6 @@ def run(
     }
     write_json(folder / RESULT_FILE, result)
     return result
-
-
-def _weights(result: dict[str, Any]) -> Path:
-    """Folder of the checkpoint of a done job."""
-    return (result["folder"] / result["config_file"]).parent / CHECKPOINTS
 
 
 def _prior_hash(config: "TrainerConfig") -> str | None:
@@ -229,7 +224,8 @@ def _evaluate(
     """Metrics of each test image; pictures of some."""
     pipeline: Any = trainer.pipeline
     pipeline.eval()
-    # As where a checkpoint is evaluated: it does not hold the state of the proposal networks' warm-up.
+    # As where a checkpoint is evaluated: it does not hold the state of the proposal networks' warm-up. Our own model
+    # sees to that itself; nerfacto does not.
     pipeline.model.proposal_sampler.set_anneal(1.0)
     dataset = pipeline.datamanager.eval_dataset
     count = len(dataset)

@@ -104,14 +104,15 @@ def same_training(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | N
             device.
 
     Returns:
-        The content of its `result.json`; "folder" in it says where it lies.
+        The content of its `result.json`, and "folder" and "checkpoints": where it and its weights lie.
     """
     for path in sorted(folder.parents[1].glob(f"*/*/{RESULT_FILE}")):
         result = read_result(path.parent)
         if result is None or "trained_by" in result or any(result.get(k) != v for k, v in wanted.items()):
             continue
-        if any(((path.parent / result["config_file"]).parent / CHECKPOINTS).glob("*.ckpt")):
-            return result | {"folder": path.parent}
+        checkpoints = (path.parent / result["config_file"]).parent / CHECKPOINTS
+        if any(checkpoints.glob("*.ckpt")):
+            return result | {"folder": path.parent, "checkpoints": checkpoints}
     return None
 
 
