@@ -7,7 +7,7 @@ Notation
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,18 @@ from nerfstudio.field_components.encodings import HashEncoding
 from nerfstudio.field_components.mlp import MLP
 from nerfstudio.field_components.spatial_distortions import SceneContraction
 from nerfstudio.fields.nerfacto_field import NerfactoField
+from nerfstudio.utils.external import TCNN_EXISTS
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
+
+
+def choose_implementation(wanted: Literal["tcnn", "torch"], on_cuda: bool) -> Literal["tcnn", "torch"]:
+    """What is wanted if it can be had, else torch: tinycudann needs a CUDA device and to be installed."""
+    if wanted == "tcnn" and not (TCNN_EXISTS and on_cuda):
+        why = "tinycudann is not installed" if on_cuda else "no CUDA device"
+        CONSOLE.print(f"[yellow]Hash grids run in plain torch: {why}.")
+        return "torch"
+    return wanted
 
 
 class ContentContraction(SceneContraction):
@@ -41,7 +52,9 @@ class ContentContraction(SceneContraction):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions in scene units -> (-2, 2) on each axis."""
-        return super().forward((positions - self.centre) / self.radius)
+        contracted = super().forward((positions - self.centre) / self.radius)
+        assert isinstance(contracted, Tensor)  # Gaussians only where Gaussians went in
+        return contracted
 
 
 class LevelMask(nn.Module):

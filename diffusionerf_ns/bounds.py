@@ -7,6 +7,7 @@ Notation
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from nerfstudio.cameras.rays import RayBundle
@@ -40,6 +41,31 @@ class BoundsCollider(SceneCollider):
         ray_bundle.nears = ones * self.bounds[0]
         ray_bundle.fars = ones * self.bounds[1]
         return ray_bundle
+
+
+def first_metric_scale(
+    near: float | None, far: float | None, found: Mapping[str, float], spec: Callable[[], RgbdSpec]
+) -> float:
+    """s as far as it is known before training: by stereo, else by the capture's bounds; NaN where there are neither.
+
+    Args:
+        near: of the capture, scene units.
+        far: of the capture, scene units.
+        found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it.
+        spec: the prior's. NaN is returned where it raises `InputError`: evaluating and rendering do without a prior,
+            and training loads it before the first step, and stops there.
+    """
+    if not found and (near is None or far is None):
+        return math.nan
+    try:
+        prior = spec()
+    except InputError:
+        return math.nan
+    if found:
+        return metric_scale_from_disparity(found["median_disparity"], prior)
+    assert near is not None
+    assert far is not None
+    return metric_scale_from_bounds(near, far, prior)
 
 
 def metric_scale_from_bounds(near: float, far: float, spec: RgbdSpec) -> float:

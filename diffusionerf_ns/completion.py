@@ -102,7 +102,7 @@ def interpolate(rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]) -> Flo
     adjacency = adjacency + adjacency.T
     trust = known.ravel().astype(np.float64)
     laplacian = diags(np.asarray(adjacency.sum(axis=1)).ravel() + trust) - adjacency
-    filled = spsolve(laplacian.tocsc(), trust * inverse.ravel()).reshape(known.shape)
+    filled = np.asarray(spsolve(laplacian.tocsc(), trust * inverse.ravel())).reshape(known.shape)
     return torch.from_numpy((1.0 / filled.clip(min=inverse[known].min())).astype(np.float32))
 
 

@@ -323,6 +323,12 @@ def cheap_pictures(outputs: dict[str, Any]) -> dict[str, Tensor]:
 _said: set[str] = set()
 
 
+def depth_quantiles(depth: Float[Tensor, " rays"]) -> dict[str, Tensor]:
+    """Curves that tell a scene from fog and from a wall in front of the camera: quantiles of depth, scene units."""
+    values = depth.detach().quantile(torch.tensor([0.05, 0.5, 0.95], device=depth.device))
+    return {f"depth_q{percent:02d}": value for percent, value in zip((5, 50, 95), values)}
+
+
 def _say_once(line: str) -> None:
     if line not in _said:
         _said.add(line)

@@ -17,15 +17,14 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.model_components.losses import interlevel_loss
 from nerfstudio.models.nerfacto import NerfactoModel
 from nerfstudio.utils import colormaps
-from nerfstudio.utils.external import TCNN_EXISTS
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
 from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules
-from diffusionerf_ns.bounds import BoundsCollider, metric_scale_from_bounds, metric_scale_from_disparity
+from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch
-from diffusionerf_ns.errors import InputError, NonFiniteLossError
+from diffusionerf_ns.errors import check_finite
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
@@ -42,7 +41,8 @@ class DiffusioNeRFModel(NerfactoModel):
 
     def populate_modules(self) -> None:
         """nerfacto's modules, the training frusta, the bounds, and (outside the module tree) the prior."""
-        self._choose_implementation()
+        on_cuda = torch.device(self.kwargs.get("device", "cpu")).type == "cuda"
+        self.config.implementation = backbone.choose_implementation(self.config.implementation, on_cuda)
         # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
         with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
             super().populate_modules()
@@ -54,18 +54,18 @@ class DiffusioNeRFModel(NerfactoModel):
         self.image_metrics: list[dict[str, float]] = []
         found: dict[str, float] = metadata.get("stereo") or {}
         near, far = metadata.get("near"), metadata.get("far")
-        begin = self.config.near_plane if near is None else self.config.near_margin * near
-        end = self.config.far_plane if far is None else self.config.far_margin * far
-        if found and found["near"] < end:
-            begin = max(begin, self.config.stereo_near_margin * found["near"])
-        self.collider = BoundsCollider(begin, end)
+        self.collider = BoundsCollider(*self.config.ray_bounds(near, far, found))
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self.total_steps = 1
         self._in_training_run = False
-        self.register_buffer("metric_scale", torch.tensor(self._first_metric_scale(near, far, found)))
+        scale = self.config.metric_scale
+        if scale is None:
+            scale = first_metric_scale(near, far, found, self._prior_spec)
+        self.register_buffer("metric_scale", torch.tensor(float(scale)))
         self.last_patch: LastPatch | None = None
-        self._prior_found: bool | None = None
+        details = metadata.get("fine_detail")  # None: a data manager that is not ours
+        self.refine_view = None if details is None else refine.ViewRefiner(lambda: self.prior, details)
         self.depth_colours = inspection.DepthRange()
         self.verdict_tau = self.config.tau_start
         self.inspection_panel = InspectionPanel(self)
@@ -84,32 +84,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if not c.predict_normals:
             speed_up_hash_grids(self)
 
-    def _choose_implementation(self) -> None:
-        """tinycudann where it imports and the device is CUDA, else torch; the change is said in one line."""
-        on_cuda = torch.device(self.kwargs.get("device", "cpu")).type == "cuda"
-        if self.config.implementation == "tcnn" and not (TCNN_EXISTS and on_cuda):
-            why = "tinycudann is not installed" if on_cuda else "no CUDA device"
-            CONSOLE.print(f"[yellow]Hash grids run in plain torch: {why}.")
-            self.config.implementation = "torch"
-
     # The prior
-
-    def _first_metric_scale(self, near: float | None, far: float | None, found: dict[str, float]) -> float:
-        """Metres per scene unit; NaN: not known yet, to be read off the rendered depth or loaded from a checkpoint."""
-        if self.config.metric_scale is not None:
-            return float(self.config.metric_scale)
-        if not found and (near is None or far is None):
-            return float("nan")
-        try:
-            spec = self._prior_spec()
-        except InputError:
-            # Evaluating and rendering do without a prior. Training loads it before the first step, and stops there.
-            return float("nan")
-        if found:
-            return metric_scale_from_disparity(found["median_disparity"], spec)
-        assert near is not None
-        assert far is not None
-        return metric_scale_from_bounds(near, far, spec)
 
     def _prior_spec(self) -> rgbd.RgbdSpec:
         from diffusionerf_ns.prior import find_prior
@@ -201,26 +176,6 @@ class DiffusioNeRFModel(NerfactoModel):
         }
         return values, images | inspection.cheap_pictures(outputs)
 
-    def _refined(self, rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], camera: Cameras) -> Float[Tensor, "h w 3"]:
-        """Colours of a view without their grain; as they are where the prior is missing, which is said once."""
-        details = self.metadata.get("fine_detail")
-        if details is None:  # a data manager that is not ours
-            return rgb
-        if self._prior_found is None:
-            try:
-                self._prior_found = self.prior is not None
-            except InputError as error:
-                CONSOLE.print(
-                    f"[yellow]Views are left as rendered, metrics too: {error} Give the prior back its place, or set "
-                    "refine_tau to 0 in the run's config.yml."
-                )
-                self._prior_found = False
-        if not self._prior_found:
-            return rgb
-        detail = refine.detail_at(details, float(camera.fx.reshape(-1)[0]))
-        given = rgb.to(self.device), z.to(self.device)
-        return refine.refined_view(*given, self.prior, self.config.refine_tau, detail).to(rgb)
-
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> inspection.ViewOutputs:
         """nerfacto's outputs of a view, and on demand those of `inspection`.
 
@@ -230,6 +185,7 @@ class DiffusioNeRFModel(NerfactoModel):
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
             self.frusta.near = float(self.collider.bounds[0])  # a checkpoint may have brought other bounds
+        tau, refiner = self.config.refine_tau, self.refine_view
         context = inspection.ViewContext(
             near=near,
             far=far,
@@ -238,7 +194,7 @@ class DiffusioNeRFModel(NerfactoModel):
             prior=lambda: self.prior,
             count=None if self.frusta is None else self.frusta.count,
             tau=self.verdict_tau,
-            refined=self._refined if self.config.refine_tau > 0.0 else None,
+            refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
         )
         return inspection.view_outputs(outputs, camera, context)
 
@@ -344,9 +300,9 @@ class DiffusioNeRFModel(NerfactoModel):
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)
             self._find_metric_scale(outputs)
-            log |= _depth_quantiles(outputs["depth"][:count, 0])
+            log |= inspection.depth_quantiles(outputs["depth"][:count, 0])
             self.camera_optimizer.get_loss_dict(losses)
-        _check_finite(losses, self.step)
+        check_finite(losses, self.step)
         return losses
 
     def _geometric_losses(self, outputs: dict[str, Any], pixel_rays: int, log: dict[str, Any]) -> dict[str, Tensor]:
@@ -443,19 +399,3 @@ class DiffusioNeRFModel(NerfactoModel):
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
             self.metric_scale.fill_(metric_scale_from_disparity(disparity, self._prior_spec()))
             CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
-
-
-def _depth_quantiles(depth: Float[Tensor, " rays"]) -> dict[str, Tensor]:
-    """Curves that tell a scene from fog and from a wall in front of the camera: quantiles of depth, scene units."""
-    values = depth.detach().quantile(torch.tensor([0.05, 0.5, 0.95], device=depth.device))
-    return {f"depth_q{percent:02d}": value for percent, value in zip((5, 50, 95), values)}
-
-
-def _check_finite(losses: dict[str, Tensor], step: int) -> None:
-    """Raise where a term is NaN or infinite; one synchronisation with the device for all terms."""
-    if not bool(torch.stack([v.detach().reshape(()) for v in losses.values()]).isfinite().all()):
-        bad = {name: float(v.detach()) for name, v in losses.items() if not bool(v.isfinite())}
-        raise NonFiniteLossError(
-            f"training stopped at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}. The last checkpoint "
-            "is untouched. Lower the learning rate or that term's weight, then resume with --load-dir."
-        )

@@ -1,5 +1,6 @@
 """All options of the model, in one place; `model` reads them at every step, so the viewer may change them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -140,3 +141,17 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Off: patches at new poses have no image, and three images do not tell appearance from geometry."""
     average_init_density: float = 0.01
     """As nerfstudio's own nerfacto preset has it."""
+
+    def ray_bounds(self, near: float | None, far: float | None, found: Mapping[str, float]) -> tuple[float, float]:
+        """Where rays begin and end, scene units; see `near_margin`.
+
+        Args:
+            near: of the capture, scene units; None where it has no bounds.
+            far: likewise.
+            found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it.
+        """
+        begin = self.near_plane if near is None else self.near_margin * near
+        end = self.far_plane if far is None else self.far_margin * far
+        if found and found["near"] < end:
+            begin = max(begin, self.stereo_near_margin * found["near"])
+        return begin, end

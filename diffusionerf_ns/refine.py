@@ -14,14 +14,17 @@ Notation
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import functional as F
 
 from ddm_training import rgbd
+from ddm_training.errors import InputError
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.tiles import over_tiles
 
@@ -59,6 +62,38 @@ def detail_by_scale(photographs: Iterable[tuple[Float[Tensor, "_h _w 3"], float]
 def detail_at(details: Sequence[tuple[float, float]], focal: float) -> float:
     """The photographs' detail at the scale nearest to a view's; one that is finer has to do with their full size."""
     return min(details, key=lambda pair: abs(math.log(pair[0] / focal)))[1]
+
+
+class ViewRefiner:
+    """Refines the views of a capture; leaves them as rendered where the prior is missing, which is said once.
+
+    Args:
+        prior: loads it, or raises `InputError`; called when the first view is refined.
+        details: of the capture's photographs, see `detail_by_scale`.
+    """
+
+    def __init__(self, prior: Callable[[], PatchPrior], details: Sequence[tuple[float, float]]) -> None:
+        self._prior, self._details = prior, details
+        self._missing = False
+
+    def __call__(
+        self, rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], camera: Cameras, tau: float
+    ) -> Float[Tensor, "h w 3"]:
+        """Colours of a view without their grain; arguments and result as of `refined_view`, ``camera`` the view's."""
+        if self._missing:
+            return rgb
+        try:
+            prior = self._prior()
+        except InputError as error:
+            CONSOLE.print(
+                f"[yellow]Views are left as rendered, metrics too: {error} Give the prior back its place, or set "
+                "refine_tau to 0 in the run's config.yml."
+            )
+            self._missing = True
+            return rgb
+        detail = detail_at(self._details, float(camera.fx.reshape(-1)[0]))
+        device = prior.alphas_cumprod.device
+        return refined_view(rgb.to(device), z.to(device), prior, tau, detail).to(rgb)
 
 
 def refined_view(

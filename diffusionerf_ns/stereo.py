@@ -150,7 +150,8 @@ def match(
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
     completed = completion.DepthMaps.of([_complete(image, depth) for image, depth in zip(images, depths)])
-    return MatchedDepth(*(torch.cat(column) for column in zip(*parts)), completed)
+    view, pixel, z = (torch.cat(column) for column in zip(*parts))
+    return MatchedDepth(view, pixel, z, completed)
 
 
 def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> Float[Tensor, "h w"]:

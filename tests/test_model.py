@@ -20,6 +20,7 @@ from ddm_training.unet import make_scheduler
 from diffusionerf_ns import inspection, regularizers
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.refine import ViewRefiner
 
 RAYS, P = 32, 16
 TERMS_OFF: dict[str, float] = {
@@ -400,7 +401,8 @@ def view(pipeline: VanillaPipeline) -> dict[str, torch.Tensor]:
 
 def test_the_colours_of_a_view_are_the_priors_clean_estimate(folders):
     pipeline, known = with_known_prior(folders, refine_tau=0.07)
-    pipeline.model.metadata["fine_detail"] = [(1.0, 0.0)]  # photographs without any: all the detail of a view is grain
+    # photographs without any detail: all that a view has is grain
+    pipeline.model.refine_view = ViewRefiner(lambda: known.prior, [(1.0, 0.0)])
     shown = view(pipeline)
     assert known.calls == 0, "only when it is looked at"
     assert not torch.equal(shown["rgb"], shown["rgb_rendered"])

@@ -125,9 +125,8 @@ def run(
     if earlier is None:
         trainer.train()
     else:  # as training does when it begins
-        trainer.pipeline.datamanager.train_dataparser_outputs.save_dataparser_transform(
-            trainer.base_dir / "dataparser_transforms.json"
-        )
+        manager: Any = trainer.pipeline.datamanager
+        manager.train_dataparser_outputs.save_dataparser_transform(trainer.base_dir / "dataparser_transforms.json")
     clock.lap("train")
     metadata = trainer.pipeline.datamanager.eval_dataset.metadata  # pyright: ignore[reportOptionalMemberAccess]
     protocol: ProtocolName = metadata.get("protocol", "nerfstudio")
