@@ -142,6 +142,14 @@ def train(job: Any, folder: Path, title: str) -> dict[str, Any]:
         return run(config, folder, job=job.to_dict(), pictures=3, on_progress=on_progress)
 
 
+def images_judged(result: dict[str, Any]) -> str:
+    """What the metrics are of, for a heading."""
+    count = len(result["images"])
+    if result["split"]["test"] == result["split"]["train"]:
+        return f"the {count} training images themselves (none was held out, so nothing is said about new views)"
+    return f"{count} held-out images"
+
+
 def table_rows(rows: list[Any]) -> list[list[str]]:
     """Heading and one cell per run for each metric that all runs have, then the minutes of training."""
     first = rows[0].result
@@ -159,8 +167,8 @@ def write_markdown(path: Path, rows: list[Any]) -> None:
     first = rows[0].result
     width, height = first["image_size"]
     lines = [
-        f"{len(first['images'])} held-out images of {width} x {height} pixels, {len(first['split']['train'])} training "
-        f"images, {first['steps']:,} steps, protocol `{first['protocol']}`, on {first['device']}:",
+        f"{images_judged(first)}, {width} x {height} pixels, {len(first['split']['train'])} training images, "
+        f"{first['steps']:,} steps, protocol `{first['protocol']}`, on {first['device']}:",
         "",
         "| | " + " | ".join(row.title for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
@@ -176,7 +184,7 @@ def show(rows: list[Any], sheet: Path) -> None:
 
     console = Console()
     first = rows[0].result
-    table = Table(title=f"{len(first['images'])} held-out images, protocol {first['protocol']}, {first['device']}")
+    table = Table(title=f"{images_judged(first)}, protocol {first['protocol']}, {first['device']}")
     table.add_column("")
     for row in rows:
         table.add_column(row.title, justify="right")

@@ -6,7 +6,7 @@ import pytest
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import dtu
-from diffusionerf_ns.dataparsers.splits import choose, hold_out, split_table, spread, take
+from diffusionerf_ns.dataparsers.splits import choose, hold_out, split_table, spread, take, without_lists
 
 # number of images and 0-based training ids for 3, 6 and 9 views, as published for the LLFF scenes
 LLFF = {
@@ -97,6 +97,21 @@ def test_where_nothing_is_left_to_test_on_the_split_says_so():
 def test_impossible_choices_are_refused_with_what_is_possible(flags, words):
     with pytest.raises(InputError, match=words):
         choose(20, *hold_out(20), **flags)
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "train", "test"),
+    [
+        (3, {}, (0, 1, 2), (0, 1, 2)),  # nothing is left to test on
+        (3, {"num_views": 3}, (0, 1, 2), (0, 1, 2)),
+        (9, {"num_views": 3}, (0, 4, 8), (1, 2, 3, 5, 6, 7)),
+        (5, {"test_ids": (2,)}, (0, 1, 3, 4), (2,)),
+        (10, {}, (1, 2, 3, 4, 5, 6, 7, 9), (0, 8)),
+    ],
+)
+def test_a_small_capture_without_lists_trains_on_all_its_images(count, flags, train, test):
+    split = choose(count, *without_lists(count), **flags)
+    assert (split.train, split.test, split.test_is_train) == (train, test, train == test)
 
 
 def test_one_image_alone_cannot_be_trained_on():

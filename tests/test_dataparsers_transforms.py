@@ -82,7 +82,7 @@ def test_lists_of_the_file_win_over_every_eighth(tmp_path):
 @pytest.mark.parametrize("orientation", ["up", "none"])
 def test_cameras_equal_those_of_nerfstudios_own_parser(tmp_path, orientation):
     turned = {"applied_transform": [[0, 1, 0, 0.5], [1, 0, 0, 0], [0, 0, -1, 2]], "applied_scale": 0.7}
-    make_capture(tmp_path, 9, depth=True, k1=0.1, p2=-0.02, **turned)
+    make_capture(tmp_path, 10, depth=True, k1=0.1, p2=-0.02, **turned)
     theirs = NerfstudioDataParserConfig(
         data=tmp_path, eval_mode="interval", orientation_method=orientation, downscale_factor=1
     ).setup()
@@ -134,13 +134,13 @@ def test_reduced_images_of_the_user_are_used(tmp_path):
     (tmp_path / "images_2").mkdir()
     for i in range(4):
         Image.new("RGB", (20, 15), (i, 0, 0)).save(tmp_path / "images_2" / f"f{i:02d}.png")
-    path = parse(tmp_path, downscale_factor=2).image_filenames[0]
+    path = parse(tmp_path, downscale_factor=2).image_filenames[1]
     assert np.asarray(Image.open(path))[0, 0].tolist() == [1, 0, 0]
     assert len(list((tmp_path / "images_2").iterdir())) == 4
 
 
 def test_depth_is_planar_metres_and_goes_to_scene_units_by_the_stated_factor(tmp_path):
-    make_capture(tmp_path, 9, depth=True)
+    make_capture(tmp_path, 10, depth=True)
     outputs = parse(tmp_path, "test", downscale_factor=2)
     item = FewViewDataset(outputs)[1]  # f08: 1800 mm
     assert item["image"].shape == (15, 20, 3)
@@ -157,7 +157,7 @@ def test_depth_that_some_frames_lack_is_zero_there_and_other_units_are_scaled(tm
         if "f02" in frame["file_path"]:
             del frame["depth_file_path"]
     write(tmp_path, content)
-    dataset = FewViewDataset(parse(tmp_path, depth_unit_scale_factor=0.01))
+    dataset = FewViewDataset(parse(tmp_path, depth_unit_scale_factor=0.01, train_ids=(1, 2, 3)))
     assert [float(dataset[i]["depth_image"].max()) for i in range(3)] == pytest.approx([11.0, 0.0, 13.0])
 
 
@@ -183,7 +183,7 @@ def test_masks_of_the_file_reach_training(tmp_path):
 def test_a_json_file_itself_can_be_given(tmp_path):
     make_capture(tmp_path, 4)
     (tmp_path / "transforms.json").rename(tmp_path / "mine.json")
-    assert names(parse(tmp_path / "mine.json")) == ["f01", "f02", "f03"]
+    assert names(parse(tmp_path / "mine.json")) == ["f00", "f01", "f02", "f03"]
 
 
 def frame_without(key):
@@ -269,10 +269,10 @@ def test_masks_and_depth_of_another_shape_are_refused(tmp_path):
     make_capture(tmp_path, 3, mask=True, depth=True)
     Image.new("L", (40, 40)).save(tmp_path / "masks" / "f01.png")
     with pytest.raises(InputError, match=r"mask .*f01\.png is 40 x 40"):
-        FewViewDataset(parse(tmp_path))[0]
+        FewViewDataset(parse(tmp_path))[1]
     Image.fromarray(np.ones((20, 40), dtype=np.uint16)).save(tmp_path / "depths" / "f02.png")
     with pytest.raises(InputError, match=r"depth .*f02\.png is 40 x 20"):
-        FewViewDataset(parse(tmp_path))[1]
+        FewViewDataset(parse(tmp_path))[2]
 
 
 def test_images_of_other_modes_become_rgb(tmp_path):
@@ -281,5 +281,5 @@ def test_images_of_other_modes_become_rgb(tmp_path):
     palette = Image.new("RGB", (40, 30), (200, 10, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
     palette.save(tmp_path / "images" / "f02.png")
     dataset = FewViewDataset(parse(tmp_path))
-    assert dataset.get_numpy_image(0)[0, 0].tolist() == [77, 77, 77]
-    assert dataset.get_numpy_image(1)[0, 0].tolist() == [200, 10, 30]
+    assert dataset.get_numpy_image(1)[0, 0].tolist() == [77, 77, 77]
+    assert dataset.get_numpy_image(2)[0, 0].tolist() == [200, 10, 30]

@@ -14,6 +14,9 @@ from ddm_training.errors import InputError
 HOLD_OUT_EVERY = 8
 """Every 8th image is a test image: the protocol of NeRF, RegNeRF and all who followed on LLFF."""
 
+SMALL_CAPTURE = 9
+"""Images up to which somebody's own capture is taken for few views already: none is held out beforehand."""
+
 NumViews = int | Literal["all"]
 
 
@@ -33,6 +36,15 @@ def hold_out(count: int, every: int = HOLD_OUT_EVERY) -> tuple[tuple[int, ...], 
     return tuple(i for i in range(count) if i % every), test
 
 
+def without_lists(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids ``(pool, test)`` of somebody's own capture that has no lists of training and test images.
+
+    Of at most 9 images all may train, and those that ``--num-views`` leaves over are tested on; else `hold_out`.
+    """
+    everything = tuple(range(count))
+    return (everything, everything) if count <= SMALL_CAPTURE else hold_out(count)
+
+
 def spread(pool: Sequence[int], views: int) -> tuple[int, ...]:
     """``views`` ids of ``pool``, evenly: positions linspace(0, n - 1, views), rounded half to even (RegNeRF)."""
     return tuple(pool[int(i)] for i in np.round(np.linspace(0, len(pool) - 1, views)))
@@ -50,8 +62,8 @@ def take(pool: Sequence[int], num_views: NumViews, how: Literal["spread", "first
         raise InputError(f"--num-views {num_views}: expected a number of at least 1, or 'all'.")
     if num_views > len(pool):
         raise InputError(
-            f"--num-views {num_views}: the capture has {len(pool)} training images {_brief(pool)} after its test "
-            f"images are held out. Ask for at most {len(pool)}, or name the images yourself with --train-ids "
+            f"--num-views {num_views}: the capture has {len(pool)} images to train on {_brief(pool)}, its test images "
+            f"left out. Ask for at most {len(pool)}, or name the images yourself with --train-ids "
             "(test images named there are no longer held out)."
         )
     return spread(pool, num_views) if how == "spread" else tuple(pool[:num_views])
@@ -69,8 +81,8 @@ def choose(
 ) -> Split:
     """Training and test ids. Explicit ids win over the capture's own ``pool`` and ``test``.
 
-    An image named in ``train_ids`` leaves the default test images, one named in ``test_ids`` leaves the training
-    pool. Where nothing is left to test on, the training images are tested on, and `Split.test_is_train` says so.
+    An image that is trained on leaves the default test images, one named in ``test_ids`` leaves the training pool.
+    Where nothing is left to test on, the training images are tested on, and `Split.test_is_train` says so.
 
     Raises:
         InputError: ids that do not exist, are repeated, or are in both lists; too many views.
@@ -84,7 +96,7 @@ def choose(
     if train_ids is not None:
         train = tuple(train_ids)
     else:
-        held = set(test if test_ids is None else test_ids)
+        held = set(test_ids or ())
         train = take([i for i in pool if i not in held], num_views, how)
     if not train:
         raise InputError(

@@ -18,7 +18,7 @@ from diffusionerf_ns.dataparsers.base import (
     whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size
-from diffusionerf_ns.dataparsers.splits import Split, choose, hold_out
+from diffusionerf_ns.dataparsers.splits import Split, choose, without_lists
 
 FILE = "transforms.json"
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
@@ -44,7 +44,7 @@ class TransformsFewViewParser(FewViewBaseParser):
     config: TransformsFewViewDataParserConfig
 
     def read_capture(self) -> Capture:
-        """All frames sorted by file name; split by the file's own lists, else every 8th is held out."""
+        """All frames sorted by file name; split by the file's own lists, else by `without_lists`."""
         path = self.config.data if self.config.data.suffix == ".json" else self.config.data / FILE
         meta = read_transforms(path)
         folder = path.parent
@@ -95,7 +95,7 @@ class TransformsFewViewParser(FewViewBaseParser):
         )
 
     def _split(self, meta: dict[str, Any], files: list[Path], folder: Path, path: Path) -> Split:
-        """The file's own lists, completed by what is left where it has one only; else every 8th is held out."""
+        """The file's own lists, completed by what is left where it has one only; else see `without_lists`."""
         given: dict[str, list[int]] = {}
         for kind in ("train", "val", "test"):
             if f"{kind}_filenames" in meta:
@@ -114,7 +114,7 @@ class TransformsFewViewParser(FewViewBaseParser):
                     "among them: an image is trained on or tested on."
                 )
         else:
-            pool, test = (list(ids) for ids in hold_out(len(files)))
+            pool, test = (list(ids) for ids in without_lists(len(files)))
         return choose(
             len(files),
             pool,
