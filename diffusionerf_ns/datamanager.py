@@ -64,6 +64,14 @@ class PatchRequest:
     """Metres per scene unit."""
 
 
+@dataclass(frozen=True)
+class StereoRequest:
+    """What the model wants of stereo in the next step: completed depth of the pixel rays, and perhaps own rays."""
+
+    matched_rays: bool
+    """Whether rays through matched pixels are wanted."""
+
+
 @dataclass
 class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Pixel rays as nerfstudio draws them, plus patches for the prior."""
@@ -113,7 +121,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     ) -> None:
         show_input_errors_plainly()
         self._request: Callable[[], PatchRequest | None] = lambda: None
-        self._stereo_wanted: Callable[[], bool] = lambda: False
+        self._stereo_request: Callable[[], StereoRequest | None] = lambda: None
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
@@ -167,14 +175,16 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             "radius": radius,
         }
 
-    def set_ray_wishes(self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], bool]) -> None:
+    def set_ray_wishes(
+        self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], StereoRequest | None]
+    ) -> None:
         """Say what the next steps shall bring beside pixel rays; both are called once a step.
 
         Args:
             patches: which patches; None for none.
-            stereo: whether rays whose depth stereo knows are wanted.
+            stereo: what of stereo; None for nothing.
         """
-        self._request, self._stereo_wanted = patches, stereo
+        self._request, self._stereo_request = patches, stereo
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
@@ -184,7 +194,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         pipeline, trainer = attributes.pipeline, attributes.trainer
         if pipeline is not None:
             model: Any = pipeline.model
-            self.set_ray_wishes(model.patch_request, model.stereo_wanted)
+            self.set_ray_wishes(model.patch_request, model.stereo_request)
             if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
                 # Now, not at the first patch of an image, which may come late.
                 patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
@@ -203,10 +213,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """
         rays, batch = super().next_train(step)
         bundles = [rays]
-        if self._matched is not None and self._stereo_wanted():
-            chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch,))
+        wanted = None if self._matched is None else self._stereo_request()
+        if self._matched is not None and wanted is not None:
+            chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch * wanted.matched_rays,))
             bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
-            bundles.append(bundle)
+            if wanted.matched_rays:
+                bundles.append(bundle)
             completed = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
             batch["stereo"] = StereoBatch(
                 rays=slice(len(rays), len(rays) + len(chosen)),

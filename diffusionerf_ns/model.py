@@ -23,7 +23,7 @@ from torch import Tensor
 from ddm_training import rgbd
 from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
-from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch
+from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch, StereoRequest
 from diffusionerf_ns.errors import check_finite
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
@@ -139,9 +139,10 @@ class DiffusioNeRFModel(NerfactoModel):
         spec, size = self.prior.spec, self.config.patch_size
         return spec if size is None or size >= spec.patch_size else replace(spec, patch_size=size)
 
-    def stereo_wanted(self) -> bool:
-        """Whether the next step needs what stereo knows of depth."""
-        return self.config.stereo_depth_weight > 0.0 or self.config.completed_depth_weight > 0.0
+    def stereo_request(self) -> StereoRequest | None:
+        """What the next step needs of stereo; None while no term of it is on."""
+        matched = self.config.stereo_depth_weight > 0.0
+        return StereoRequest(matched) if matched or self.config.completed_depth_weight > 0.0 else None
 
     # Evaluation
 

@@ -16,7 +16,12 @@ from PIL import Image
 from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import patches
-from diffusionerf_ns.datamanager import DiffusioNeRFDataManager, DiffusioNeRFDataManagerConfig, PatchRequest
+from diffusionerf_ns.datamanager import (
+    DiffusioNeRFDataManager,
+    DiffusioNeRFDataManagerConfig,
+    PatchRequest,
+    StereoRequest,
+)
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataset import FewViewDataset
 
@@ -41,17 +46,22 @@ def make(capture) -> Callable[..., DiffusioNeRFDataManager]:
     return build
 
 
+ALL_OF_STEREO = StereoRequest(matched_rays=True)
+
+
 @pytest.fixture(scope="module")
 def manager(make) -> DiffusioNeRFDataManager:
     return make(stereo_rays_per_batch=24)
 
 
-def wish(manager: DiffusioNeRFDataManager, count: int, *, stereo: bool = False, scale: float = 1.0) -> None:
+def wish(
+    manager: DiffusioNeRFDataManager, count: int, *, stereo: StereoRequest | None = None, scale: float = 1.0
+) -> None:
     manager.set_ray_wishes(lambda: PatchRequest(SPEC, count, scale), lambda: stereo)
 
 
 def test_without_wishes_a_step_is_the_pixel_rays_alone(manager):
-    manager.set_ray_wishes(lambda: None, lambda: False)
+    manager.set_ray_wishes(lambda: None, lambda: None)
     rays, batch = manager.next_train(0)
     assert len(rays) == RAYS
     assert batch["image"].shape == (RAYS, 3)
@@ -69,7 +79,7 @@ def test_a_wish_for_no_patches_draws_none(manager, monkeypatch):
 
 
 def test_stereo_rays_and_patches_follow_the_pixel_rays_in_one_bundle(manager):
-    wish(manager, 2, stereo=True)
+    wish(manager, 2, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
     assert len(rays) == RAYS + 24 + 2 * P * P
     assert batch["image"].shape == (RAYS, 3)
@@ -86,7 +96,7 @@ def test_stereo_rays_and_patches_follow_the_pixel_rays_in_one_bundle(manager):
 
 
 def test_every_ray_is_a_unit_vector_whose_norm_gives_its_cosine(manager):
-    wish(manager, 2, stereo=True)
+    wish(manager, 2, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
     torch.testing.assert_close(rays.directions.norm(dim=-1), torch.ones(len(rays)))
     poses = manager.train_dataset.cameras.camera_to_worlds[rays.camera_indices[:, 0]]
@@ -146,7 +156,7 @@ def test_the_jitter_of_rendered_patches_is_in_metres(make, scale):
 
 def test_wishes_are_asked_for_at_every_step(manager):
     counts = iter([1, 0, 2])
-    manager.set_ray_wishes(lambda: PatchRequest(SPEC, next(counts), 1.0), lambda: False)
+    manager.set_ray_wishes(lambda: PatchRequest(SPEC, next(counts), 1.0), lambda: None)
     assert [len(manager.next_train(step)[0]) for step in range(3)] == [RAYS + P * P, RAYS, RAYS + 2 * P * P]
 
 
@@ -154,7 +164,7 @@ def test_wishes_are_asked_for_at_every_step(manager):
 
 
 def test_stereo_rays_end_on_the_walls_of_the_scene(manager):
-    wish(manager, 0, stereo=True)
+    wish(manager, 0, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
     found = batch["stereo"]
     ends = rays.origins[found.rays] + found.distance[:, None] * rays.directions[found.rays]
@@ -168,7 +178,7 @@ def test_stereo_rays_end_on_the_walls_of_the_scene(manager):
 
 
 def test_every_pixel_ray_is_told_about_where_its_wall_is(manager):
-    wish(manager, 0, stereo=True)
+    wish(manager, 0, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
     roughly = batch["stereo"].completed
     assert roughly.shape == (RAYS,)
@@ -178,6 +188,15 @@ def test_every_pixel_ray_is_told_about_where_its_wall_is(manager):
     true = true * rays.metadata["directions_norm"][:RAYS, 0]
     assert float((roughly / true - 1.0).abs().median()) < 0.05
     assert float(((roughly / true - 1.0).abs() > 0.3).float().mean()) < 0.1
+
+
+def test_rays_through_matched_pixels_are_made_only_where_they_are_wanted(manager):
+    wish(manager, 1, stereo=StereoRequest(matched_rays=False))
+    rays, batch = manager.next_train(0)
+    assert len(rays) == RAYS + P * P
+    assert len(rays[batch["stereo"].rays]) == len(batch["stereo"].distance) == 0
+    assert batch["stereo"].completed.shape == (RAYS,)
+    assert batch["patches"].first_ray == RAYS
 
 
 def test_the_model_is_told_how_deep_the_scene_lies(manager):
@@ -215,7 +234,7 @@ def test_a_capture_without_texture_trains_without_stereo_and_says_so(make, tmp_p
     manager = make(data, stereo_rays_per_batch=24)
     assert "training goes on without it" in " ".join(capsys.readouterr().out.split())
     assert "stereo" not in manager.train_dataset.metadata
-    wish(manager, 0, stereo=True)
+    wish(manager, 0, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
     assert len(rays) == RAYS
     assert "stereo" not in batch
@@ -227,7 +246,7 @@ def test_a_capture_without_texture_trains_without_stereo_and_says_so(make, tmp_p
 def ties(manager: DiffusioNeRFDataManager, folder: Path, *, score_weight: float = 1.0, spec: RgbdSpec = SPEC):
     model = SimpleNamespace(
         patch_request=lambda: PatchRequest(spec, 1, 1.0),
-        stereo_wanted=lambda: False,
+        stereo_request=lambda: None,
         config=SimpleNamespace(score_weight=score_weight),
         patch_spec=lambda: spec,
     )
