@@ -6,7 +6,9 @@ is silent without texture; there, depth interpolated from around (`completion`) 
 
 Notation
     z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
-    zncc    zero-mean normalised cross-correlation of 5 x 5 windows, in [-1, 1]
+    ncc     2 cov(a, b) / (var a + var b) of two 5 x 5 windows, in [-1, 1] (Moravec 1977). Unlike with the product of
+            the deviations below the line, what is plain here cannot pass for the faint likeness of an edge there:
+            walls would otherwise be matched with the outline of what stands before them
 """
 
 import math
@@ -29,11 +31,11 @@ MAX_PLANES = 128  # depths of a sweep
 NEIGHBOURS = 4  # views that a view is matched with, the nearest ones: work stays linear in the number of views
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
 WINDOW = 5  # pixels
-MIN_ZNCC = 0.7  # of the winning depth
+MIN_NCC = 0.7  # of the winning depth
 MARGIN = 0.1  # by which the winner's aggregated cost must be below that of all depths that are not its neighbours
 TOLERANCE = 0.03  # relative difference of depth up to which two views agree
 SEEN_THROUGH = 0.05  # relative difference of depth from which a view that sees farther contradicts
-TEXTURE = 1e-4  # variance of grey values, in [0, 1], of windows with much less of which zncc says nothing
+TEXTURE = 3e-5  # variance of grey values, in [0, 1], of windows with much less of which ncc says nothing
 
 
 @dataclass(frozen=True)
@@ -236,16 +238,17 @@ def _sweep(
             inside = (grid.abs() < 1.0).all(-1)[None, None]
             moments = _blur(torch.cat([warped, warped.square(), reference.grey * warped], dim=1))
             m, square, product = moments.split(1, dim=1)
-            zncc = (product - mean * m) / ((variance * (square - m.square()).clamp_min(0.0)).sqrt() + TEXTURE)
+            spread = 0.5 * (variance + (square - m.square()).clamp_min(0.0))
+            ncc = (product - mean * m) / (spread + TEXTURE)
             # The best view, not the mean: with wide baselines many points are hidden in one of the others.
-            best = torch.maximum(best, torch.where(inside, zncc, torch.zeros_like(zncc)))
+            best = torch.maximum(best, torch.where(inside, ncc, torch.zeros_like(ncc)))
         scores.append(best[0, 0])
-    zncc = torch.stack(scores)
-    score = -semi_global.aggregate(1.0 - zncc, reference.grey[0, 0])
+    ncc = torch.stack(scores)
+    score = -semi_global.aggregate(1.0 - ncc, reference.grey[0, 0])
     top, winner = score.max(dim=0)
     neighbours = (torch.arange(planes)[:, None, None] - winner).abs() <= 3
     rival = score.masked_fill(neighbours, -torch.inf).max(dim=0).values
-    sure = (zncc.gather(0, winner[None])[0] > MIN_ZNCC) & (top - rival > MARGIN)
+    sure = (ncc.gather(0, winner[None])[0] > MIN_NCC) & (top - rival > MARGIN)
     sure &= (winner > 0) & (winner < planes - 1)
     refined = disparity[0] + (disparity[1] - disparity[0]) * (winner + _parabola(score, winner))
     return torch.where(sure, 1.0 / refined, torch.zeros_like(refined))
