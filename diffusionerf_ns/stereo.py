@@ -6,9 +6,7 @@ is silent without texture; there, depth interpolated from around (`completion`) 
 
 Notation
     z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
-    ncc     2 cov(a, b) / (var a + var b) of two 5 x 5 windows, in [-1, 1] (Moravec 1977). Unlike with the product of
-            the deviations below the line, what is plain here cannot pass for the faint likeness of an edge there:
-            walls would otherwise be matched with the outline of what stands before them
+    ncc     normalised cross-correlation of two 5 x 5 windows, in [-1, 1], see `likeness`
 """
 
 import math
@@ -215,14 +213,41 @@ def _blur(x: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 c h w"]:
     return F.avg_pool2d(x, (WINDOW, 1), stride=1, padding=(half, 0), count_include_pad=False)
 
 
+Moments = tuple[Float[Tensor, "1 1 h w"], Float[Tensor, "1 1 h w"]]
+
+
+def window_moments(grey: Float[Tensor, "1 1 h w"]) -> Moments:
+    """Mean and variance of the window about each pixel."""
+    mean = _blur(grey)
+    return mean, (_blur(grey.square()) - mean.square()).clamp_min(0.0)
+
+
+def likeness(
+    grey: Float[Tensor, "1 1 h w"], moments: Moments, other: Float[Tensor, "1 1 h w"]
+) -> Float[Tensor, "1 1 h w"]:
+    """Pixel by pixel, 2 cov / (var + var) of the windows of two images (Moravec 1977); about 0 where both are plain.
+
+    With the product of the deviations below the line instead, a plain window can pass for an edge, however faint its
+    likeness: walls are then matched with the outline of what stands before them.
+
+    Args:
+        grey: in [0, 1].
+        moments: of ``grey``.
+        other: in [0, 1].
+    """
+    mean, variance = moments
+    m, square, product = _blur(torch.cat([other, other.square(), grey * other], dim=1)).split(1, dim=1)
+    spread = 0.5 * (variance + (square - m.square()).clamp_min(0.0))
+    return (product - mean * m) / (spread + TEXTURE)
+
+
 def _sweep(
     index: int, views: list[View], others: list[int], near: float, far: float, step: float
 ) -> Float[Tensor, "h w"]:
     """Winning depth of one view, 0 where no depth stands out."""
     reference = views[index]
     directions = reference.directions()
-    mean = _blur(reference.grey)
-    variance = (_blur(reference.grey.square()) - mean.square()).clamp_min(0.0)
+    moments = window_moments(reference.grey)
     baseline = max(float((views[other].position - reference.position).norm()) for other in others)
     moved = (1.0 / near - 1.0 / far) * baseline * float(reference.focal[0])
     # More depths than the images can tell apart would make every winner its own neighbours' rival.
@@ -231,15 +256,12 @@ def _sweep(
     scores = []
     for d in disparity:
         points = reference.position + directions / d
-        best = torch.full_like(mean, -1.0)
+        best = torch.full_like(reference.grey, -1.0)
         for view in (views[other] for other in others):
             grid, _ = view.project(points)
             warped = F.grid_sample(view.grey, grid[None], align_corners=False)
             inside = (grid.abs() < 1.0).all(-1)[None, None]
-            moments = _blur(torch.cat([warped, warped.square(), reference.grey * warped], dim=1))
-            m, square, product = moments.split(1, dim=1)
-            spread = 0.5 * (variance + (square - m.square()).clamp_min(0.0))
-            ncc = (product - mean * m) / (spread + TEXTURE)
+            ncc = likeness(reference.grey, moments, warped)
             # The best view, not the mean: with wide baselines many points are hidden in one of the others.
             best = torch.maximum(best, torch.where(inside, ncc, torch.zeros_like(ncc)))
         scores.append(best[0, 0])
