@@ -1,6 +1,6 @@
-"""Put the files that commands wrote into README.md, between `<!-- figures: FILE -->` and `<!-- end -->`.
+"""Put the files that commands wrote into the documents, between `<!-- figures: FILE -->` and `<!-- end -->`.
 
-python scripts/update_readme.py [--check]     --check changes nothing and fails where README.md is out of date.
+python scripts/update_readme.py [--check]     --check changes nothing and fails where a document is out of date.
 """
 
 import re
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/prior.md")
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -17,13 +18,14 @@ def filled(text: str, root: Path = ROOT) -> str:
 
 
 def main() -> None:
-    """Update README.md, or check it."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = filled(text)
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md is out of date: run python scripts/update_readme.py" if new != text else 0)
-    readme.write_text(new)
+    """Update the documents, or check them."""
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        new = filled(text)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / name).write_text(new)
+        elif new != text:
+            sys.exit(f"{name} is out of date: run python scripts/update_readme.py")
 
 
 if __name__ == "__main__":

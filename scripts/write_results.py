@@ -17,6 +17,7 @@ from diffusionerf_ns.bench.table import Mean, over_scenes
 from diffusionerf_ns.bench.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
+VIEWS = 3
 SHEET_WIDTH = 900  # pixels
 OURS = ("default", "full")  # the method as it is meant to be: the first of these that was run
 METRICS = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS-Alex", 3), "depth_abs_rel": ("depth AbsRel", 3)}
@@ -24,11 +25,11 @@ Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
 
 
 def read_runs(folder: Path) -> Runs:
-    """Variant -> (scene, seed) -> result, of the jobs that are done."""
+    """Variant -> (scene, seed) -> result, of the jobs of 3 views that are done."""
     runs: Runs = {}
     for entry in read_entries(folder):
         result = entry.result()
-        if result is not None:
+        if result is not None and entry.job.views == VIEWS:
             metrics = result["metrics"]
             if "lpips" not in metrics and "lpips_alex" in metrics:
                 metrics["lpips"] = metrics["lpips_alex"]
