@@ -46,22 +46,22 @@ class DiffusioNeRFModel(NerfactoModel):
         # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
         with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
             super().populate_modules()
-        self._adapt_backbone()
         metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
         self.metadata = metadata
+        self._stereo: dict[str, Any] = metadata.get("stereo") or {}
+        self._adapt_backbone()
         self.protocol: metrics.ProtocolName = metadata.get("protocol", "nerfstudio")
         self._lpips: LpipsNetworks | None = None
         self.image_metrics: list[dict[str, float]] = []
-        found: dict[str, float] = metadata.get("stereo") or {}
         near, far = metadata.get("near"), metadata.get("far")
-        self.collider = BoundsCollider(*self.config.ray_bounds(near, far, found))
+        self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self.total_steps = 1
         self._in_training_run = False
         scale = self.config.metric_scale
         if scale is None:
-            scale = first_metric_scale(near, far, found, self._prior_spec)
+            scale = first_metric_scale(near, far, self._stereo, self._prior_spec)
         self.register_buffer("metric_scale", torch.tensor(float(scale)))
         self.last_patch: LastPatch | None = None
         details = metadata.get("fine_detail")  # None: a data manager that is not ours
@@ -73,10 +73,9 @@ class DiffusioNeRFModel(NerfactoModel):
     def _adapt_backbone(self) -> None:
         """Changes to nerfacto's fields; see `backbone`."""
         c = self.config
-        found: dict[str, Any] = (self.kwargs.get("metadata") or {}).get("stereo") or {}
         if c.center_grid and not c.disable_scene_contraction:
             contraction = backbone.ContentContraction(
-                found.get("centre", (0.0, 0.0, 0.0)), found.get("radius", 1.0) * c.grid_margin
+                self._stereo.get("centre", (0.0, 0.0, 0.0)), self._stereo.get("radius", 1.0) * c.grid_margin
             )
             backbone.use_contraction([self.field, *self.proposal_networks], contraction)
         backbone.limit_view_dependence(self.field, c.view_degrees)
@@ -201,13 +200,18 @@ class DiffusioNeRFModel(NerfactoModel):
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
-        known = float(self.collider.bounds[1]) < self.config.far_plane
+        known = bool(self._stereo) or float(self.collider.bounds[1]) < self.config.far_plane
         return self.depth_colours.get(known, lambda: self.depth_range(outputs), self.step)
 
     def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
-        """Near and far for colouring depth, scene units: the scene's bounds, or quantiles of a render without them."""
+        """Near and far for colouring depth, scene units: of the surfaces that stereo found, a little wider.
+
+        Without stereo (a finished run) the scene's bounds; without those, up to the farthest of a render.
+        """
         near, far = self.collider.bounds.tolist()
-        if far >= self.config.far_plane and outputs is not None:
+        if self._stereo and self._stereo["near"] < far:
+            near, far = max(near, self._stereo["near"] / 1.2), min(far, 1.2 * self._stereo["far"])
+        elif far >= self.config.far_plane and outputs is not None:
             far = float(outputs["depth"].flatten()[:: max(outputs["depth"].numel() // 10_000, 1)].quantile(0.95))
         return near, max(far, near * 1.01)
 

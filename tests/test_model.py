@@ -350,6 +350,26 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, n
     assert float(model.collider.bounds[0]) == pytest.approx(begin)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "shown"),
+    [
+        ({}, (2.0 / 1.2, 5.0 * 1.2)),
+        ({"near": 3.0, "far": 3.5}, (0.75 * 3.0, None)),
+        ({"near": 0.1, "far": 1.0}, (0.75 * 0.1, None)),  # stereo finds everything behind the far bound
+    ],
+)
+def test_depth_is_coloured_over_the_surfaces_that_stereo_found_from_the_first_step(folders, bounds, shown):
+    pipeline = build(folders)
+    metadata = dict(pipeline.datamanager.train_dataset.metadata) | bounds
+    metadata["stereo"] = metadata["stereo"] | {"near": 2.0, "far": 5.0}
+    model = pipeline.config.model.setup(
+        scene_box=pipeline.model.scene_box, num_train_data=4, metadata=metadata, device="cpu"
+    )
+    fog = {"depth": torch.full((4, 4, 1), 700.0)}  # an untrained field
+    near, far = shown[0], shown[1] or float(model.collider.bounds[1])
+    assert model.depth_colour_range(fog) == pytest.approx((near, far))
+
+
 def test_without_bounds_and_stereo_the_scale_is_read_off_the_rendered_depth(folders):
     options: dict[str, Any] = SCORE_ALONE | {"metric_scale_warmup": 0.2}
     pipeline = build(folders, **options)
