@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_bench import small_prior, wall_capture
+from bench_runs import small_prior, wall_capture
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

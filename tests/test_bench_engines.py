@@ -1,0 +1,117 @@
+"""How the jobs of a benchmark are run, with a worker that only pretends."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bench_runs import fake_result, make_job, small_prior
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.bench import engines, results, worker
+from diffusionerf_ns.bench.engines import EngineConfig, worker_environments
+from diffusionerf_ns.bench.jobs import read_jobs
+from diffusionerf_ns.bench.run import RunConfig, run_benchmark
+
+PRETENDER = """
+import json, os, sys, time
+from pathlib import Path
+from diffusionerf_ns.bench import results, worker
+worker._end_with_parent()
+folder = Path(sys.argv[1])
+task = json.loads((folder / worker.TASK_FILE).read_text())
+seed = task["job"]["seed"]
+(folder / "tries").open("a").write(f"{os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+if seed == 13:
+    print("about to die"); sys.stdout.flush(); os.kill(os.getpid(), 9)
+if seed == 14:
+    worker.write_failure(folder, "no views"); sys.exit(1)
+time.sleep(0.2)
+results.write_json(folder / "result.json", json.loads(sys.argv[2]) | {"hash": task["hash"], "job": task["job"]})
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], list[results.Entry]]:
+    """Makes jobs of the given seeds whose worker is `PRETENDER`."""
+    script = tmp_path / "pretender.py"
+    content = json.dumps(fake_result(make_job(tmp_path), "h", psnr=20.0, ssim=0.5))
+    script.write_text(PRETENDER.replace("sys.argv[2]", repr(content)))
+    monkeypatch.setattr(engines, "WORKER", (sys.executable, str(script)))
+
+    def make(seeds: list[int]) -> list[results.Entry]:
+        jobs = [make_job(tmp_path, seed=seed) for seed in seeds]
+        entries = [results.Entry(job=job, hash="h", folder=tmp_path / "out" / job.name) for job in jobs]
+        for entry in entries:
+            worker.write_task(entry.folder, entry.job, entry.hash, pictures=1)
+        return entries
+
+    return make
+
+
+def test_a_failing_and_a_killed_job_are_recorded_and_the_others_go_on(
+    pretend: Callable[[list[int]], list[results.Entry]], tmp_path: Path
+) -> None:
+    entries = pretend([0, 13, 14, 1])
+    ended = {
+        e.job.seed: well for e, well in engines.run_entries(entries, EngineConfig(workers=2), tmp_path, lambda: None)
+    }
+    assert ended == {0: True, 13: False, 14: False, 1: True}
+    killed, failed = (json.loads((entries[i].folder / results.FAILED_FILE).read_text()) for i in (1, 2))
+    assert "signal 9" in killed["message"]
+    assert "about to die" in killed["traceback"]
+    assert failed["message"] == "no views"
+    assert [e.status() for e in entries] == ["done", "failed", "failed", "done"]
+
+
+def test_a_worker_ends_when_the_run_that_started_it_is_gone() -> None:
+    code = "import time; from diffusionerf_ns.bench.worker import _end_with_parent\n"
+    code += "_end_with_parent(); print('on', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "on\n"
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(timeout=20) == 3
+    process.stdout.close()
+
+
+def test_each_gpu_gets_its_worker_and_cpu_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worker_environments(None, gpus=["2", "5"]) == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    names = [e["CUDA_VISIBLE_DEVICES"] for e in worker_environments(4, gpus=["2", "5"])]
+    assert names == ["2", "5", "2", "5"]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(engines, "_cores", lambda: 6)
+    assert worker_environments(None, gpus=[]) == [{"OMP_NUM_THREADS": "6"}]
+    assert worker_environments(4, gpus=[]) == [{"OMP_NUM_THREADS": "1"}] * 4
+
+
+def test_running_again_does_only_what_is_missing(
+    pretend: Callable[[list[int]], list[results.Entry]], tmp_path: Path
+) -> None:
+    pretend([])
+    small_prior(tmp_path / "prior")
+    jobs = [make_job(tmp_path, seed=seed) for seed in (0, 1, 14)]
+    failed = run_benchmark(jobs, tmp_path / "out", EngineConfig(workers=2))
+    assert [entry.job.seed for entry in failed] == [14]
+    tries = {job.seed: tmp_path / "out" / job.name / "tries" for job in jobs}
+    (tmp_path / "out" / jobs[1].name / results.RESULT_FILE).unlink()
+    run_benchmark(jobs, tmp_path / "out", EngineConfig())
+    assert {seed: len(path.read_text().splitlines()) for seed, path in tries.items()} == {0: 1, 1: 2, 14: 2}
+
+
+def test_a_missing_prior_stops_a_run_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no prior"):
+        run_benchmark([make_job(tmp_path)], tmp_path / "out", EngineConfig())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_a_job_list_that_can_be_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunConfig(output=tmp_path / "out", data=(tmp_path / "a",), seeds=(0, 1), dry_run=True).main()
+    path = tmp_path / "jobs.json"
+    path.write_text(capsys.readouterr().out)
+    assert [job.seed for job in read_jobs(path)] == [0, 1]
+    assert not (tmp_path / "out").exists()

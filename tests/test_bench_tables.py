@@ -1,0 +1,100 @@
+"""Tables and plots of a benchmark."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_runs import fake_result, folder_of_results
+from PIL import Image
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.bench import pictures, table, variants
+from diffusionerf_ns.bench.jobs import Job, make_jobs
+from diffusionerf_ns.bench.plot import draw_plots
+
+
+def test_scenes_weigh_equally_and_the_deviation_is_over_seeds(tmp_path: Path) -> None:
+    values = {("fern", 0): 10.0, ("fern", 1): 14.0, ("room", 0): 20.0, ("room", 1): 22.0}
+    jobs = make_jobs([Path("fern"), Path("room")], views=[3], seeds=[0, 1], variant_names=["full"])
+    rows = [fake_result(job, "h", psnr=values[job.scene, job.seed], ssim=0.5) for job in jobs]
+    ((_, (row,)),) = table.summarise_runs(rows).items()
+    assert row.means["psnr"].value == pytest.approx((12.0 + 21.0) / 2)
+    assert row.means["psnr"].deviation == pytest.approx(math.sqrt(((15.0 - 16.5) ** 2 + (18.0 - 16.5) ** 2) / 1))
+    # A seed that only one scene has must not shift the weights of the scenes, nor count in the deviation.
+    more = fake_result(Job(scene="fern", data="fern", views=3, variant="full", seed=2), "h", psnr=18.0, ssim=0.5)
+    ((_, (row,)),) = table.summarise_runs([*rows, more]).items()
+    assert row.means["psnr"].value == pytest.approx((14.0 + 21.0) / 2)
+    assert row.means["psnr"].deviation == pytest.approx(math.sqrt(4.5))
+
+
+def test_runs_of_other_protocols_sizes_or_lengths_are_never_averaged(tmp_path: Path) -> None:
+    job = Job(scene="fern", data="fern", views=3, variant="full")
+    base = fake_result(job, "h", psnr=10.0, ssim=0.5)
+    changed = [base | {"protocol": "nerfstudio"}, base | {"image_size": [252, 189]}, base | {"steps": 50}]
+    assert len(table.summarise_runs([base, *changed])) == 4
+
+
+def test_tables_put_published_numbers_beside_ours_and_name_what_is_missing(tmp_path: Path) -> None:
+    jobs = make_jobs([Path("fern"), Path("room")], views=[3], seeds=[0], variant_names=["photometric", "full"])
+    missing = jobs[-1]
+    root = folder_of_results(tmp_path, jobs, lambda job: None if job == missing else 20.125)
+    text = table.write_tables(root, root)
+    assert text == (root / "table.md").read_text()
+    assert "| **photometric only** | 20.12 | 0.500 | 0.300 | 2 | 1 |" in text
+    assert "| DiffusioNeRF (published) | 19.79 | 0.568 | 0.338 |" in text
+    assert "Protocol `llff-regnerf`" in text
+    assert f"1 of 4 jobs are not in these means: {missing.name} (missing)" in text
+    assert "| diffusionerf-tiny | 100 | photometric only | 2 | 5 | 0.05 |" in (root / "times.md").read_text()
+    with (root / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["origin"] for row in rows} == {"ours", "published"}
+    assert all(row["source"] for row in rows if row["origin"] == "published")
+    with (root / "jobs.csv").open() as file:
+        assert [row["seconds_train"] for row in csv.DictReader(file)] == ["5.0"] * 3
+
+
+def test_published_numbers_stand_only_beside_their_own_protocol() -> None:
+    job = Job(scene="fern", data="fern", views=3, variant="full")
+    setting = next(iter(table.summarise_runs([fake_result(job, "h", psnr=1.0, ssim=0.5)])))
+    assert table._peers_of(setting, table.read_peers())
+    other = table.Setting(**(vars(setting) | {"protocol": "nerfstudio"}))
+    assert table._peers_of(other, table.read_peers()) == []
+
+
+def test_the_peers_file_holds_every_published_row_with_a_source() -> None:
+    peers = table.read_peers()
+    assert all(peer.source and peer.metrics for peer in peers)
+    found = {(p.method, p.dataset, p.views): p.metrics for p in peers}
+    assert found["CAT3D", "dtu", "9"] == {"psnr": 25.92, "ssim": 0.928, "lpips_vgg": 0.073}
+    assert found["DiffusioNeRF, tau = 0", "llff", "3"] == {"average": 0.137}
+    complete = {p.method for p in peers if "psnr" in p.metrics}
+    assert all((m, d, v) in found for m in complete for d in ("llff", "dtu") for v in "369")
+    assert {v.ablation for v in variants.VARIANTS.values()} - {None} <= {p.method for p in peers}
+
+
+def test_a_table_of_nothing_is_refused(tmp_path: Path) -> None:
+    root = folder_of_results(tmp_path, [Job(scene="a", data="a", views=3, variant="full")], lambda _: None)
+    with pytest.raises(InputError, match="none of its 1 jobs is done"):
+        table.write_tables(root, root)
+
+
+def test_depth_colours_keep_one_range_and_show_unknown_depth_as_black() -> None:
+    z = np.array([[1.0, 2.0, 4.0, 0.0]])
+    colors = pictures.color_depth(z, (1.0, 4.0))
+    assert tuple(colors[0, 3]) == (0, 0, 0)
+    assert len({tuple(c) for c in colors[0]}) == 4
+    assert (pictures.color_depth(z * 2, (2.0, 8.0)) == colors).all()
+    low, high = pictures.depth_limits([np.linspace(1, 5, 101)[None], np.zeros((3, 4))])
+    assert (low, high) == pytest.approx((1.08, 4.92))
+
+
+def test_plots_are_drawn_for_every_scene_and_data_set(tmp_path: Path) -> None:
+    jobs = make_jobs([Path("fern")], views=[3, 6], seeds=[0, 1], variant_names=["full", "nerfacto"])
+    root = folder_of_results(tmp_path, jobs, lambda job: float(job.views) + job.seed)
+    names = [path.name for path in draw_plots(root, root / "plots")]
+    assert names == ["psnr-llff.png", "curves-fern-3-views.png", "curves-fern-6-views.png"]
+    for name in names:
+        with Image.open(root / "plots" / name) as image:
+            assert np.asarray(image).std() > 5
