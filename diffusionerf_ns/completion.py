@@ -1,11 +1,11 @@
 """Depth between the pixels whose depth is known: single wrong ones taken out, the rest interpolated along the image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
@@ -21,26 +21,29 @@ class DepthMaps:
 
     values: Float[Tensor, " pixels"]
     """All maps, row by row, one after the other; 0 where unknown."""
+    confirmed: Bool[Tensor, " pixels"]
+    """Where another image's depth says the same."""
     shapes: Int[Tensor, "images 2"]
     """Height and width of each map."""
     starts: Int[Tensor, " images"]
     """Where in ``values`` each map begins."""
 
     @classmethod
-    def of(cls, maps: Sequence[Float[Tensor, "_h _w"]]) -> "DepthMaps":
-        """From one map an image."""
+    def of(cls, maps: Sequence[Float[Tensor, "_h _w"]], confirmed: Sequence[Bool[Tensor, "_h _w"]]) -> "DepthMaps":
+        """From one map of depth an image and one of where it is confirmed."""
         sizes = torch.tensor([depth.numel() for depth in maps])
         shapes = torch.tensor([depth.shape for depth in maps])
-        return cls(torch.cat([depth.flatten() for depth in maps]), shapes, sizes.cumsum(0) - sizes)
+        values, confirmed_values = (torch.cat([x.flatten() for x in parts]) for parts in (maps, confirmed))
+        return cls(values, confirmed_values, shapes, sizes.cumsum(0) - sizes)
 
     def to(self, device: torch.device | str) -> "DepthMaps":
         """The same on another device."""
-        return replace(
-            self, values=self.values.to(device), shapes=self.shapes.to(device), starts=self.starts.to(device)
-        )
+        return DepthMaps(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-    def at(self, pixels: Int[Tensor, "k 3"], sizes: Int[Tensor, "images 2"]) -> Float[Tensor, " k"]:
-        """Depth at pixels of images, which may be larger or smaller than the maps.
+    def at(
+        self, pixels: Int[Tensor, "k 3"], sizes: Int[Tensor, "images 2"]
+    ) -> tuple[Float[Tensor, " k"], Bool[Tensor, " k"]]:
+        """Depth at pixels of images, which may be larger or smaller than the maps, and whether it is confirmed.
 
         Args:
             pixels: image, row and column.
@@ -49,7 +52,8 @@ class DepthMaps:
         image = pixels[:, 0]
         shape = self.shapes[image]
         row, column = ((pixels[:, 1:] + 0.5) * shape / sizes[image]).long().unbind(-1)
-        return self.values[self.starts[image] + row * shape[:, 1] + column]
+        place = self.starts[image] + row * shape[:, 1] + column
+        return self.values[place], self.confirmed[place]
 
 
 def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> Float[Tensor, "h w"]:

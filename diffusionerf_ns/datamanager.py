@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
@@ -52,6 +52,8 @@ class StereoBatch:
     """Distance along each of them to its surface, scene units."""
     completed: Float[Tensor, " pixel_rays"]
     """Distance along each pixel ray to about where its surface is, scene units; 0 where even that is unknown."""
+    confirmed: Bool[Tensor, " pixel_rays"]
+    """Which of these distances another image confirms."""
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
             if wanted.matched_rays:
                 bundles.append(bundle)
-            completed = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
+            completed, confirmed = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
             batch["stereo"] = StereoBatch(
                 rays=slice(len(rays), len(rays) + len(chosen)),
                 distance=distance,
                 completed=completed * rays.metadata["directions_norm"][:, 0],
+                confirmed=confirmed,
             )
         request = self._request()
         if request is None or request.count == 0:

@@ -354,9 +354,8 @@ class DiffusioNeRFModel(NerfactoModel):
             losses["stereo_depth_loss"] = c.stereo_depth_weight * log["stereo_depth"]
         if c.completed_depth_weight > 0.0:
             pixel_rays = depth[: len(stereo.completed)]
-            log["completed_depth"] = regularizers.coarse_depth_hinge(
-                pixel_rays, stereo.completed, c.completed_depth_margin
-            )
+            margin = torch.where(stereo.confirmed, c.confirmed_depth_margin, c.completed_depth_margin)
+            log["completed_depth"] = regularizers.coarse_depth_hinge(pixel_rays, stereo.completed, margin)
             losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses
 

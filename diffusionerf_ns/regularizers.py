@@ -108,7 +108,7 @@ def relative_depth(depth: Float[Tensor, " rays"], known: Float[Tensor, " rays"])
 
 
 def coarse_depth_hinge(
-    depth: Float[Tensor, " rays"], coarse: Float[Tensor, " rays"], margin: float
+    depth: Float[Tensor, " rays"], coarse: Float[Tensor, " rays"], margin: Float[Tensor, " rays"]
 ) -> Float[Tensor, ""]:
     """Mean over rays of what the relative error depth / coarse - 1 exceeds a margin by: free of scene units.
 

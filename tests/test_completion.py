@@ -44,7 +44,10 @@ def test_interpolation_is_linear_in_inverse_depth_on_a_plain_surface() -> None:
 
 
 def test_depth_maps_of_several_sizes_are_looked_up_by_pixels_of_larger_images() -> None:
-    maps = completion.DepthMaps.of([torch.arange(6.0).reshape(2, 3), 10.0 + torch.arange(8.0).reshape(4, 2)])
+    depths = [torch.arange(6.0).reshape(2, 3), 10.0 + torch.arange(8.0).reshape(4, 2)]
+    maps = completion.DepthMaps.of(depths, [depth % 2 == 0 for depth in depths])
     sizes = torch.tensor([[4, 6], [4, 2]])
     pixels = torch.tensor([[0, 0, 0], [0, 3, 5], [0, 1, 2], [1, 0, 0], [1, 3, 1], [1, 2, 0]])
-    assert maps.at(pixels, sizes).tolist() == [0.0, 5.0, 1.0, 10.0, 17.0, 14.0]
+    depth, confirmed = maps.at(pixels, sizes)
+    assert depth.tolist() == [0.0, 5.0, 1.0, 10.0, 17.0, 14.0]
+    assert confirmed.tolist() == [True, False, False, True, False, True]

@@ -200,17 +200,18 @@ def test_depth_within_the_margin_costs_nothing_and_far_in_front_costs_most() -> 
     roughly = torch.full((1,), 4.0)
 
     def cost(depth: float) -> float:
-        return float(regularizers.coarse_depth_hinge(torch.tensor([depth]), roughly, 0.3))
+        return float(regularizers.coarse_depth_hinge(torch.tensor([depth]), roughly, torch.tensor([0.3])))
 
     assert cost(4.0) == cost(2.9) == cost(5.7) == 0.0
     assert cost(2.0) == pytest.approx(0.2)
     assert cost(0.0) == pytest.approx(0.7)
     assert cost(7.0) == pytest.approx(0.3)
     assert cost(4.0 * 2.4) < cost(4.0 * 2.5) == cost(400.0) == pytest.approx(1.0)
-    assert float(regularizers.coarse_depth_hinge(torch.tensor([2.0, 2.0]), torch.tensor([4.0, 0.0]), 0.3)) == (
-        pytest.approx(0.1)
-    ), "what is unknown costs nothing"
+    both = regularizers.coarse_depth_hinge(torch.tensor([2.0, 2.0]), torch.tensor([4.0, 0.0]), torch.full((2,), 0.3))
+    assert float(both) == pytest.approx(0.1), "what is unknown costs nothing"
+    both = regularizers.coarse_depth_hinge(torch.tensor([2.0, 2.0]), torch.tensor([4.0, 4.0]), torch.tensor([0.3, 0.1]))
+    assert float(both) == pytest.approx(0.3), "each ray has its margin"
     depth = torch.tensor([1.0, 3.5, 7.0, 40.0], requires_grad=True)
-    regularizers.coarse_depth_hinge(depth, roughly.expand(4), 0.3).backward()
+    regularizers.coarse_depth_hinge(depth, roughly.expand(4), torch.full((4,), 0.3)).backward()
     assert depth.grad is not None
     assert [float(g) * 4 for g in depth.grad] == pytest.approx([-0.25, 0.0, 0.25, 0.0])

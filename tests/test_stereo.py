@@ -101,34 +101,63 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
     matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
     pixels = torch.tensor([[i, row, column] for i in range(3) for row in range(HEIGHT) for column in range(WIDTH)])
     assert matched.completed is not None
-    depth = matched.completed.at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3)).reshape(3, HEIGHT, WIDTH)
+    depth, confirmed = matched.completed.at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3))
+    depth = depth.reshape(3, HEIGHT, WIDTH)
     plain = depth[:, 22:38, 32:48]
     known = matched.pixel[(matched.view == 1)].long()
     inside = (known[:, 0] >= 34) & (known[:, 0] < 46) & (known[:, 1] >= 24) & (known[:, 1] < 36)
     assert not bool(inside.any()), "nothing is matched where there is no texture"
-    assert float((plain / 4.0 - 1.0).abs().max()) < 0.15
+    told, sure = plain > 0, confirmed.reshape(3, HEIGHT, WIDTH)[:, 22:38, 32:48]
+    assert float(told.float().mean()) > 0.5, "most of it; the square is no surface, and the images disagree about it"
+    assert float((plain[told] / 4.0 - 1.0).abs().max()) < 0.15
+    assert float((plain[sure] / 4.0 - 1.0).abs().max()) < 0.1
+    assert float(sure.float().mean()) > 0.25
     # Of matched pixels it is what was matched.
     at = torch.stack([matched.view, matched.pixel[:, 1].long(), matched.pixel[:, 0].long()], dim=-1)
-    again = matched.completed.at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
+    again, _ = matched.completed.at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
     assert float((again / matched.depth - 1.0).abs().median()) < 0.01
 
 
-def test_depth_that_another_view_sees_through_is_dropped() -> None:
+def two_views() -> list[stereo.View]:
     cameras = make_cameras([(0.0, 0.0, 0.0), (0.1, 0.0, 0.0)])
-    views = [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(2)]
+    return [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(2)]
+
+
+def test_depth_that_another_view_sees_through_is_contradicted() -> None:
+    views = two_views()
     near, far = torch.full((HEIGHT, WIDTH), 2.0), torch.full((HEIGHT, WIDTH), 4.0)
     middle = (slice(20, 40), slice(20, 60))
-    assert (stereo._uncontradicted(0, views, [1], [near, far])[middle] == 0.0).all()
-    assert (stereo._uncontradicted(1, views, [0], [near, far])[middle] == 4.0).all(), "hidden there, perhaps"
-    assert (stereo._uncontradicted(0, views, [1], [near, torch.zeros_like(far)]) == 2.0).all(), "silence says nothing"
+    assert stereo._contradicted(0, views, [1], [near, far], 0.05)[middle].all()
+    assert not stereo._contradicted(1, views, [0], [near, far], 0.05)[middle].any(), "hidden there, perhaps"
+    assert not stereo._contradicted(0, views, [1], [near, torch.zeros_like(far)], 0.05).any(), "silence says nothing"
 
 
-def test_a_camera_that_faces_away_contradicts_nothing() -> None:
+def test_a_camera_that_faces_away_contradicts_and_confirms_nothing() -> None:
     cameras = make_cameras([(0.0, 0.0, 0.0), (0.0, 0.0, -1.0)])
     cameras.camera_to_worlds[1, :, :3] = torch.diag(torch.tensor([-1.0, 1.0, -1.0]))
     views = [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(2)]
     depths = [torch.full((HEIGHT, WIDTH), 4.0)] * 2
-    assert (stereo._uncontradicted(0, views, [1], depths) == 4.0).all()
+    assert not stereo._contradicted(0, views, [1], depths, 0.05).any()
+    assert not stereo._confirmed(0, views, [1], depths, 0.05).any()
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "kept", "confirmed"),
+    [
+        (4.0, 4.1, 4.0, True),
+        (4.0, 4.3, 4.0, False),
+        (4.0, 4.6, 0.0, False),
+        (4.0, 3.0, 4.0, False),  # perhaps hidden
+        (4.0, 0.0, 4.0, False),
+        (0.0, 4.0, 0.0, False),
+    ],
+)
+def test_completed_depth_is_kept_confirmed_or_dropped_by_what_another_view_has(here, there, kept, confirmed) -> None:
+    depths = [torch.full((HEIGHT, WIDTH), here), torch.full((HEIGHT, WIDTH), there)]
+    middle = (slice(20, 40), slice(20, 60))
+    left, sure = stereo.cross_checked(two_views(), [[1], [0]], depths)
+    assert (left[0][middle] == kept).all()
+    assert (sure[0][middle] == confirmed).all()
 
 
 def test_an_image_of_which_nothing_is_matched_and_what_a_mask_leaves_out_stay_unknown() -> None:
@@ -142,8 +171,9 @@ def test_an_image_of_which_nothing_is_matched_and_what_a_mask_leaves_out_stay_un
     assert float(matched.pixel[matched.view == 0][:, 0].min()) > 40.0
     assert matched.completed is not None
     sizes = torch.tensor([[HEIGHT, WIDTH]] * 3)
-    assert float(matched.completed.at(torch.tensor([[2, 30, 40]]), sizes)) == 0.0
-    assert float(matched.completed.at(torch.tensor([[0, 30, 60]]), sizes)) == pytest.approx(4.0, rel=0.05)
+    depth, _ = matched.completed.at(torch.tensor([[2, 30, 40], [0, 30, 20], [0, 30, 60]]), sizes)
+    assert depth[:2].tolist() == [0.0, 0.0]
+    assert float(depth[2]) == pytest.approx(4.0, rel=0.05)
 
 
 def test_windows_are_alike_only_where_their_contrast_is_too() -> None:
