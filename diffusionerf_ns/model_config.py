@@ -108,7 +108,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     paper."""
     completed_depth_margin: float = 0.3
     """Relative error that costs nothing, as interpolated depth is rough; behind the surface, 1.5 times as much."""
-    confirmed_depth_margin: float = 0.2
+    confirmed_depth_margin: float = 0.1
     """The same where the interpolated depth of another image says the same; where one sees farther, nothing is said."""
 
     # Where the rays begin and end
