@@ -105,7 +105,7 @@ class DepthRange:
         """The range for a picture at this step.
 
         Args:
-            known: whether the scene has bounds, so that what ``find`` gives does not depend on the view.
+            known: whether bounds or stereo tell it, so that what ``find`` gives does not depend on the view.
             find: gives near and far.
             step: of the training; a range that was read off a view is found anew once the step has doubled.
         """

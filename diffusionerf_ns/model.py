@@ -206,10 +206,11 @@ class DiffusioNeRFModel(NerfactoModel):
     def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far for colouring depth, scene units: of the surfaces that stereo found, a little wider.
 
-        Without stereo (a finished run) the scene's bounds; without those, up to the farthest of a render.
+        Without stereo (off, in vain, or a finished run) the scene's bounds; without a far bound, up to the quantile .95
+        of a render.
         """
         near, far = self.collider.bounds.tolist()
-        if self._stereo and self._stereo["near"] < far:
+        if self._stereo and self._stereo["near"] < far and near < self._stereo["far"]:
             near, far = max(near, self._stereo["near"] / 1.2), min(far, 1.2 * self._stereo["far"])
         elif far >= self.config.far_plane and outputs is not None:
             far = float(outputs["depth"].flatten()[:: max(outputs["depth"].numel() // 10_000, 1)].quantile(0.95))

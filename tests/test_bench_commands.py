@@ -1,4 +1,4 @@
-"""The benchmark as it is run: real trainings and evaluations."""
+"""The benchmark as it is run: real trainings and evaluations, and mistakes of its user."""
 
 import json
 import random

@@ -18,6 +18,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from ddm_training import rgbd
 from ddm_training.unet import make_scheduler
 from diffusionerf_ns import inspection, regularizers
+from diffusionerf_ns.datamanager import StereoBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.refine import ViewRefiner
@@ -350,12 +351,29 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, n
     assert float(model.collider.bounds[0]) == pytest.approx(begin)
 
 
+@pytest.mark.parametrize(("confirmed", "cost"), [(True, 0.1), (False, 0.0)])
+def test_completed_depth_is_held_closer_where_another_image_confirms_it(folders, confirmed, cost):
+    off = TERMS_OFF | {"completed_depth_weight": 0.3}
+    model = build(folders, confirmed_depth_margin=0.1, completed_depth_margin=0.3, **off).model
+    known = StereoBatch(
+        rays=slice(4, 4),
+        distance=torch.zeros(0),
+        completed=torch.full((4,), 5.0),
+        confirmed=torch.full((4,), confirmed),
+    )
+    log: dict[str, Any] = {}
+    losses = model._stereo_losses(torch.full((4,), 4.0), known, log)
+    assert float(log["completed_depth"]) == pytest.approx(cost)
+    assert float(losses["completed_depth_loss"]) == pytest.approx(0.3 * cost)
+
+
 @pytest.mark.parametrize(
     ("bounds", "shown"),
     [
         ({}, (2.0 / 1.2, 5.0 * 1.2)),
         ({"near": 3.0, "far": 3.5}, (0.75 * 3.0, None)),
         ({"near": 0.1, "far": 1.0}, (0.75 * 0.1, None)),  # stereo finds everything behind the far bound
+        ({"near": 10.0, "far": 20.0}, (0.75 * 10.0, None)),  # or before the near one
     ],
 )
 def test_depth_is_coloured_over_the_surfaces_that_stereo_found_from_the_first_step(folders, bounds, shown):

@@ -121,6 +121,15 @@ class Training:
     def last_step(self) -> int:
         return max((step for step, _ in self.curve("Train Loss")), default=-1)
 
+    def last(self, metric: str) -> float:
+        """Last value of a curve of training; NaN before the first."""
+        return next((value for _, value in reversed(self.curve(f"Train Metrics Dict/{metric}"))), float("nan"))
+
+    def surfaces(self) -> tuple[float, float]:
+        """Near and far of what stereo said that it found, a little wider."""
+        near, far = re.search(r"at depths of (\S+) to (\S+) scene units", self.output.read_text()).groups()
+        return 0.9 * float(near), 1.1 * float(far)
+
     def changes(self) -> str:
         from diffusionerf_ns.viewer import LOG_FILE  # here, so that the training starts meanwhile
 
@@ -296,8 +305,9 @@ def test_depth_is_shown_in_the_browser_while_training_and_follows_the_camera(tra
     assert page.press("Max res") == CPU_RESOLUTION or torch.cuda.is_available()
     page.press("Max res", *["\ue011"])  # Home: 64 pixels, as the machine may be slow
     page.button("Hide Train Cams")
-    # Earlier all depth lies before that of the scene, and its picture is rightly of one colour.
-    eventually(lambda: training.last_step() >= 120, "the field has the scene's depth")
+    # Before that, all depth lies in front of the scene, and its picture is rightly of one colour.
+    near, far = training.surfaces()
+    eventually(lambda: near < training.last("depth_q05") < training.last("depth_q95") < far, "the scene's depth")
     before = page.picture()
 
     page.choose("Output type", "MedianDepth")
