@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import box_room
 import numpy as np
 from PIL import Image
 
@@ -39,23 +40,9 @@ def wall_capture(folder: Path, count: int = 10) -> Path:
 
 def small_prior(folder: Path) -> Path:
     """A prior folder with an untrained network of 16 x 16 patches."""
-    from diffusers.models.unets.unet_2d import UNet2DModel
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
     from ddm_training.rgbd import RgbdSpec
 
-    folder.mkdir(parents=True)
-    UNet2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).save_pretrained(folder / "unet")
-    DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "scheduler")
+    box_room.write_prior(folder, 16, block_out_channels=(8, 16))
     RgbdSpec(patch_size=16, focal=36.0, focal_range=(30.0, 40.0), image_size=(40, 32)).save(folder)
     return folder
 

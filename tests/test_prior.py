@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import box_room
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -123,21 +124,7 @@ def test_a_prior_adds_nothing_to_the_state_of_the_module_that_holds_it(abar):
 @pytest.fixture(scope="module")
 def whole_folder(tmp_path_factory) -> Path:
     """A prior folder with an untrained network of some thousand parameters."""
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
-    folder = tmp_path_factory.mktemp("prior") / "whole"
-    torch.manual_seed(0)
-    UNet2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    ).save_pretrained(folder / "unet")
-    make_scheduler().save_pretrained(folder / "scheduler")
+    folder = box_room.write_prior(tmp_path_factory.mktemp("prior") / "whole")
     RgbdSpec(patch_size=16, focal=60.0, focal_range=(50.0, 70.0), trained_on=("nothing",)).save(folder)
     return folder
 
