@@ -301,7 +301,7 @@ class DiffusioNeRFModel(NerfactoModel):
             losses.update(self._geometric_losses(outputs, count, log))
             stereo: StereoBatch | None = batch.get("stereo")
             if stereo is not None:
-                losses.update(self._stereo_losses(outputs["expected_depth"][:, 0], stereo, log))
+                losses.update(self._stereo_losses(outputs, stereo, log))
             patches: PatchBatch | None = batch.get("patches")
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)
@@ -314,8 +314,7 @@ class DiffusioNeRFModel(NerfactoModel):
     def _geometric_losses(self, outputs: dict[str, Any], pixel_rays: int, log: dict[str, Any]) -> dict[str, Tensor]:
         """Frustum, foreground and distortion terms on all rays; a term whose weight is 0 is not computed."""
         c = self.config
-        weights: Tensor = outputs["weights_list"][-1][..., 0]
-        samples: RaySamples = outputs["ray_samples_list"][-1]
+        weights, edges = _weights_and_edges(outputs)
         losses: dict[str, Tensor] = {}
 
         frustum_weight = c.frustum_weight * schedules.boost(
@@ -324,6 +323,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if frustum_weight > 0.0 and self.frusta is not None:
             required = torch.full((weights.shape[0],), min(2, len(self.frusta)), device=weights.device)
             required[pixel_rays:] = 1
+            samples: RaySamples = outputs["ray_samples_list"][-1]
             seen = self.frusta.count(samples.frustums.get_positions().detach())
             log["frustum"] = regularizers.frustum(weights, seen, required)
             losses["frustum_loss"] = frustum_weight * log["frustum"]
@@ -334,29 +334,24 @@ class DiffusioNeRFModel(NerfactoModel):
             self.step, self.total_steps, start=c.distortion_start, end=c.distortion_full
         )
         if distortion_weight > 0.0:
-            starts, ends = samples.frustums.starts[..., 0], samples.frustums.ends[..., 0]
             log["distortion"] = regularizers.distortion(
-                weights,
-                torch.cat([starts, ends[:, -1:]], dim=-1),
-                outputs["expected_depth"][:, 0],
-                far=float(self.collider.bounds[1]),
+                weights, edges, outputs["expected_depth"][:, 0], far=float(self.collider.bounds[1])
             )
             losses["distortion_loss"] = distortion_weight * log["distortion"]
         return losses
 
-    def _stereo_losses(
-        self, depth: Float[Tensor, " rays"], stereo: StereoBatch, log: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """What depth (distance along the ray) costs by what stereo knows; a term whose weight is 0 is not computed."""
+    def _stereo_losses(self, outputs: dict[str, Any], stereo: StereoBatch, log: dict[str, Any]) -> dict[str, Tensor]:
+        """What weights cost where stereo knows that no surface is; a term whose weight is 0 is not computed."""
         c = self.config
+        weights, edges = _weights_and_edges(outputs)
         losses: dict[str, Tensor] = {}
         if c.stereo_depth_weight > 0.0:
-            log["stereo_depth"] = regularizers.relative_depth(depth[stereo.rays], stereo.distance)
+            log["stereo_depth"] = regularizers.known_depth(weights[stereo.rays], edges[stereo.rays], stereo.distance)
             losses["stereo_depth_loss"] = c.stereo_depth_weight * log["stereo_depth"]
         if c.completed_depth_weight > 0.0:
-            pixel_rays = depth[: len(stereo.completed)]
+            n = len(stereo.completed)
             margin = torch.where(stereo.confirmed, c.confirmed_depth_margin, c.completed_depth_margin)
-            log["completed_depth"] = regularizers.coarse_depth_hinge(pixel_rays, stereo.completed, margin)
+            log["completed_depth"] = regularizers.coarse_depth(weights[:n], edges[:n], stereo.completed, margin)
             losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses
 
@@ -404,3 +399,10 @@ class DiffusioNeRFModel(NerfactoModel):
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
             self.metric_scale.fill_(metric_scale_from_disparity(disparity, self._prior_spec()))
             CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
+
+
+def _weights_and_edges(outputs: dict[str, Any]) -> tuple[Float[Tensor, "rays samples"], Float[Tensor, "rays edges"]]:
+    """Weights of the field's samples, and the edges of their intervals in scene units."""
+    frustums = outputs["ray_samples_list"][-1].frustums
+    edges = torch.cat([frustums.starts[..., 0], frustums.ends[:, -1:, 0]], dim=-1)
+    return outputs["weights_list"][-1][..., 0], edges

@@ -99,13 +99,13 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
     stereo_depth_weight: float = 0.1
-    """Weight of the relative depth error where stereo of the training images knows the depth. Not in the paper.
-    Higher weights: better depth, less sharp images."""
+    """Weight of what lies before or behind the depth that stereo of the training images knows, by the logarithm of
+    the distance ratio. Not in the paper."""
 
     completed_depth_weight: float = 0.3
-    """Weight of the error of all pixel rays' depth against stereo depth interpolated between the matched pixels, as far
-    as it exceeds `completed_depth_margin` or `confirmed_depth_margin`; where another image sees farther, nothing is
-    asked. Keeps untextured walls from ending up before the cameras. Not in the paper."""
+    """The same for all pixel rays and stereo depth interpolated between the matched pixels, as far as it exceeds
+    `completed_depth_margin` or `confirmed_depth_margin`; where another image sees farther, nothing is asked. Keeps
+    untextured walls from ending up before the cameras. Not in the paper."""
     completed_depth_margin: float = 0.3
     """Relative error that costs nothing, as interpolated depth is rough; behind the surface, 1.5 times as much."""
     confirmed_depth_margin: float = 0.1

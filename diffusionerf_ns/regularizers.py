@@ -102,24 +102,53 @@ def distortion(
     return (distortion_per_ray(w, t.clamp_max(far)) / expected_depth.detach().clamp_min(1e-6)).mean()
 
 
-def relative_depth(depth: Float[Tensor, " rays"], known: Float[Tensor, " rays"]) -> Float[Tensor, ""]:
-    """Mean of |depth - known| / known: free of scene units; not squared, so that a wrong match weighs little."""
-    return ((depth - known).abs() / known).mean()
+def whole_weights(w: Float[Tensor, "rays samples"]) -> Float[Tensor, "rays samples"]:
+    """Weights that sum to 1: the light that no sample stops is taken to come from the last one.
+
+    Without it a ray that meets nothing at all would cost nothing in `known_depth` and `coarse_depth`.
+    """
+    return torch.cat([w[:, :-1], w[:, -1:] + 1.0 - w.sum(-1, keepdim=True)], dim=-1)
 
 
-def coarse_depth_hinge(
-    depth: Float[Tensor, " rays"], coarse: Float[Tensor, " rays"], margin: Float[Tensor, " rays"]
+def known_depth(
+    w: Float[Tensor, "rays samples"], t: Float[Tensor, "rays edges"], known: Float[Tensor, " rays"]
 ) -> Float[Tensor, ""]:
-    """Mean over rays of what the relative error depth / coarse - 1 exceeds a margin by: free of scene units.
+    """Mean over rays of sum_i w_i |log(m_i / known)|, m the midpoints: weight anywhere but at the surface costs.
 
-    In front of the surface that is ``margin``, behind it 1.5 times as much; where the error exceeds it by 1 there,
-    nothing pulls any longer. A ray may well pass what it was taken for, but little excuses a surface far before it.
+    The mean depth would not do: fog before the surface and a wall far behind it can have the right one. Free of scene
+    units; of logarithms, so that a wrong match and light that reaches the ray's end weigh little.
 
     Args:
-        depth: rendered, distance along the ray.
-        coarse: about where the surface is; 0 where unknown, which costs nothing.
-        margin: relative error that costs nothing.
+        w: weights; what they lack of 1 lies at the ray's end.
+        t: interval edges, > 0.
+        known: distance along the ray to the surface, in the units of ``t``.
     """
-    error = depth / coarse.clamp_min(1e-9) - 1.0
-    cost = (-error - margin).clamp_min(0.0) + (error - 1.5 * margin).clamp(0.0, 1.0)
+    return (whole_weights(w) * _log_ratio(t, known).abs()).sum(-1).mean()
+
+
+def coarse_depth(
+    w: Float[Tensor, "rays samples"],
+    t: Float[Tensor, "rays edges"],
+    coarse: Float[Tensor, " rays"],
+    margin: Float[Tensor, " rays"],
+) -> Float[Tensor, ""]:
+    """The same where the surface is known roughly: weight costs as far as log(m_i / coarse) leaves a range about 0.
+
+    That range is log(1 - margin) before the surface and log(1 + 1.5 margin) behind it.
+
+    Args:
+        w: weights; what they lack of 1 lies at the ray's end.
+        t: interval edges, > 0.
+        coarse: distance along the ray to about where the surface is, in the units of ``t``; 0 where unknown, which
+            costs nothing.
+        margin: relative error that costs nothing, in [0, 1).
+    """
+    error = _log_ratio(t, torch.where(coarse > 0, coarse, 1.0))
+    before, behind = (1.0 - margin).log()[:, None], (1.0 + 1.5 * margin).log()[:, None]
+    cost = (whole_weights(w) * ((before - error).clamp_min(0.0) + (error - behind).clamp_min(0.0))).sum(-1)
     return torch.where(coarse > 0, cost, 0.0).mean()
+
+
+def _log_ratio(t: Float[Tensor, "rays edges"], known: Float[Tensor, " rays"]) -> Float[Tensor, "rays samples"]:
+    """log(m / known) of the midpoints m."""
+    return (0.5 * (t[:, 1:] + t[:, :-1]) / known[:, None]).log()

@@ -245,7 +245,15 @@ def test_the_noise_level_and_the_weight_follow_their_schedules(folders):
 
 def test_terms_that_are_off_are_not_computed_and_their_rays_not_drawn(folders, monkeypatch):
     pipeline = build(folders, share=1.0, **TERMS_OFF)
-    for name in ("foreground", "frustum", "distortion", "relative_depth", "weigh_score", "score_pseudo_loss"):
+    for name in (
+        "foreground",
+        "frustum",
+        "distortion",
+        "known_depth",
+        "coarse_depth",
+        "weigh_score",
+        "score_pseudo_loss",
+    ):
         monkeypatch.setattr(regularizers, name, lambda *a, _name=name, **k: pytest.fail(_name))
     monkeypatch.setattr(PatchPrior, "load", lambda *a, **k: pytest.fail("loaded"))
     monkeypatch.setattr(pipeline.model.frusta, "count", lambda *a: pytest.fail("counted"))
@@ -351,7 +359,7 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, n
     assert float(model.collider.bounds[0]) == pytest.approx(begin)
 
 
-@pytest.mark.parametrize(("confirmed", "cost"), [(True, 0.1), (False, 0.0)])
+@pytest.mark.parametrize(("confirmed", "cost"), [(True, math.log(0.9 * 5 / 4)), (False, 0.0)])
 def test_completed_depth_is_held_closer_where_another_image_confirms_it(folders, confirmed, cost):
     off = TERMS_OFF | {"completed_depth_weight": 0.3}
     model = build(folders, confirmed_depth_margin=0.1, completed_depth_margin=0.3, **off).model
@@ -362,7 +370,9 @@ def test_completed_depth_is_held_closer_where_another_image_confirms_it(folders,
         confirmed=torch.full((4,), confirmed),
     )
     log: dict[str, Any] = {}
-    losses = model._stereo_losses(torch.full((4,), 4.0), known, log)
+    frustums = SimpleNamespace(starts=torch.full((4, 1, 1), 3.5), ends=torch.full((4, 1, 1), 4.5))
+    outputs = {"weights_list": [torch.ones(4, 1, 1)], "ray_samples_list": [SimpleNamespace(frustums=frustums)]}
+    losses = model._stereo_losses(outputs, known, log)
     assert float(log["completed_depth"]) == pytest.approx(cost)
     assert float(losses["completed_depth_loss"]) == pytest.approx(0.3 * cost)
 
@@ -502,13 +512,13 @@ def test_a_resumed_run_ends_its_schedules_where_the_whole_run_does(folders):
 # A loss that is not finite
 
 
-@pytest.mark.parametrize(("term", "value"), [("foreground", math.nan), ("relative_depth", math.inf)])
+@pytest.mark.parametrize(("term", "value"), [("foreground", math.nan), ("known_depth", math.inf)])
 def test_a_term_that_is_not_finite_is_named_with_its_step(folders, monkeypatch, term, value):
     pipeline = build(folders)
     set_step(pipeline, 17)
     plain: Callable[..., torch.Tensor] = getattr(regularizers, term)
     monkeypatch.setattr(regularizers, term, lambda *a: plain(*a) * value)
-    name = {"foreground": "foreground_loss", "relative_depth": "stereo_depth_loss"}[term]
+    name = {"foreground": "foreground_loss", "known_depth": "stereo_depth_loss"}[term]
     with pytest.raises(NonFiniteLossError, match=f"step 17: {name} is {value}") as caught:
         step(pipeline)
     assert "rgb_loss" not in str(caught.value), "only the terms that are at fault"

@@ -1,5 +1,7 @@
 """The loss terms, against their definitions written out in plain loops and against closed forms."""
 
+import math
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -187,31 +189,58 @@ def test_a_wrong_shape_or_type_raises(call):
         call()
 
 
-def test_relative_depth_is_free_of_units_and_counts_a_wrong_match_linearly() -> None:
-    known = torch.tensor([1.0, 2.0, 4.0])
-    depth = torch.tensor([1.5, 2.0, 3.0])
-    expected = (0.5 + 0.0 + 0.25) / 3
-    assert float(regularizers.relative_depth(depth, known)) == pytest.approx(expected)
-    assert float(regularizers.relative_depth(7.0 * depth, 7.0 * known)) == pytest.approx(expected)
-    assert float(regularizers.relative_depth(known, known)) == 0.0
+EDGES = torch.tensor([[1.0, 3.0, 5.0, 11.0]])  # midpoints 2, 4 and 8
 
 
-def test_depth_within_the_margin_costs_nothing_and_far_in_front_costs_most() -> None:
-    roughly = torch.full((1,), 4.0)
+def weights_at(*w: float) -> torch.Tensor:
+    return torch.tensor([w])
 
-    def cost(depth: float) -> float:
-        return float(regularizers.coarse_depth_hinge(torch.tensor([depth]), roughly, torch.tensor([0.3])))
 
-    assert cost(4.0) == cost(2.9) == cost(5.7) == 0.0
-    assert cost(2.0) == pytest.approx(0.2)
-    assert cost(0.0) == pytest.approx(0.7)
-    assert cost(7.0) == pytest.approx(0.3)
-    assert cost(4.0 * 2.4) < cost(4.0 * 2.5) == cost(400.0) == pytest.approx(1.0)
-    both = regularizers.coarse_depth_hinge(torch.tensor([2.0, 2.0]), torch.tensor([4.0, 0.0]), torch.full((2,), 0.3))
-    assert float(both) == pytest.approx(0.1), "what is unknown costs nothing"
-    both = regularizers.coarse_depth_hinge(torch.tensor([2.0, 2.0]), torch.tensor([4.0, 4.0]), torch.tensor([0.3, 0.1]))
-    assert float(both) == pytest.approx(0.3), "each ray has its margin"
-    depth = torch.tensor([1.0, 3.5, 7.0, 40.0], requires_grad=True)
-    regularizers.coarse_depth_hinge(depth, roughly.expand(4), torch.full((4,), 0.3)).backward()
-    assert depth.grad is not None
-    assert [float(g) * 4 for g in depth.grad] == pytest.approx([-0.25, 0.0, 0.25, 0.0])
+def test_weight_that_is_not_at_the_known_depth_costs_by_its_logarithmic_distance():
+    known = torch.tensor([4.0])
+    log2 = math.log(2.0)
+    assert float(regularizers.known_depth(weights_at(0.0, 1.0, 0.0), EDGES, known)) == pytest.approx(0.0)
+    fog_and_wall = weights_at(0.5, 0.0, 0.25)  # a quarter reaches the end: the mean of the rest is 4
+    assert float(regularizers.known_depth(fog_and_wall, EDGES, known)) == pytest.approx(0.5 * log2 + 0.5 * log2)
+    assert float(regularizers.known_depth(fog_and_wall, 7.0 * EDGES, 7.0 * known)) == pytest.approx(log2)
+
+
+def test_a_ray_that_meets_nothing_costs_as_one_that_ends_in_the_last_sample():
+    known = torch.tensor([2.0])
+    nothing, last = weights_at(0.0, 0.0, 0.0), weights_at(0.0, 0.0, 1.0)
+    cost = regularizers.known_depth(nothing, EDGES, known)
+    assert cost == regularizers.known_depth(last, EDGES, known)
+    assert float(cost) == pytest.approx(math.log(4.0))
+    margin = torch.tensor([0.2])
+    cost = regularizers.coarse_depth(nothing, EDGES, known, margin)
+    assert cost == regularizers.coarse_depth(last, EDGES, known, margin)
+    assert float(cost) == pytest.approx(math.log(4.0 / 1.3))
+    assert torch.equal(regularizers.whole_weights(weights_at(0.25, 0.5, 0.0)), weights_at(0.25, 0.5, 0.25))
+
+
+def test_the_gradient_moves_weight_from_fog_and_from_behind_to_the_surface():
+    w = weights_at(0.5, 0.25, 0.125).requires_grad_(True)
+    regularizers.known_depth(w, EDGES, torch.tensor([4.0])).backward()
+    # Against the light that goes through, which ends at 8: fog is no better, the surface is.
+    assert w.grad is not None
+    assert w.grad[0].tolist() == pytest.approx([0.0, -math.log(2.0), 0.0], abs=1e-6)
+
+
+def test_weight_within_the_margin_costs_nothing_and_each_ray_has_its_own():
+    def cost(at: int, coarse: float, margin: float) -> float:
+        w = torch.eye(3)[at : at + 1]
+        return float(regularizers.coarse_depth(w, EDGES, torch.tensor([coarse]), torch.tensor([margin])))
+
+    assert cost(1, 4.0, 0.3) == cost(1, 5.6, 0.3) == cost(1, 2.8, 0.3) == 0.0
+    assert cost(0, 4.0, 0.3) == pytest.approx(math.log(0.7 * 2.0))
+    assert cost(2, 4.0, 0.3) == pytest.approx(math.log(2.0 / 1.45))
+    w, edges = torch.tensor([[1.0, 0.0, 0.0]] * 3), EDGES.expand(3, 4)
+    both = regularizers.coarse_depth(w, edges, torch.tensor([4.0, 4.0, 0.0]), torch.tensor([0.3, 0.1, 0.3]))
+    assert float(both) == pytest.approx((math.log(1.4) + math.log(1.8)) / 3), "what is unknown costs nothing"
+
+
+def test_an_unknown_depth_leaves_no_trace_in_the_gradient():
+    w = weights_at(0.5, 0.25, 0.125).requires_grad_(True)
+    regularizers.coarse_depth(w, EDGES, torch.tensor([0.0]), torch.tensor([0.3])).backward()
+    assert w.grad is not None
+    assert (w.grad == 0).all()
