@@ -102,7 +102,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Weight of what lies before or behind the depth that stereo of the training images knows, by the logarithm of
     the distance ratio. Not in the paper."""
 
-    completed_depth_weight: float = 0.3
+    completed_depth_weight: float = 0.1
     """The same for all pixel rays and stereo depth interpolated between the matched pixels, as far as it exceeds
     `completed_depth_margin` or `confirmed_depth_margin`; where another image sees farther, nothing is asked. Keeps
     untextured walls from ending up before the cameras. Not in the paper."""
