@@ -106,6 +106,24 @@ def evaluate_image(
     return values
 
 
+def evaluate_view(
+    protocol: ProtocolName,
+    rgb_pred: Float[Tensor, "h w 3"],
+    rgb_true: Float[Tensor, "h_true w_true 3"],
+    mask: Bool[Tensor, "h_mask w_mask"] | None = None,
+    lpips: LpipsNetworks | None = None,
+) -> dict[str, float]:
+    """nerfstudio's own metrics by their plain names, and the protocol's as "llff-regnerf/psnr"; see `evaluate_image`.
+
+    The masked protocol is left out for an image without a mask.
+    """
+    values = evaluate_image("nerfstudio", rgb_pred, rgb_true, lpips=lpips)
+    if protocol == "nerfstudio" or (PROTOCOLS[protocol].masked and mask is None):
+        return values
+    judged = evaluate_image(protocol, rgb_pred, rgb_true, mask, lpips)
+    return values | {f"{protocol}/{name}": value for name, value in judged.items()}
+
+
 def evaluate_depth(
     pred: Float[Tensor, "h w"],
     true: Float[Tensor, "h_true w_true"],
@@ -163,11 +181,6 @@ def summarise(per_image: Sequence[dict[str, float]]) -> dict[str, float]:
             warnings.warn(f"{name} is a mean over {len(found)} of {len(per_image)} images only.", stacklevel=2)
         means[name] = math.fsum(found) / len(found) if all(map(math.isfinite, found)) else sum(found) / len(found)
     return means
-
-
-def under_name(protocol: ProtocolName, values: dict[str, float]) -> dict[str, float]:
-    """The same values, called by the protocol and the metric: {"psnr": 20} -> {"llff-regnerf/psnr": 20}."""
-    return {f"{protocol}/{name}": value for name, value in values.items()}
 
 
 def psnr(pred: Float[Tensor, "h w 3"], true: Float[Tensor, "h w 3"]) -> float:

@@ -156,13 +156,9 @@ class DiffusioNeRFModel(NerfactoModel):
         """
         true, pred = self.renderer_rgb.blend_background(batch["image"].to(self.device)), outputs["rgb"]
         mask = batch["mask"][..., 0] if "mask" in batch else None
-        protocol = self.protocol if mask is not None or self.protocol != "dtu-regnerf" else "nerfstudio"
         if self._lpips is None:
             self._lpips = LpipsNetworks(self.device)
-        values = metrics.evaluate_image("nerfstudio", pred, true, lpips=self._lpips)
-        if protocol != "nerfstudio":
-            judged = metrics.evaluate_image(protocol, pred, true, mask, self._lpips)
-            values |= metrics.under_name(protocol, judged)
+        values = metrics.evaluate_view(self.protocol, pred, true, mask, self._lpips)
         units_per_metre = self.metadata.get("scene_units_per_metre")
         if "depth_image" in batch and units_per_metre is not None:
             z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)

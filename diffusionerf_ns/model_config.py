@@ -73,7 +73,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Where the scene's bounds are unknown: fraction of the run without prior, after which the scale is read off the
     rendered depth."""
 
-    refine_tau: float = 0.07
+    refine_tau: float = 0.03
     """Where a view has more fine detail than the photographs, which is grain, the prior's clean estimate of it at this
     noise level, one pass of its network, takes the place of its colours as far as needed; 0 leaves them as rendered.
     Not in the paper."""

@@ -20,12 +20,12 @@ from diffusionerf_ns.metrics import (
     average_error,
     evaluate_depth,
     evaluate_image,
+    evaluate_view,
     masked_psnr,
     on_white,
     psnr,
     ssim,
     summarise,
-    under_name,
 )
 
 
@@ -348,7 +348,14 @@ def test_a_summary_of_nothing_is_refused():
 
 
 def test_values_are_written_under_the_name_of_the_protocol():
-    assert under_name("dtu-regnerf", {"psnr": 1.0}) == {"dtu-regnerf/psnr": 1.0}
+    pred, true = images()
+    mask = torch.zeros(40, 52, dtype=torch.bool)
+    mask[10:30, 10:30] = True
+    plain, judged = evaluate_image("nerfstudio", pred, true), evaluate_image("dtu-regnerf", pred, true, mask)
+    named = {f"dtu-regnerf/{name}": value for name, value in judged.items()}
+    assert evaluate_view("dtu-regnerf", pred, true, mask) == plain | named
+    assert evaluate_view("dtu-regnerf", pred, true) == evaluate_view("nerfstudio", pred, true) == plain
+    assert judged["psnr"] != plain["psnr"]
     assert all(name == protocol.name for name, protocol in PROTOCOLS.items())
 
 
