@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def test_a_failing_and_a_killed_job_are_recorded_and_the_others_go_on(
     assert "about to die" in killed["traceback"]
     assert failed["message"] == "no views"
     assert [e.status() for e in entries] == ["done", "failed", "failed", "done"]
+
+
+def test_jobs_that_share_a_training_are_not_started_beside_one_another(
+    pretend: Callable[[list[int]], list[results.Entry]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [replace(entry, training=name) for entry, name in zip(pretend([0, 1, 2, 3]), ["a", "a", "b", "a"])]
+    alive: list[results.Entry] = []
+    seen: list[tuple[int, list[int]]] = []
+    start = engines._start
+
+    def spy(entry: results.Entry, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        seen.append((entry.job.seed, [other.job.seed for other in alive]))
+        alive.append(entry)
+        return start(entry, environment)
+
+    monkeypatch.setattr(engines, "_start", spy)
+    for ended, well in engines.run_entries(entries, EngineConfig(workers=2), tmp_path, lambda: None):
+        assert well
+        alive.remove(ended)
+    assert seen[:2] == [(0, []), (2, [0])], "the second has to wait for the first, the third has not"
+    names = {entry.job.seed: entry.training for entry in entries}
+    assert all(names[seed] not in {names[other] for other in beside} for seed, beside in seen)
+    assert sorted(seed for seed, _ in seen) == [0, 1, 2, 3]
 
 
 def test_a_worker_ends_when_the_run_that_started_it_is_gone() -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,8 +96,9 @@ def _run_local(
     running: list[tuple[Entry, subprocess.Popen[bytes], dict[str, str]]] = []
     try:
         while queue or running:
-            while queue and free:
-                environment, entry = free.pop(0), queue.pop(0)
+            while free and (entry := _next(queue, {item[0].training for item in running})) is not None:
+                queue.remove(entry)
+                environment = free.pop(0)
                 running.append((entry, _start(entry, environment), environment))
             ended = [item for item in running if item[1].poll() is not None]
             for item in ended:
@@ -118,6 +119,11 @@ def _run_local(
         for _, process, _ in running:
             process.wait()
             _close(process)
+
+
+def _next(queue: Sequence[Entry], in_training: Collection[str]) -> Entry | None:
+    """The first job that does not need the weights which another one is training at the moment."""
+    return next((entry for entry in queue if not entry.training or entry.training not in in_training), None)
 
 
 def _start(entry: Entry, environment: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -44,6 +44,8 @@ class Entry:
     job: Job
     hash: str
     folder: Path
+    training: str = ""
+    """What decides the weights, hashed; of jobs that have it in common, one can take the other's. Empty: unknown."""
 
     def status(self) -> Status:
         """`done` if its result is whole and of this configuration."""

@@ -116,13 +116,16 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
     from rich.console import Console
 
     from diffusionerf_ns.bench import results, worker
-    from diffusionerf_ns.bench.jobs import config_hash, configure
+    from diffusionerf_ns.bench.jobs import config_hash, configure, training_hash
 
     console = Console()
-    entries = [
-        results.Entry(job=job, hash=config_hash(configure(job, output / job.name)), folder=output / job.name)
-        for job in jobs
-    ]
+    entries = []
+    for job in jobs:
+        folder = output / job.name
+        config = configure(job, folder)
+        # `same_training` looks for weights in the folder of the scene and its number of views.
+        training = f"{folder.parents[1]} {training_hash(config)}"
+        entries.append(results.Entry(job=job, hash=config_hash(config), folder=folder, training=training))
     with results.lock(output):
         results.merge_entries(output, entries)
         todo = [entry for entry in entries if entry.status() != "done"]
