@@ -7,6 +7,8 @@ from typing import Literal
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 
+from diffusionerf_ns.errors import InputError
+
 
 def _model_class() -> type:
     from diffusionerf_ns.model import DiffusioNeRFModel  # `model` imports this module
@@ -144,6 +146,12 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Off: patches at new poses have no image, and three images do not tell appearance from geometry."""
     average_init_density: float = 0.01
     """As nerfstudio's own nerfacto preset has it."""
+
+    def __post_init__(self) -> None:
+        for name in ("completed_depth_margin", "confirmed_depth_margin"):
+            margin = getattr(self, name)
+            if not 0.0 <= margin < 1.0:
+                raise InputError(f"--pipeline.model.{name.replace('_', '-')} must be in [0, 1), found {margin}.")
 
     def ray_bounds(self, near: float | None, far: float | None, found: Mapping[str, float]) -> tuple[float, float]:
         """Where rays begin and end, scene units; see `near_margin`.

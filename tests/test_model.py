@@ -20,6 +20,7 @@ from ddm_training.unet import make_scheduler
 from diffusionerf_ns import inspection, regularizers
 from diffusionerf_ns.datamanager import StereoBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
+from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.refine import ViewRefiner
 
@@ -375,6 +376,13 @@ def test_completed_depth_is_held_closer_where_another_image_confirms_it(folders,
     losses = model._stereo_losses(outputs, known, log)
     assert float(log["completed_depth"]) == pytest.approx(cost)
     assert float(losses["completed_depth_loss"]) == pytest.approx(0.3 * cost)
+
+
+@pytest.mark.parametrize("name", ["completed_depth_margin", "confirmed_depth_margin"])
+@pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])
+def test_a_margin_that_is_no_share_of_the_depth_is_refused(name, margin):
+    with pytest.raises(InputError, match=f"{name.replace('_', '-')} must be in .0, 1., found {margin}"):
+        DiffusioNeRFModelConfig(**{name: margin})
 
 
 @pytest.mark.parametrize(
