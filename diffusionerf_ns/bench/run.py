@@ -123,9 +123,7 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
     for job in jobs:
         folder = output / job.name
         config = configure(job, folder)
-        # `same_training` looks for weights in the folder of the scene and its number of views.
-        training = f"{folder.parents[1]} {training_hash(config)}"
-        entries.append(results.Entry(job=job, hash=config_hash(config), folder=folder, training=training))
+        entries.append(results.Entry(job=job, hash=config_hash(config), folder=folder, training=training_hash(config)))
     with results.lock(output):
         results.merge_entries(output, entries)
         todo = [entry for entry in entries if entry.status() != "done"]
