@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from ddm_training.errors import InputError
 
 STATE_FILE, CONFIG_FILE = "state.pt", "config.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-IDENTITY = ("preset", "patch_size")  # settings without which the saved weights mean nothing
 
 
 def _sync(path: Path) -> None:
@@ -88,8 +88,15 @@ def _discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def load_checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+def load_checkpoint(
+    path: Path, config: dict[str, Any], identity: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
     """Read a checkpoint for a run with settings ``config``.
+
+    Args:
+        path: of the checkpoint.
+        config: settings of the run, plain JSON values.
+        identity: names of those without which the saved weights mean nothing.
 
     Returns:
         The state, and the settings that differ as name -> (saved, now).
@@ -108,7 +115,7 @@ def load_checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any],
             "--resume-from-checkpoint another folder."
         ) from error
     differing = {key: (saved.get(key), value) for key, value in config.items() if saved.get(key) != value}
-    if wrong := [key for key in IDENTITY if key in differing]:
+    if wrong := [key for key in identity if key in differing]:
         said = ", ".join(f"--{key.replace('_', '-')} {differing[key][0]} (now {differing[key][1]})" for key in wrong)
         raise InputError(
             f"{path} was trained with {said}: its weights do not fit. Use those settings, or another --output-dir."

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "frames": ("ddm_training.prepare", "FramesConfig"),
     "rooms": ("ddm_training.rooms", "RoomsConfig"),
     "train": ("ddm_training.train", "TrainConfig"),
+    "train-completion": ("ddm_training.train_completion", "TrainCompletionConfig"),
     "sample": ("ddm_training.sample", "SampleConfig"),
     "eval": ("ddm_training.evaluate", "EvalConfig"),
     "convert": ("ddm_training.convert", "ConvertConfig"),

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from ddm_training.errors import InputError
+from ddm_training.plots import CURVES_FILE
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.unet import SCHEDULER_FOLDER, UNET_FOLDER
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 ExportDtype = Literal["fp16", "fp32"]
-CURVES_FILE = "curves.png"
 
 
 def export_prior(
@@ -31,9 +32,22 @@ def export_prior(
     sheet: np.ndarray | None,
     dtype: ExportDtype = "fp16",
 ) -> None:
-    """Write or renew a prior folder.
+    """Write or renew a prior folder; see `replace_folder`."""
 
-    Files are replaced one by one, each at once, so that a reader beside a running training never meets half a file.
+    def write(part: Path) -> None:
+        _write(part, unet=unet, scheduler=scheduler, spec=spec, card=card, sheet=sheet, dtype=dtype)
+
+    replace_folder(folder, write)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write or renew the files of a folder.
+
+    They are replaced one by one, each at once, so that a reader beside a running training never meets half a file.
+
+    Args:
+        folder: made when absent; files that are not written again stay.
+        write: writes into an empty folder.
 
     Raises:
         InputError: the disk is full or the folder cannot be written.
@@ -44,13 +58,14 @@ def export_prior(
     try:
         if part.exists():
             shutil.rmtree(part)
-        _write(part, unet=unet, scheduler=scheduler, spec=spec, card=card, sheet=sheet, dtype=dtype)
+        part.mkdir(parents=True)
+        write(part)
         for path in sorted(p for p in part.rglob("*") if p.is_file()):
             target = folder / path.relative_to(part)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"prior {folder} could not be written ({error}): make room and run again.") from error
+        raise InputError(f"{folder} could not be written ({error}): make room and run again.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -67,7 +82,6 @@ def _write(
 ) -> None:
     from ddm_training.sheets import save_picture
 
-    folder.mkdir(parents=True)
     network = copy.deepcopy(unet)
     torch.nn.Module.to(network, torch.float16 if dtype == "fp16" else torch.float32)
     network.save_pretrained(folder / UNET_FOLDER, safe_serialization=True)

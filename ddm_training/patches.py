@@ -127,7 +127,7 @@ def resample_depth(
     return np.where(valid, 1.0 / np.where(valid, disparity, 1), 0).astype(np.float32), valid
 
 
-def fill_invalid(z: Float[np.ndarray, "p p"], valid: Bool[np.ndarray, "p p"]) -> Float[np.ndarray, "p p"]:
+def fill_invalid(z: Float[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
     """Invalid depth replaced by that of the nearest valid pixel."""
     if valid.all():
         return z
@@ -135,8 +135,8 @@ def fill_invalid(z: Float[np.ndarray, "p p"], valid: Bool[np.ndarray, "p p"]) ->
     return z[rows, columns]
 
 
-def change_color(rgb: Float[np.ndarray, "3 p p"], rng: np.random.Generator) -> Float[np.ndarray, "3 p p"]:
-    """Small changes of exposure, gamma, white balance and saturation; one patch in twenty becomes grey."""
+def change_color(rgb: Float[np.ndarray, "3 h w"], rng: np.random.Generator) -> Float[np.ndarray, "3 h w"]:
+    """Small changes of exposure, gamma, white balance and saturation; one in twenty becomes grey."""
     gain = np.exp(rng.uniform(-0.25, 0.25) + rng.uniform(-0.06, 0.06, (3, 1, 1))).astype(np.float32)
     gamma = np.float32(np.exp(rng.uniform(-0.25, 0.25)))
     saturation = np.float32(0.0 if rng.random() < 0.05 else rng.uniform(0.7, 1.25))

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ddm_training.plausibility import DEPTH_BINS, GRADIENT_BINS, gradient_size, histogram
 
+CURVES_FILE = "curves.png"  # of a training, beside what it exports
+
 
 def plot_training(path: Path, log: Path) -> None:
-    """Loss, and held-out depth loss per noise level, over the steps of a `log.jsonl`."""
+    """Loss, and held-out measures, over the steps of a `log.jsonl`: of a denoiser depth's loss per noise level."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in log.read_text().splitlines() if line]
@@ -21,11 +23,14 @@ def plot_training(path: Path, log: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(sorted(trained), [trained[step] for step in sorted(trained)])
-    left.set(xlabel="step", ylabel="training loss", yscale="log")
+    left.set(
+        xlabel="step", ylabel="training loss", yscale="log" if min(trained.values(), default=1.0) > 0 else "linear"
+    )
     steps = sorted(held_out)
-    for t in held_out[steps[-1]] if steps else ():
-        right.plot(steps, [held_out[step][t]["depth"] for step in steps], "o-", markersize=3, label=f"t = {t}")
-    right.set(xlabel="step", ylabel="held-out loss, depth channel", yscale="log")
+    for name in held_out[steps[-1]] if steps else ():
+        label = f"t = {name}" if name.isdigit() else name
+        right.plot(steps, [held_out[step][name]["depth"] for step in steps], "o-", markersize=3, label=label)
+    right.set(xlabel="step", ylabel="held-out error of depth", yscale="log")
     if steps:
         right.legend(fontsize="small", ncols=2)
     for axis in (left, right):

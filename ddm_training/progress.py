@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddm_training.train import StopRequest, TrainConfig
+    from ddm_training.loop import LoopConfig, StopRequest
 
 LOG_FILE = "log.jsonl"
 
@@ -32,12 +32,12 @@ def truncate_log(path: Path, step: int) -> None:
 class Journal:
     """Writes `log.jsonl` and TensorBoard events of a run, from step ``start`` on."""
 
-    def __init__(self, config: "TrainConfig", *, start: int, patches_per_step: int) -> None:
+    def __init__(self, config: "LoopConfig", *, start: int, unit: str, samples_per_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = config.output_dir / LOG_FILE
         truncate_log(self.path, start)
-        self._total, self._patches = config.max_train_steps, patches_per_step
+        self._total, self._unit, self._samples = config.max_train_steps, unit, samples_per_step
         self._board = SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=start + 1)
         self._last, self._time, self._pause = start, time.perf_counter(), 0.0
         self._bar = None
@@ -75,14 +75,14 @@ class Journal:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "patches_per_s": round(rate * self._patches, 2),
+            f"{self._unit}_per_s": round(rate * self._samples, 2),
             "data_wait": round(waited / seconds, 4),
             "seconds_left": round(left, 1),
         }
         self._write(line)
-        for key in ("loss", "lr", "grad_norm", "patches_per_s", "data_wait"):
+        for key in ("loss", "lr", "grad_norm", f"{self._unit}_per_s", "data_wait"):
             self._board.add_scalar(f"train/{key}", line[key], step)
-        text = f"loss {loss:.4f}  {line['patches_per_s']:.0f} patches/s  {left / 60:.0f} min left"
+        text = f"loss {loss:.4f}  {rate * self._samples:.0f} {self._unit}/s  {left / 60:.0f} min left"
         if self._bar is None:
             self.say(f"step {step}/{self._total}  {text}")
         else:
@@ -93,13 +93,15 @@ class Journal:
         """Validation losses and the sample sheet, as `Validation.run` gives them."""
         sheet = measured.pop("sheet", None)
         self._write({"step": step, **measured})
-        for t, losses in measured["val"].items():
+        for name, losses in measured["val"].items():
             for key, value in losses.items():
-                self._board.add_scalar(f"val_{key}/t={t}", value, step)
+                self._board.add_scalar(f"val_{key}/{'t=' * name.isdigit()}{name}", value, step)
         self._board.add_scalar("val/mean", measured["val_loss"], step)
         if sheet is not None:
             self._board.add_image("samples", sheet, step, dataformats="HWC")
-        depth = "  ".join(f"t={t} {losses['depth']:.4f}" for t, losses in measured["val"].items())
+        depth = "  ".join(
+            f"{'t=' * name.isdigit()}{name} {losses['depth']:.4f}" for name, losses in measured["val"].items()
+        )
         self.say(f"step {step}  validation {measured['val_loss']:.4f}  depth: {depth}")
         self._time = time.perf_counter()  # validation is not training time
 

@@ -1,52 +1,35 @@
-"""`ddm train`: training of the noise predictor. Running the same command again goes on where the last run ended.
+"""`ddm train`: training of the noise predictor of patches.
 
 Notation
     x, mask    patches [b, 4, P, P] in [-1, 1] and their depth validity [b, P, P]
     noise, t   noise [b, 4, P, P] and timesteps [b]
-    average    moving average of the weights: this is what is validated and exported
-
-The state of a training is tensors and one integer: samples, noise and learning rate are functions of the step alone.
 """
 
-import copy
-import json
-import math
-import multiprocessing
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ddm_training.errors import InputError
-from ddm_training.objective import LossType, learning_rate, noise_loss, update_average
+from ddm_training.loop import LoopConfig, run_loop
+from ddm_training.objective import LossType, noise_loss
 from ddm_training.unet import Preset
 
 if TYPE_CHECKING:
-    from ddm_training.patches import PatchConfig, PatchSampler
+    from ddm_training.patches import PatchConfig
+    from ddm_training.validation import PatchValidation
 
 LEVELS = (3, 20, 49, 99, 250, 500, 900)  # timesteps of validation; a NeRF uses 3 ... 99
-IMAGE_SIZE = (256, 192)  # pseudo image of the paper that a patch is a window of
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(LoopConfig):
     """Train an RGBD patch diffusion model on frame stores. Run the same command again to go on.
 
     On several devices: `accelerate launch -m ddm_training.cli train ...` or `torchrun -m ddm_training.cli train ...`.
     """
-
-    data: tuple[Path, ...]
-    """Frame stores, as `ddm rooms`, `ddm frames` and `ddm hypersim prepare` write them."""
-    data_weights: tuple[float, ...] | None = None
-    """Share of patches from each store; by default every frame is equally likely."""
-    output_dir: Path
-    """Checkpoints, log.jsonl, TensorBoard, and the exported `prior` folder go here."""
 
     preset: Preset = "tiny"
     """Network: prototype 1.8 M, tiny (ships in the wheel), small, paper (about 36 M parameters)."""
@@ -61,28 +44,6 @@ class TrainConfig:
     min_valid: float = 0.7
     """Smallest share of valid depth in a patch."""
 
-    train_batch_size: int = 32
-    """Patches per step and process."""
-    max_train_steps: int = 20_000
-    """Optimiser steps in all. May be raised to train a finished run further."""
-    max_train_minutes: float | None = None
-    """Stop with a checkpoint after this time; the same command goes on."""
-    learning_rate: float = 5e-4
-    """Peak learning rate; 1e-4 in the authors' code, whose batch is the same but whose run is 650,000 steps."""
-    lr_scheduler: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to zero at the last step, or constant."""
-    lr_warmup_steps: int = 200
-    """Steps of linear warm-up."""
-    adam_beta1: float = 0.9
-    """AdamW."""
-    adam_beta2: float = 0.99
-    """AdamW; .99 in the authors' code."""
-    adam_weight_decay: float = 0.0
-    """AdamW; none in the authors' code."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    ema_decay: float = 0.999
-    """Decay per step of the weights' moving average, reached by (1 + n) / (10 + n)."""
     loss_type: LossType = "l2"
     """L1 in the authors' code; L2 by default, because the score is the mean of the noise, not its median."""
     depth_loss_weight: float = 3.0
@@ -90,35 +51,11 @@ class TrainConfig:
     a NeRF follows the depth score almost alone."""
     timestep_bias: float = 0.5
     """Share of samples with t log-uniform in [3, 199), the range a NeRF uses; the rest is uniform over 1000."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Precision inside the network; noise, target and data are always fp32."""
-    torch_compile: bool = False
-    """Compile the network (a minute at the start)."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator where there is one."""
-    dataloader_num_workers: int = 1
-    """Processes that prepare patches; 0 prepares them in the loop. The samples do not depend on it."""
-    seed: int = 0
-    """Seed of weights, samples and noise."""
 
-    checkpointing_steps: int = 1000
-    """Steps between checkpoints."""
-    checkpoints_total_limit: int = 2
-    """Checkpoints kept; an old one goes only when the new one is whole."""
-    resume_from_checkpoint: str = "latest"
-    """latest (also right for a first run), none, or a checkpoint's name or path."""
-    validation_steps: int = 1000
-    """Steps between validations, each of which renews the prior folder."""
     validation_patches: int = 64
     """Held-out patches, the same every time."""
     num_validation_samples: int = 16
     """Unconditional samples on the sheet; 0 for none."""
-    logging_steps: int = 50
-    """Steps between lines of log.jsonl."""
-    export_dtype: Literal["fp16", "fp32"] = "fp16"
-    """Precision of the exported weights."""
-    license: str = "unknown"
-    """Licence of the weights, written to the model card."""
     push_to_hub: bool = False
     """Upload the prior folder at the end."""
     hub_model_id: str | None = None
@@ -127,16 +64,10 @@ class TrainConfig:
     """Make the uploaded repository private."""
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-                     "validation_steps", "validation_patches", "logging_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}.")
+        super().__post_init__()
+        self.require_at_least("validation_patches", 1)
         if not 0 <= self.timestep_bias <= 1:
             raise InputError(f"--timestep-bias must lie in [0, 1], found {self.timestep_bias}.")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"--learning-rate must be positive, found {self.learning_rate}.")
         if not self.focal_range[0] <= self.focal <= self.focal_range[1]:
             raise InputError(f"--focal {self.focal:g} must lie within --focal-range {self.focal_range}.")
         if self.push_to_hub and not self.hub_model_id:
@@ -159,238 +90,74 @@ class TrainConfig:
         train(self)
 
 
-class StopRequest:
-    """True once the time is over or the process was asked to end (SIGTERM, SIGINT, as clusters and people do)."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._signal = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        else:
-            self._previous = {}
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._signal:  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
-        self._signal = True
-
-    def __bool__(self) -> bool:
-        return self._signal or time.monotonic() > self._end
-
-    @property
-    def seconds_left(self) -> float:
-        return self._end - time.monotonic()
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
-def settings(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values."""
-    return json.loads(json.dumps(asdict(config), default=str))
-
-
-def make_loader(config: TrainConfig, sampler: "PatchSampler", *, start: int, rank: int, world: int) -> Iterator[Any]:
-    """Batches from step ``start`` on, prepared ahead by worker processes."""
-    from torch.utils.data import DataLoader
-
-    from ddm_training.patches import PatchBatches
-
-    batches = PatchBatches(
-        sampler,
-        seed=config.seed,
-        steps=config.max_train_steps,
-        batch_size=config.train_batch_size,
-        rank=rank,
-        world=world,
-        bias=config.timestep_bias,
-    )
-    workers = config.dataloader_num_workers
-
-    def ignore_signals(worker: int) -> None:
-        """The training process alone decides when to end; its workers go with it."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(start, config.max_train_steps),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=ignore_signals,
-            pin_memory=torch.cuda.is_available() and config.device == "auto",
-        )
-    )
-
-
 def train(config: TrainConfig) -> None:
-    """Train, validate, checkpoint and export as ``config`` says.
-
-    Raises:
-        InputError: bad stores or settings, a checkpoint that does not fit, a full disk, or a loss that is not finite.
-    """
-    from accelerate import Accelerator
-
-    from ddm_training.checkpoints import find_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
-    from ddm_training.export import CURVES_FILE
-    from ddm_training.patches import open_sampler
-    from ddm_training.plots import plot_training
-    from ddm_training.progress import Journal
-    from ddm_training.unet import NoisePredictor, add_noise, make_scheduler, make_unet
-    from ddm_training.validation import Validation
-
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
-    device, chief, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
-    sampler = open_sampler(config.data, "train", config.patch_config(), weights=config.data_weights)
-    validation = Validation(config, sampler, device=device, world=world) if chief else None
-
-    torch.manual_seed(config.seed)
-    network = make_unet(config.preset, patch_size=config.patch_size).to(device)
-    average = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=True,
-    )
-    start, notes = 0, [f"{len(sampler):,} frames, {world} process(es) on {device.type}"]
-    if chief:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(config.output_dir)
-    if found := find_checkpoint(config.output_dir, config.resume_from_checkpoint):
-        state, differing = load_checkpoint(found, settings(config))
-        network.load_state_dict(state["model"])
-        average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = int(state["step"])
-        notes.append(f"resuming from {found.name}")
-        notes += [f"--{k.replace('_', '-')} is {now}, was {was}" for k, (was, now) in sorted(differing.items())]
-
-    forward: Any = torch.compile(network) if config.torch_compile else network
-    model = accelerator.prepare(NoisePredictor(forward, bf16=config.mixed_precision == "bf16"))
-    abar = make_scheduler().alphas_cumprod.to(device)
-    journal = Journal(config, start=start, patches_per_step=config.train_batch_size * world) if chief else None
-    for note in notes if journal else []:
-        journal.say(note)  # pyright: ignore[reportOptionalMemberAccess]
-
-    def save(step: int) -> None:
-        if not all(p.isfinite().all() for p in network.parameters()):
-            raise InputError(f"weights are not finite after step {step}: training stopped, nothing was saved.")
-        if chief:
-            state = {"model": network.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()}
-            limit = config.checkpoints_total_limit
-            save_checkpoint(config.output_dir, step, state, settings(config), limit=limit)
-        accelerator.wait_for_everyone()
-
-    def validate_now(step: int) -> None:
-        if validation and journal:
-            journal.validation(step, validation.run(average, step))
-            plot_training(validation.folder / CURVES_FILE, journal.path)
-
-    stop = StopRequest(config.max_train_minutes)
-    step, saved, rate = start, start, 0.0
-    pending: list[Tensor] = []
-    loader: Any = None
-    try:
-        loader = make_loader(config, sampler, start=start, rank=accelerator.process_index, world=world)
-        waited = 0.0
-        while step < config.max_train_steps:
-            before = time.perf_counter()
-            batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
-            waited += time.perf_counter() - before
-
-            for group in optimizer.param_groups:
-                group["lr"] = rate = learning_rate(
-                    step,
-                    peak=config.learning_rate,
-                    warmup=config.lr_warmup_steps,
-                    total=config.max_train_steps if config.lr_scheduler == "cosine" else None,
-                )
-            x_t = add_noise(batch["x"], batch["noise"], abar[batch["t"]])
-            predicted = model(x_t, batch["t"])
-            loss = noise_loss(
-                predicted, batch["noise"], batch["mask"], kind=config.loss_type, depth_weight=config.depth_loss_weight
-            )
-            accelerator.backward(loss)
-            norm = nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            update_average(average, network, step, config.ema_decay)
-            pending.append(torch.stack([loss.detach(), norm]))
-            step += 1
-
-            ends = step == config.max_train_steps or agreed(stop, step, accelerator)
-            checkpoint = ends or step % config.checkpointing_steps == 0
-            validate = step % config.validation_steps == 0 or step == config.max_train_steps
-            if checkpoint or validate or step % config.logging_steps == 0:
-                statistics = reduce_statistics(pending, step, accelerator)
-                if journal:
-                    journal.tick(step, **statistics, lr=rate, waited=waited, stop=stop)
-                pending, waited = [], 0.0
-            if checkpoint:
-                save(step)
-                saved = step
-            if validate:
-                validate_now(step)
-                accelerator.wait_for_everyone()
-            if ends:
-                break
-        if validation and journal:
-            if step == start or (step % config.validation_steps and step < config.max_train_steps):
-                validate_now(step)
-            done = step >= config.max_train_steps
-            journal.say(
-                f"{'finished' if done else 'stopped'} at step {step}, checkpoint-{saved}, prior in {config.output_dir}"
-                + ("" if done else "; run the same command again to go on")
-            )
-            if config.push_to_hub and done:
-                validation.push()
-    finally:
-        stop.restore()
-        loader = None  # ends its workers, but for one that misses the word
-        end_workers()
-        if journal:
-            journal.close()
-        accelerator.end_training()
+    """Train as ``config`` says; see `run_loop`."""
+    run_loop(config, lambda: PatchTask(config))
 
 
-def end_workers() -> None:
-    """Kill what is left of the loader's workers: they ignore SIGTERM, and Python would wait for them for ever."""
-    for worker in multiprocessing.active_children():
-        worker.join(timeout=1.0)
-        worker.kill()
+class PatchTask:
+    """The denoiser of patches, as `run_loop` trains it."""
 
+    identity = ("preset", "patch_size")
+    unit = "patches"
 
-def agreed(stop: StopRequest, step: int, accelerator: Any) -> bool:
-    """Whether to end after this step, the same answer in every process; several of them ask each other seldom."""
-    if accelerator.num_processes == 1:
-        return bool(stop)
-    if step % 10:
-        return False
-    return bool(accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device), "sum") > 0)
+    def __init__(self, config: TrainConfig) -> None:
+        from ddm_training.patches import open_sampler
+        from ddm_training.unet import make_scheduler
 
+        self.config = config
+        self.sampler = open_sampler(config.data, "train", config.patch_config(), weights=config.data_weights)
+        self.frames = len(self.sampler)
+        self._abar = make_scheduler().alphas_cumprod
 
-def reduce_statistics(pending: list[Tensor], step: int, accelerator: Any) -> dict[str, float]:
-    """Mean loss and gradient norm of the steps since the last call, over all processes.
+    def make_network(self) -> nn.Module:
+        """Of the preset."""
+        from ddm_training.unet import make_unet
 
-    Raises:
-        InputError: one of them is not finite; called before each checkpoint, so that none holds such weights.
-    """
-    rows = torch.stack(pending).float()
-    if accelerator.num_processes > 1:
-        rows = accelerator.reduce(rows, "mean")
-    finite = torch.isfinite(rows).all(dim=1)
-    if not finite.all():
-        bad = step - len(pending) + int((~finite).nonzero()[0])
-        raise InputError(
-            f"loss {rows[bad - step, 0]:g}, gradient norm {rows[bad - step, 1]:g} at step {bad + 1}: training stopped; "
-            "the last checkpoint is from before it. Lower --learning-rate or use --mixed-precision no, and run again."
+        return make_unet(self.config.preset, patch_size=self.config.patch_size)
+
+    def wrap(self, network: Any) -> nn.Module:
+        """As (x_t, t) -> noise."""
+        from ddm_training.unet import NoisePredictor
+
+        return NoisePredictor(network, bf16=self.config.mixed_precision == "bf16")
+
+    def batches(self, *, rank: int, world: int) -> Dataset:
+        """Patches with their noise and timesteps."""
+        from ddm_training.patches import PatchBatches
+
+        config = self.config
+        return PatchBatches(
+            self.sampler,
+            seed=config.seed,
+            steps=config.max_train_steps,
+            batch_size=config.train_batch_size,
+            rank=rank,
+            world=world,
+            bias=config.timestep_bias,
         )
-    loss, norm = rows.mean(dim=0).tolist()
-    return {"loss": loss, "grad_norm": norm}
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Of the predicted noise."""
+        from ddm_training.unet import add_noise
+
+        self._abar = self._abar.to(batch["x"].device)
+        x_t = add_noise(batch["x"], batch["noise"], self._abar[batch["t"]])
+        return noise_loss(
+            model(x_t, batch["t"]),
+            batch["noise"],
+            batch["mask"],
+            kind=self.config.loss_type,
+            depth_weight=self.config.depth_loss_weight,
+        )
+
+    def validation(self, device: torch.device, world: int) -> "PatchValidation":
+        """Losses per noise level, samples, and the prior folder."""
+        from ddm_training.validation import PatchValidation
+
+        return PatchValidation(self.config, self.sampler, device=device, world=world)
+
+    def finish(self, validation: "PatchValidation") -> None:
+        """Upload, if so asked."""
+        if self.config.push_to_hub:
+            validation.push()

@@ -131,16 +131,20 @@ class _Plain(nn.Module):
         return self.unet(x_t, t).sample
 
 
-def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def load_weights(folder: Path, config: dict[str, Any]) -> "UNet2DModel":
+    """A diffusers network and its weights, read strictly.
+
+    Args:
+        folder: with `diffusion_pytorch_model.safetensors`.
+        config: content of its `config.json`.
+
+    Raises:
+        InputError: the weights are missing, damaged, or do not fit the config.
+    """
     from diffusers.models.unets.unet_2d import UNet2DModel
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if config.get("in_channels") != 4 or config.get("out_channels") != 4:
-        raise InputError(
-            f"{folder} predicts {config.get('out_channels')} from {config.get('in_channels')} channels; "
-            "an RGBD prior needs 4 and 4."
-        )
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise InputError(f"{path} is missing: weights are read from safetensors only, never from pickled files.")
@@ -159,7 +163,16 @@ def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
             f"{', '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}."
         )
     unet.load_state_dict(state)
-    read_input_precisely(unet)
+    return unet
+
+
+def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    if config.get("in_channels") != 4 or config.get("out_channels") != 4:
+        raise InputError(
+            f"{folder} predicts {config.get('out_channels')} from {config.get('in_channels')} channels; "
+            "an RGBD prior needs 4 and 4."
+        )
+    unet = read_input_precisely(load_weights(folder, config))
     return _Plain(nn.Module.to(unet, dtype))  # diffusers' own `to` warns about a case that is not ours
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from ddm_training.export import export_prior, model_card, parameter_count, push_prior
+from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.sample import draw_samples
@@ -52,22 +54,30 @@ def noise_losses(
     return result
 
 
+def held_out_stores(roots: Sequence[Path]) -> list[tuple[Path, list[Scene]]]:
+    """The held-out scenes of each store that has some; a store without is warned of.
+
+    Raises:
+        InputError: none of the stores has frames of split val.
+    """
+    stores = []
+    for root in roots:
+        try:
+            stores.append((root, open_store(root, "val")))
+        except InputError as error:
+            warnings.warn(f"not validated on {root}: {error}", stacklevel=2)
+    if not stores:
+        raise InputError(f"none of {', '.join(map(str, roots))} has scenes of split 'val': add held-out scenes.")
+    return stores
+
+
 def held_out(config: "TrainConfig") -> PatchSampler:
     """Sampler of held-out patches: the training's focal lengths, no other augmentation.
 
     Raises:
         InputError: none of the stores has frames of split val.
     """
-    from ddm_training.frames import open_store
-
-    stores = []
-    for root in config.data:
-        try:
-            stores.append(open_store(root, "val"))
-        except InputError as error:
-            warnings.warn(f"not validated on {root}: {error}", stacklevel=2)
-    if not stores:
-        raise InputError(f"none of {', '.join(map(str, config.data))} has scenes of split 'val': add held-out scenes.")
+    stores = [scenes for _, scenes in held_out_stores(config.data)]
     patches = PatchConfig(
         patch_size=config.patch_size,
         focal_range=config.focal_range,
@@ -78,7 +88,7 @@ def held_out(config: "TrainConfig") -> PatchSampler:
     return PatchSampler(stores, patches, weights=[1.0] * len(stores))
 
 
-class Validation:
+class PatchValidation:
     """Held-out patches and the facts about the training data, prepared once."""
 
     def __init__(self, config: "TrainConfig", sampler: PatchSampler, *, device: torch.device, world: int) -> None:

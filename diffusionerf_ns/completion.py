@@ -1,6 +1,9 @@
-"""Depth between the pixels whose depth is known: single wrong ones taken out, the rest interpolated along the image."""
+"""Depth between the pixels whose depth is known: single wrong ones taken out, the rest completed.
 
-from collections.abc import Sequence
+A prior may bring a network for it (`ddm_training.completion`); without one depth is interpolated along the image.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -8,11 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ddm_training import membrane
+
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
 SAME_SURFACE = 0.02  # relative difference of depth
 LEAST_PIXELS = 30  # of a patch of surface that is believed
-COLOUR_SIGMA = 0.02  # difference of colours, in [0, 1], across which depth may change
-WEAKEST_LINK = 1e-3  # between pixels of different colours
+
+Completer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rgb [h, w, 3] in [0, 1], planar depth [h, w], 0 where unknown) -> depth of all pixels and the relative error to
+expect of it, both [h, w]; the error is infinite where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +30,25 @@ class DepthMaps:
     """All maps, row by row, one after the other; 0 where unknown."""
     confirmed: Bool[Tensor, " pixels"]
     """Where another image's depth says the same."""
+    error: Float[Tensor, " pixels"]
+    """Relative error to expect of ``values``; infinite where it is not known."""
     shapes: Int[Tensor, "images 2"]
     """Height and width of each map."""
     starts: Int[Tensor, " images"]
     """Where in ``values`` each map begins."""
 
     @classmethod
-    def of(cls, maps: Sequence[Float[Tensor, "_h _w"]], confirmed: Sequence[Bool[Tensor, "_h _w"]]) -> "DepthMaps":
-        """From one map of depth an image and one of where it is confirmed."""
+    def of(
+        cls,
+        maps: Sequence[Float[Tensor, "_h _w"]],
+        confirmed: Sequence[Bool[Tensor, "_h _w"]],
+        error: Sequence[Float[Tensor, "_h _w"]],
+    ) -> "DepthMaps":
+        """From one map an image of depth, of where it is confirmed, and of the error to expect."""
         sizes = torch.tensor([depth.numel() for depth in maps])
         shapes = torch.tensor([depth.shape for depth in maps])
-        values, confirmed_values = (torch.cat([x.flatten() for x in parts]) for parts in (maps, confirmed))
-        return cls(values, confirmed_values, shapes, sizes.cumsum(0) - sizes)
+        flat = (torch.cat([x.flatten() for x in parts]) for parts in (maps, confirmed, error))
+        return cls(*flat, shapes, sizes.cumsum(0) - sizes)
 
     def to(self, device: torch.device | str) -> "DepthMaps":
         """The same on another device."""
@@ -42,8 +56,8 @@ class DepthMaps:
 
     def at(
         self, pixels: Int[Tensor, "k 3"], sizes: Int[Tensor, "images 2"]
-    ) -> tuple[Float[Tensor, " k"], Bool[Tensor, " k"]]:
-        """Depth at pixels of images, which may be larger or smaller than the maps, and whether it is confirmed.
+    ) -> tuple[Float[Tensor, " k"], Bool[Tensor, " k"], Float[Tensor, " k"]]:
+        """At pixels of images, which may be larger or smaller than the maps: depth, whether it is confirmed, and error.
 
         Args:
             pixels: image, row and column.
@@ -53,7 +67,7 @@ class DepthMaps:
         shape = self.shapes[image]
         row, column = ((pixels[:, 1:] + 0.5) * shape / sizes[image]).long().unbind(-1)
         place = self.starts[image] + row * shape[:, 1] + column
-        return self.values[place], self.confirmed[place]
+        return self.values[place], self.confirmed[place], self.error[place]
 
 
 def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> Float[Tensor, "h w"]:
@@ -78,36 +92,29 @@ def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> F
     return torch.from_numpy(np.where(size >= least, values, 0.0).astype(np.float32))
 
 
-def interpolate(rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
-    """Depth of all pixels from those that are known: inverse depth as a membrane that gives way where colours change.
+def by_membrane(
+    rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """The `Completer` that needs no network: interpolation along the image. How far it is off, it does not tell."""
+    filled = torch.from_numpy(membrane.interpolate(rgb.numpy(), depth.numpy()))
+    return filled, torch.full_like(filled, torch.inf)
+
+
+def find_completer(prior: str, revision: str | None = None) -> Completer | None:
+    """The `Completer` of a prior; None where it has none.
 
     Args:
-        rgb: in [0, 1].
-        depth: planar, 0 where unknown; some of it must be known.
+        prior: a built-in name, a prior folder, or a Hugging Face hub id.
+        revision: of a hub id.
 
-    Returns:
-        Planar depth in the same units, close to ``depth`` where that is known. Levin et al. 2004 interpolate colours
-        along grey values in this way.
+    Raises:
+        InputError: no such prior, or a network that cannot be read.
     """
-    from scipy.sparse import coo_matrix, diags
-    from scipy.sparse.linalg import spsolve
+    from ddm_training.completion import FOLDER, load_completer  # diffusers is slow to import
+    from diffusionerf_ns.prior import find_prior
 
-    colours, known = rgb.numpy(), depth.numpy() > 0
-    inverse = np.divide(1.0, depth.numpy(), where=known, out=np.zeros(known.shape))
-    ids, count = np.arange(known.size).reshape(known.shape), known.size
-    links, weights = [], []
-    for down, right in ((0, 1), (1, 0)):
-        a, b = _shifted(colours, down, right)
-        weight = np.exp(-((a - b) ** 2).sum(-1) / (2.0 * COLOUR_SIGMA**2)) + WEAKEST_LINK
-        links.append(np.stack([part.ravel() for part in _shifted(ids, down, right)]))
-        weights.append(weight.ravel())
-    (first, second), weight = np.concatenate(links, axis=1), np.concatenate(weights)
-    adjacency = coo_matrix((weight, (first, second)), shape=(count, count)).tocsr()
-    adjacency = adjacency + adjacency.T
-    trust = known.ravel().astype(np.float64)
-    laplacian = diags(np.asarray(adjacency.sum(axis=1)).ravel() + trust) - adjacency
-    filled = np.asarray(spsolve(laplacian.tocsc(), trust * inverse.ravel())).reshape(known.shape)
-    return torch.from_numpy((1.0 / filled.clip(min=inverse[known].min())).astype(np.float32))
+    folder = find_prior(prior, revision) / FOLDER
+    return load_completer(folder).complete if folder.is_dir() else None
 
 
 def _shifted(x: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:

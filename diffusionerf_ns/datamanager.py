@@ -18,7 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import patches, refine, stereo
+from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 
@@ -54,6 +54,8 @@ class StereoBatch:
     """Distance along each pixel ray to about where its surface is, scene units; 0 where even that is unknown."""
     confirmed: Bool[Tensor, " pixel_rays"]
     """Which of these distances another image confirms."""
+    error: Float[Tensor, " pixel_rays"]
+    """Relative error to expect of these distances; infinite where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Rays per step through pixels of the training images whose depth stereo knows, for the stereo depth term; 0
     leaves stereo out, and with it completed depth and what stereo tells of the scene's bounds and scale. Not in the
     paper."""
+    completion: Literal["prior", "membrane"] = "prior"
+    """How depth is completed between the pixels that stereo knows: by the prior's network, where it has one, or
+    interpolated along the image. Not in the paper."""
+    completion_prior: str | None = None
+    """Prior whose network that is; None: the model's."""
+    completion_revision: str | None = None
+    """Revision of a hub id."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +161,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         masks = None
         if self.train_dataparser_outputs.mask_filenames is not None:
             masks = [self.train_dataset[i]["mask"][..., 0] for i in range(len(self.train_dataset))]
-        matched = stereo.match(cameras, images, masks)
+        matched = stereo.match(cameras, images, masks, self._completer())
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(
@@ -176,6 +185,17 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             "centre": centre,
             "radius": radius,
         }
+
+    def _completer(self) -> completion.Completer:
+        """What completes depth, as the configuration says."""
+        prior = self.config.completion_prior
+        if self.config.completion == "membrane" or prior is None:
+            return completion.by_membrane
+        found = completion.find_completer(prior, self.config.completion_revision)
+        if found is None:
+            CONSOLE.print(f"The prior {prior} has no network that completes depth: it is interpolated.")
+            return completion.by_membrane
+        return found
 
     def set_ray_wishes(
         self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], StereoRequest | None]
@@ -221,12 +241,13 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
             if wanted.matched_rays:
                 bundles.append(bundle)
-            completed, confirmed = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
+            completed, confirmed, error = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
             batch["stereo"] = StereoBatch(
                 rays=slice(len(rays), len(rays) + len(chosen)),
                 distance=distance,
                 completed=completed * rays.metadata["directions_norm"][:, 0],
                 confirmed=confirmed,
+                error=error,
             )
         request = self._request()
         if request is None or request.count == 0:

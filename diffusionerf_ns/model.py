@@ -347,6 +347,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if c.completed_depth_weight > 0.0:
             n = len(stereo.completed)
             margin = torch.where(stereo.confirmed, c.confirmed_depth_margin, c.completed_depth_margin)
+            margin = margin.minimum(c.completed_error_factor * stereo.error)
             log["completed_depth"] = regularizers.coarse_depth(weights[:n], edges[:n], stereo.completed, margin)
             losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses

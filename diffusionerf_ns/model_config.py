@@ -114,6 +114,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """In its place where the interpolated depth of another image says the same. Of .05, .1 and .2, see
     docs/findings.md."""
 
+    completed_error_factor: float = 2.0
+    """Where the network that completes depth tells the error to expect, this times it costs nothing, if that is less
+    than the margins."""
+
     # Where the rays begin and end
     near_margin: float = 0.75
     """Where the scene's near bound is known, rays begin at this times it, or at `stereo_near_margin` times the nearest

@@ -1,10 +1,12 @@
-"""nerfstudio's pipeline, and the values of each image beside their means."""
+"""nerfstudio's pipeline: the data manager learns of the model's prior, and evaluation keeps each image's values."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+
+from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 
 
 @dataclass
@@ -15,7 +17,15 @@ class DiffusioNeRFPipelineConfig(VanillaPipelineConfig):
 
 
 class DiffusioNeRFPipeline(VanillaPipeline):
-    """Lets `ns-eval` write the metrics of every image, under "per_image", and not only their means."""
+    """The model's prior completes depth in the data manager; `ns-eval` writes the metrics of every image."""
+
+    def __init__(self, config: VanillaPipelineConfig, *args: Any, **kwargs: Any) -> None:
+        manager, model = config.datamanager, config.model
+        if isinstance(manager, DiffusioNeRFDataManagerConfig) and manager.completion_prior is None:
+            named = {"completion_prior": getattr(model, "prior", None)}
+            named["completion_revision"] = getattr(model, "prior_revision", None)
+            config = replace(config, datamanager=replace(manager, **named))
+        super().__init__(config, *args, **kwargs)
 
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False

@@ -2,7 +2,7 @@
 
 Few views can be matched densely: every pixel of a view is tried at a number of depths, and the depth at which the other
 views look most alike wins (Collins 1996; Yang and Pollefeys 2003), with a say of the pixels around (`semi_global`). It
-is silent without texture; there, depth interpolated from around (`completion`) tells roughly where a surface is.
+is silent without texture; there, depth completed from around (`completion`) tells roughly where a surface is.
 
 Notation
     z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
@@ -76,7 +76,7 @@ class MatchedDepth:
     depth: Float[Tensor, " n"]
     """Planar depth, scene units."""
     completed: completion.DepthMaps | None = None
-    """Planar depth of all pixels of each image, interpolated where it is not matched, scene units; 0 where another
+    """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
     image contradicts it, outside masks, and in images of which nothing is matched."""
 
     def __len__(self) -> int:
@@ -115,6 +115,7 @@ def match(
     cameras: Cameras,
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
     masks: Sequence[Bool[Tensor, "_h _w"] | None] | None = None,
+    complete: completion.Completer = completion.by_membrane,
 ) -> MatchedDepth:
     """Depth of all training images as far as they tell it, with no bounds given.
 
@@ -124,6 +125,7 @@ def match(
         cameras: of the images, perspective, in scene units.
         images: RGB.
         masks: of each image, the pixels that belong to the scene; None: all.
+        complete: gives the depth of all pixels from that of those that are matched.
     """
     centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
     distance = torch.cdist(centres, centres)
@@ -151,9 +153,11 @@ def match(
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
-    completed = [_inside(_complete(image, depth), mask) for image, depth, mask in zip(images, depths, masks)]
+    pairs = [_complete(image, depth, complete) for image, depth in zip(images, depths)]
+    completed = [_inside(depth, mask) for (depth, _), mask in zip(pairs, masks)]
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    return MatchedDepth(view, pixel, z, completion.DepthMaps.of(*cross_checked(fine, nearest, completed)))
+    maps = completion.DepthMaps.of(*cross_checked(fine, nearest, completed), [error for _, error in pairs])
+    return MatchedDepth(view, pixel, z, maps)
 
 
 def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> Float[Tensor, "h w"]:
@@ -164,13 +168,15 @@ def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> 
     return torch.where(small > 0, depth, 0.0)
 
 
-def _complete(image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
-    """Depth of all pixels of an image; 0 throughout where none is known."""
+def _complete(
+    image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"], complete: completion.Completer
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """Depth of all pixels of an image and its error; 0 throughout where none is known."""
     if not bool((depth > 0).any()):
-        return depth
+        return depth, torch.full_like(depth, torch.inf)
     rgb = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
     small = F.interpolate(rgb, size=depth.shape, mode="area")[0].permute(1, 2, 0)
-    return completion.interpolate(small, depth)
+    return complete(small, depth)
 
 
 def cross_checked(

@@ -360,15 +360,25 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, n
     assert float(model.collider.bounds[0]) == pytest.approx(begin)
 
 
-@pytest.mark.parametrize(("confirmed", "cost"), [(True, math.log(0.9 * 5 / 4)), (False, 0.0)])
-def test_completed_depth_is_held_closer_where_another_image_confirms_it(folders, confirmed, cost):
-    off = TERMS_OFF | {"completed_depth_weight": 0.3}
+@pytest.mark.parametrize(
+    ("confirmed", "error", "cost"),
+    [
+        (True, math.inf, math.log(0.9 * 5 / 4)),
+        (False, math.inf, 0.0),
+        (False, 0.05, math.log(0.9 * 5 / 4)),
+        (True, 0.02, math.log(0.96 * 5 / 4)),
+        (True, 0.2, math.log(0.9 * 5 / 4)),
+    ],
+)
+def test_completed_depth_is_held_closer_where_another_image_or_its_network_is_sure(folders, confirmed, error, cost):
+    off = TERMS_OFF | {"completed_depth_weight": 0.3, "completed_error_factor": 2.0}
     model = build(folders, confirmed_depth_margin=0.1, completed_depth_margin=0.3, **off).model
     known = StereoBatch(
         rays=slice(4, 4),
         distance=torch.zeros(0),
         completed=torch.full((4,), 5.0),
         confirmed=torch.full((4,), confirmed),
+        error=torch.full((4,), error),
     )
     log: dict[str, Any] = {}
     frustums = SimpleNamespace(starts=torch.full((4, 1, 1), 3.5), ends=torch.full((4, 1, 1), 4.5))

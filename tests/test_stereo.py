@@ -101,7 +101,7 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
     matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
     pixels = torch.tensor([[i, row, column] for i in range(3) for row in range(HEIGHT) for column in range(WIDTH)])
     assert matched.completed is not None
-    depth, confirmed = matched.completed.at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3))
+    depth, confirmed, _ = matched.completed.at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3))
     depth = depth.reshape(3, HEIGHT, WIDTH)
     plain = depth[:, 22:38, 32:48]
     known = matched.pixel[(matched.view == 1)].long()

@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         checkpoints.save_checkpoint(tmp_path, 2, {"model": torch.ones(3)}, {"preset": "tiny"}, limit=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    loaded, _ = checkpoints.load_checkpoint(tmp_path / "checkpoint-1", {"preset": "tiny"})
+    loaded, _ = checkpoints.load_checkpoint(tmp_path / "checkpoint-1", {"preset": "tiny"}, ("preset",))
     assert torch.equal(loaded["model"], torch.ones(3))
 
 
@@ -359,7 +359,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     content = (path / "state.pt").read_bytes()
     (path / "state.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="checkpoint-5 is not a readable checkpoint"):
-        checkpoints.load_checkpoint(path, {})
+        checkpoints.load_checkpoint(path, {}, ())
 
 
 def test_resume_choices(tmp_path):

@@ -200,7 +200,8 @@ def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool) -> s
             owner = owner[parent]
         owner.pop(name, None)
     model: Any = config.pipeline.model
-    if prior and (getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0)):
+    completes = getattr(config.pipeline.datamanager, "completion", None) == "prior"
+    if (prior and (getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0))) or completes:
         content["prior"] = prior_hash(model.prior, model.prior_revision)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

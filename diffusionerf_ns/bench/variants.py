@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 Method = Literal["diffusionerf", "diffusionerf-tiny"]
 SCORE = {"pipeline.model.score_weight": 1.0}
-NO_PRIOR = {"pipeline.model.score_weight": 0.0, "pipeline.model.refine_tau": 0.0}
+NO_PRIOR = {
+    "pipeline.model.score_weight": 0.0,
+    "pipeline.model.refine_tau": 0.0,
+    "pipeline.datamanager.completion": "membrane",
+}
 NO_STEREO = {
     "pipeline.model.stereo_depth_weight": 0.0,
     "pipeline.model.completed_depth_weight": 0.0,

@@ -1,0 +1,204 @@
+"""The network that completes depth: colours and the few pixels whose depth is known in, depth of all pixels out.
+
+Where the denoiser of patches knows what colour and depth look like together, this is the same knowledge asked the other
+way: depth, and how far it may be off, given the colours of a whole image and some of its depth. One pass, no sampling.
+
+It sees whole images in few pixels, as what is asked of it are walls, floors and the places of objects; what needs many
+pixels, the matches have.
+
+Notation
+    s        known planar depth, any unit; 0 where unknown                                  [b, h, w]
+    base     s interpolated to all pixels, see `membrane`                                   [b, h, w]
+    m        median of log s: the network sees log s - m and log base - m, never a unit     [b]
+    log_z    log base + the network's correction: the result                                [b, h, w]
+    log_b    log of the expected |error| of log_z, the scale of a Laplace distribution      [b, h, w]
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddm_training import membrane
+from ddm_training.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+FOLDER = "completion"  # in a prior folder
+SPEC_FILE = "completion.json"
+CHANNELS = 6  # red, green, blue, log s - m, whether s is known, log base - m
+STEM = 2  # pixels of a side that become channels: the network works at half the resolution
+WIDTHS = (48, 64, 96)
+MULTIPLE = STEM * 2 ** (len(WIDTHS) - 1)  # sides of what the network sees are multiples of this
+LOG_RANGE = 3.0  # what it sees of depth is held within a factor of 20 of the median
+LOG_B = (-6.0, 2.0)  # range of log_b
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionSpec:
+    """What a completion network was trained on, as `completion.json` says it."""
+
+    size: tuple[int, int] = (64, 48)
+    """Width and height in pixels of the images of the training: others are brought to about as many pixels."""
+    trained_on: tuple[str, ...] = ()
+    """Names of the training data."""
+    steps: int = 0
+    """Optimiser steps of the training."""
+    license: str = "unknown"
+    """Licence of the weights."""
+
+
+def network_input(
+    rgb: Float[Tensor, "b 3 h w"], known: Float[Tensor, "b h w"], base: Float[Tensor, "b h w"]
+) -> Float[Tensor, "b 6 h w"]:
+    """What the network sees.
+
+    Args:
+        rgb: in [0, 1].
+        known: planar depth, 0 where unknown.
+        base: the same interpolated.
+    """
+    given = known > 0
+    log_known = torch.where(given, known.clamp_min(1e-12).log(), torch.nan)
+    middle = torch.nan_to_num(log_known.flatten(1).nanmedian(dim=1).values)[:, None, None]
+    r = torch.where(given, log_known - middle, 0.0).clamp(-LOG_RANGE, LOG_RANGE)
+    r_base = (base.log() - middle).clamp(-LOG_RANGE, LOG_RANGE)
+    return torch.cat([2.0 * rgb - 1.0, torch.stack([r, given.float(), r_base], dim=1)], dim=1)
+
+
+def make_network() -> "UNet2DModel":
+    """A freshly initialised network; call inside a seeded context for reproducible weights."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    deep = len(WIDTHS) - 1
+    network = UNet2DModel(
+        in_channels=CHANNELS * STEM**2,
+        out_channels=2 * STEM**2,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * deep + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * deep,
+        norm_num_groups=8,
+        attention_head_dim=32,
+    )
+    nn.init.zeros_(network.conv_out.weight)  # it begins with the membrane
+    return network
+
+
+class DepthCompleter(nn.Module):
+    """(rgb, known, base) -> (log_z, log_b) through a diffusers network, under bf16 autocast if so asked.
+
+    Args:
+        unet: of `make_network`. Its timestep, which has no meaning here, is always 0.
+        spec: what it was trained on.
+        bf16: precision inside the network.
+    """
+
+    def __init__(self, unet: nn.Module, spec: CompletionSpec, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.unet, self.spec, self.bf16 = unet, spec, bf16
+
+    def forward(
+        self, rgb: Float[Tensor, "b 3 h w"], known: Float[Tensor, "b h w"], base: Float[Tensor, "b h w"]
+    ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
+        """Sides must be multiples of `MULTIPLE`; arguments as of `network_input`, depth in any unit."""
+        x = F.pixel_unshuffle(network_input(rgb, known, base), STEM)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            out = self.unet(x, torch.zeros((), dtype=torch.int64, device=x.device)).sample
+        correction, log_b = F.pixel_shuffle(out.float(), STEM).unbind(1)
+        return base.log() + correction, log_b.clamp(*LOG_B)
+
+    @torch.no_grad()
+    def complete(
+        self, rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]
+    ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+        """Depth of all pixels of an image of any size, in the unit of ``depth``, and its expected relative error.
+
+        Args:
+            rgb: in [0, 1].
+            depth: planar, 0 where unknown; some of it must be known.
+        """
+        height, width = depth.shape
+        size = working_size(height, width, self.spec.size)
+        mode = "area" if size[0] <= height else "nearest-exact"
+        small = F.interpolate(rgb.permute(2, 0, 1)[None], size=size, mode=mode)
+        known = torch.from_numpy(shrink_known(depth.numpy(), size))
+        base = torch.from_numpy(membrane.interpolate(small[0].permute(1, 2, 0).numpy(), known.numpy()))
+        results = self(small, known[None], base[None])
+        log_z, log_b = F.interpolate(torch.stack(results, dim=1), size=(height, width), mode="bilinear")[0]
+        return log_z.exp(), log_b.exp()
+
+
+def working_size(height: int, width: int, trained: tuple[int, int]) -> tuple[int, int]:
+    """Height and width near the image's shape, with about as many pixels as the training's, in multiples of 16."""
+    scale = (trained[0] * trained[1] / (height * width)) ** 0.5
+    return (
+        max(round(height * scale / MULTIPLE), 1) * MULTIPLE,
+        max(round(width * scale / MULTIPLE), 1) * MULTIPLE,
+    )
+
+
+def shrink_known(depth: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "_h _w"]:
+    """Known depth in fewer pixels: of the known ones under each new one the nearest surface, 0 where none is known."""
+    inverse = np.divide(1.0, depth, where=depth > 0, out=np.zeros(depth.shape, np.float32))[None, None]
+    nearest = F.adaptive_max_pool2d(torch.from_numpy(inverse.astype(np.float32)), size)[0, 0].numpy()
+    return np.divide(1.0, nearest, where=nearest > 0, out=np.zeros(size, np.float32))
+
+
+def completion_loss(
+    log_z: Float[Tensor, "b h w"],
+    log_b: Float[Tensor, "b h w"],
+    z: Float[Tensor, "b h w"],
+    valid: Bool[Tensor, "b h w"],
+    *,
+    spread_weight: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean over valid pixels of |e| + spread_weight (|e| / b + log b) with e = log_z - log z, and of |e| alone.
+
+    The second part is minus the log likelihood of a Laplace distribution. It teaches b alone: were it to teach z,
+    pixels that are known well would count most.
+    """
+    error = (log_z - z.clamp_min(1e-12).log()).abs().clamp_max(LOG_RANGE)
+    likelihood = error.detach() * torch.exp(-log_b) + log_b
+    count = valid.sum().clamp_min(1)
+    mean_error = torch.where(valid, error, 0.0).sum() / count
+    return mean_error + spread_weight * torch.where(valid, likelihood, 0.0).sum() / count, mean_error
+
+
+def save_completer(folder: Path, unet: "UNet2DModel", spec: CompletionSpec) -> None:
+    """Write network and spec into a folder, weights in the precision that they have."""
+    unet.save_pretrained(folder, safe_serialization=True)
+    (folder / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n")
+
+
+def load_completer(folder: Path, device: torch.device | str = "cpu") -> DepthCompleter:
+    """The network of a folder that `save_completer` wrote, frozen, computing in fp32.
+
+    Raises:
+        InputError: files are missing or damaged, or the weights do not fit.
+    """
+    from ddm_training.unet import load_weights
+
+    try:
+        content: dict[str, Any] = json.loads((folder / SPEC_FILE).read_text())
+        content |= {name: tuple(content[name]) for name in ("size", "trained_on") if name in content}
+        spec, config = CompletionSpec(**content), json.loads((folder / "config.json").read_text())
+        channels = config["in_channels"], config["out_channels"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{folder} is no completion network ({error}): make it again with `ddm train-completion`."
+        ) from error
+    if channels != (CHANNELS * STEM**2, 2 * STEM**2):
+        raise InputError(
+            f"{folder} predicts {channels[1]} from {channels[0]} channels; this version completes depth with "
+            f"{2 * STEM**2} from {CHANNELS * STEM**2}."
+        )
+    unet = nn.Module.to(load_weights(folder, config), torch.float32)  # diffusers' own `to` warns about another case
+    return DepthCompleter(unet, spec).to(device).eval().requires_grad_(False)

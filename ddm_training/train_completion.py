@@ -1,0 +1,208 @@
+"""`ddm train-completion`: training of the network that completes depth, on the frame stores of the denoiser.
+
+Errors are of log depth, that is relative ones, on held-out frames with made-up matches.
+"""
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ddm_training import completion
+from ddm_training.completion import FOLDER, CompletionSpec, DepthCompleter, completion_loss
+from ddm_training.errors import InputError
+from ddm_training.loop import LoopConfig, run_loop
+from ddm_training.patches import Stream
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+
+BATCH = 32  # of validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCompletionConfig(LoopConfig):
+    """Train the network that completes the depth that stereo knows. Run the same command again to go on.
+
+    Move the folder `completion` that it writes into a prior folder: priors with one complete depth by it.
+    """
+
+    size: tuple[int, int] = (64, 48)
+    """Width and height in pixels of what the network sees of an image, multiples of 8."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    ema_decay: float = 0.998
+    """Decay per step of the weights' moving average, reached by (1 + n) / (10 + n)."""
+    spread_weight: float = 0.025
+    """Weight of the likelihood that teaches how far off the depth may be."""
+    validation_samples: int = 256
+    """Held-out samples, the same every time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least("validation_samples", 1)
+        if any(side < completion.MULTIPLE or side % completion.MULTIPLE for side in self.size):
+            raise InputError(f"--size must be positive multiples of {completion.MULTIPLE}, found {self.size}.")
+
+    def main(self) -> None:
+        """Train."""
+        run_loop(self, lambda: CompletionTask(self))
+
+
+class CompletionTask:
+    """The completing network, as `run_loop` trains it."""
+
+    identity: tuple[str, ...] = ()
+    unit = "images"
+
+    def __init__(self, config: TrainCompletionConfig) -> None:
+        from ddm_training.completion_data import CompletionSampler
+        from ddm_training.frames import open_store
+
+        self.config = config
+        stores = [open_store(root, "train") for root in config.data]
+        self.sampler = CompletionSampler(stores, config.size, weights=config.data_weights)
+        self.frames = len(self.sampler)
+        self.spec = CompletionSpec(
+            size=config.size,
+            trained_on=tuple(sorted({scene.info.source for scene in self.sampler.scenes})),
+            license=config.license,
+        )
+
+    def make_network(self) -> nn.Module:
+        """The only one that there is."""
+        return completion.make_network()
+
+    def wrap(self, network: Any) -> nn.Module:
+        """As (rgb, known, base) -> depth and its spread."""
+        return DepthCompleter(network, self.spec, bf16=self.config.mixed_precision == "bf16")
+
+    def batches(self, *, rank: int, world: int) -> Dataset:
+        """Samples with made-up matches."""
+        from ddm_training.completion_data import CompletionBatches
+
+        config = self.config
+        return CompletionBatches(
+            self.sampler,
+            seed=config.seed,
+            steps=config.max_train_steps,
+            batch_size=config.train_batch_size,
+            rank=rank,
+            world=world,
+        )
+
+    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Of the completed depth and its spread."""
+        log_z, log_b = model(batch["rgb"], batch["known"], batch["base"])
+        return completion_loss(log_z, log_b, batch["z"], batch["valid"], spread_weight=self.config.spread_weight)[0]
+
+    def validation(self, device: torch.device, world: int) -> "CompletionValidation":
+        """Errors on held-out frames, and the exported network."""
+        return CompletionValidation(self.config, self.spec, device=device)
+
+    def finish(self, validation: Any) -> None:
+        """Nothing is left to do."""
+
+
+class CompletionValidation:
+    """Held-out samples of each store, prepared once."""
+
+    def __init__(self, config: TrainCompletionConfig, spec: CompletionSpec, *, device: torch.device) -> None:
+        self.config, self.spec, self.device = config, spec, device
+        self.stores = {
+            root.name: {key: value.to(device) for key, value in batch.items()} for root, batch in self._held_out()
+        }
+
+    def _held_out(self) -> Any:
+        from ddm_training.completion_data import CompletionSampler
+        from ddm_training.validation import held_out_stores
+
+        found = held_out_stores(self.config.data)
+        for root, scenes in found:
+            sampler: CompletionSampler = CompletionSampler([scenes], self.config.size, augment=False)
+            count = max(self.config.validation_samples // len(found), 1)
+            yield root, sampler.batch(seed=self.config.seed, stream=Stream.VALIDATION, step=0, first=0, count=count)
+
+    @property
+    def folder(self) -> Path:
+        """The exported network."""
+        return self.config.output_dir / FOLDER
+
+    @torch.no_grad()
+    def run(self, average: "UNet2DModel", step: int) -> dict[str, Any]:
+        """Mean |log error| where depth was not known, of the network ("depth") and of the membrane ("membrane")."""
+        model = DepthCompleter(average, self.spec, bf16=self.config.mixed_precision == "bf16").eval()
+        rows: dict[str, dict[str, float]] = {}
+        for name, data in self.stores.items():
+            unknown = data["valid"] & (data["known"] == 0)
+            parts = [
+                model(data["rgb"][i], data["known"][i], data["base"][i])
+                for i in torch.arange(len(unknown)).split(BATCH)
+            ]
+            log_z, log_b = (torch.cat(column) for column in zip(*parts))
+            truth = data["z"].clamp_min(1e-12).log()
+            error = (log_z - truth).abs()[unknown]
+            rows[name] = {
+                "depth": float(error.mean()),
+                "membrane": float((data["base"].log() - truth).abs()[unknown].mean()),
+                "expected": float(log_b.exp()[unknown].mean()),
+            }
+        measured = {"val_loss": sum(row["depth"] for row in rows.values()) / len(rows), "val": rows}
+        self._export(average, step, measured)
+        return measured
+
+    def _export(self, average: "UNet2DModel", step: int, measured: dict[str, Any]) -> None:
+        from ddm_training.export import parameter_count, replace_folder
+
+        spec = CompletionSpec(**(asdict(self.spec) | {"steps": step}))
+        network = nn.Module.to(
+            copy.deepcopy(average), torch.float16 if self.config.export_dtype == "fp16" else torch.float32
+        )
+        card = model_card(spec, self.config, parameters=parameter_count(average), measured=measured)
+
+        def write(folder: Path) -> None:
+            completion.save_completer(folder, network, spec)  # pyright: ignore[reportArgumentType]
+            (folder / "README.md").write_text(card)
+
+        replace_folder(self.folder, write)
+
+
+def model_card(
+    spec: CompletionSpec, config: TrainCompletionConfig, *, parameters: int, measured: dict[str, Any]
+) -> str:
+    """The README.md of a completion folder; all figures come from the arguments."""
+    rows = "\n".join(
+        f"| {name} | {row['membrane']:.4f} | {row['depth']:.4f} | {row['expected']:.4f} |"
+        for name, row in measured["val"].items()
+    )
+    return f"""---
+license: {spec.license.lower()}
+library_name: diffusers
+tags: [depth-completion, rgbd, nerf]
+---
+# Depth completion network of a prior
+
+Completes what stereo knows of an image's depth, made with `ddm train-completion`.
+
+| | |
+|---|---|
+| network | diffusers `UNet2DModel`, {parameters:,} parameters, EMA weights |
+| sees | images of {spec.size[0]} x {spec.size[1]} pixels: colours, known depth, and its membrane interpolation |
+| gives | a correction of the membrane's log depth, and the log of the error to expect |
+| trained on | {", ".join(spec.trained_on)}, with made-up matches |
+| training | {spec.steps:,} steps of {config.train_batch_size} images per process |
+| licence of the weights | {spec.license} |
+
+Mean |log error| where no depth is given, on held-out frames with made-up matches:
+
+| store | membrane | network | network's own expectation |
+|---|---|---|---|
+{rows}
+
+`curves.png` shows the losses over the training.
+"""

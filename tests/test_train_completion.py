@@ -1,0 +1,242 @@
+"""The network that completes depth: units, sizes, samples, training, resume to the bit, and what is exported."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ddm_training import completion, membrane
+from ddm_training.completion import CompletionSpec, DepthCompleter, completion_loss, load_completer, save_completer
+from ddm_training.completion_data import CompletionSampler
+from ddm_training.errors import InputError
+from ddm_training.frames import SceneWriter, open_store
+from ddm_training.patches import Stream
+from ddm_training.train_completion import TrainCompletionConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """Slanted textured planes with a plain box before them."""
+    root = tmp_path_factory.mktemp("store")
+    rng = np.random.default_rng(0)
+    for name, split in (("a", "train"), ("b", "val")):
+        writer = SceneWriter(root, name, split=split, source="toy", max_frames=4, height=72, width=96)
+        for index in range(4):
+            depth = np.linspace(2.0, 4.0, 96, dtype=np.float32)[None].repeat(72, 0) * rng.uniform(0.8, 1.3)
+            color = rng.integers(0, 256, (72, 96, 3)).astype(np.uint8)
+            depth[20:50, 30:60] = 1.5
+            color[20:50, 30:60] = 90
+            mask = rng.random((72, 96)) > 0.02
+            writer.add(color, depth, mask, intrinsics=(80.0, 80.0, 48.0, 36.0), name=f"{index}")
+        writer.close()
+    return root
+
+
+def config(store: Path, output: Path, **changed) -> TrainCompletionConfig:
+    small = {
+        "size": (32, 24),
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "checkpointing_steps": 2,
+        "validation_steps": 100,
+        "validation_samples": 4,
+        "logging_steps": 2,
+        "dataloader_num_workers": 0,
+        "mixed_precision": "no",
+        "device": "cpu",
+        "lr_warmup_steps": 1,
+    }
+    return TrainCompletionConfig(data=(store,), output_dir=output, **{**small, **changed})
+
+
+def scene(height: int = 24, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Colours and a tenth of the pixels' depth."""
+    generator = torch.Generator().manual_seed(0)
+    rgb = torch.rand(height, width, 3, generator=generator)
+    depth = 1.0 + torch.rand(height, width, generator=generator)
+    return rgb, torch.where(torch.rand(height, width, generator=generator) < 0.1, depth, 0.0)
+
+
+def untrained(**spec) -> DepthCompleter:
+    torch.manual_seed(0)
+    return DepthCompleter(completion.make_network(), CompletionSpec(size=(32, 24), **spec)).eval()
+
+
+def test_an_untrained_network_gives_the_membrane() -> None:
+    rgb, depth = scene()
+    completed, _ = untrained().complete(rgb, depth)
+    expected = membrane.interpolate(rgb.numpy(), depth.numpy())
+    bias = untrained().unet.conv_out.bias  # the last layer's weights are zero, its bias is not
+    assert float(bias.abs().max()) < 0.1
+    np.testing.assert_allclose(completed, expected, rtol=0.15)
+
+
+def test_depth_in_another_unit_gives_the_same_depth_in_that_unit() -> None:
+    rgb, depth = scene()
+    network = untrained()
+    torch.nn.init.normal_(network.unet.conv_out.weight, std=0.1)
+    (metres, error), (millimetres, same_error) = network.complete(rgb, depth), network.complete(rgb, 1000.0 * depth)
+    torch.testing.assert_close(millimetres, 1000.0 * metres, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(same_error, error, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (189, 252), (378, 504), (300, 200), (5, 7), (17, 200)])
+def test_images_of_any_size_are_completed_at_their_size(size) -> None:
+    rgb, depth = scene(*size)
+    depth[2, 3] = 1.5
+    completed, error = untrained().complete(rgb, depth)
+    assert completed.shape == error.shape == size
+    assert bool((completed > 0).all())
+    assert bool(error.isfinite().all())
+    height, width = completion.working_size(*size, (32, 24))
+    assert height % completion.MULTIPLE == width % completion.MULTIPLE == 0
+
+
+def test_of_known_depth_under_a_pixel_the_nearest_stays() -> None:
+    depth = np.zeros((4, 6), np.float32)
+    depth[0, 0], depth[1, 1], depth[3, 5] = 3.0, 2.0, 5.0
+    np.testing.assert_allclose(completion.shrink_known(depth, (2, 3)), [[2.0, 0, 0], [0, 0, 5.0]])
+
+
+def test_the_loss_is_a_mean_over_valid_pixels_and_its_spread_part_moves_the_spread_alone() -> None:
+    z = torch.full((1, 2, 2), 2.0)
+    log_z = (z.log() + 0.3).requires_grad_()
+    log_b = torch.full((1, 2, 2), math.log(0.1), requires_grad=True)
+    valid = torch.tensor([[[True, False], [False, False]]])
+    loss, error = completion_loss(log_z, log_b, z, valid, spread_weight=0.5)
+    assert float(error) == pytest.approx(0.3, rel=1e-5)
+    assert float(loss) == pytest.approx(0.3 + 0.5 * (3.0 + math.log(0.1)), rel=1e-5)
+    loss.backward()
+    assert log_z.grad is not None
+    assert log_b.grad is not None
+    assert log_z.grad[0, 0, 0] == pytest.approx(1.0)
+    assert log_b.grad[0, 0, 0] == pytest.approx(0.5 * (1.0 - 3.0))
+    assert not log_z.grad.flatten()[1:].any()
+    # The spread is right where it equals the error.
+    log_b = torch.full((1, 2, 2), math.log(0.3), requires_grad=True)
+    completion_loss(log_z.detach(), log_b, z, valid, spread_weight=0.5)[0].backward()
+    assert log_b.grad is not None
+    assert float(log_b.grad.abs().max()) < 1e-5
+
+
+def test_samples_follow_from_seed_step_and_index_alone(store) -> None:
+    sampler = CompletionSampler([open_store(store, "train")], (32, 24))
+    whole = sampler.batch(seed=1, stream=Stream.TRAIN, step=5, first=0, count=4)
+    part = sampler.batch(seed=1, stream=Stream.TRAIN, step=5, first=2, count=2)
+    for name, values in part.items():
+        assert torch.equal(values, whole[name][2:])
+    assert not torch.equal(whole["rgb"][0], whole["rgb"][1])
+    assert whole["rgb"].shape == (4, 3, 24, 32)
+    assert whole["z"].shape == whole["known"].shape == whole["base"].shape == whole["valid"].shape == (4, 24, 32)
+
+
+def test_a_sample_knows_true_depth_where_it_knows_any(store) -> None:
+    sampler = CompletionSampler([open_store(store, "train")], (32, 24), augment=False)
+    batch = sampler.batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=8)
+    known = (batch["known"] > 0) & batch["valid"]
+    off = (batch["known"] / batch["z"] - 1.0).abs()[known]
+    assert 0.02 < known.float().mean() < 0.9
+    assert off.median() < 0.05
+    assert bool((batch["base"] > 0).all())
+
+
+def test_training_learns_resumes_to_the_bit_and_exports(store, tmp_path) -> None:
+    config(store, tmp_path / "whole").main()
+    for steps in (2, 4, 6):
+        config(store, tmp_path / "parts", max_train_steps=steps, lr_scheduler="constant").main()
+    config(store, tmp_path / "constant", lr_scheduler="constant").main()
+    a, b = (
+        torch.load(tmp_path / name / "checkpoint-6" / "state.pt", weights_only=True) for name in ("parts", "constant")
+    )
+    for name, value in a["ema"].items():
+        assert torch.equal(value, b["ema"][name]), name
+    folder = tmp_path / "whole" / completion.FOLDER
+    assert {p.name for p in folder.iterdir()} == {
+        "README.md", "completion.json", "config.json", "curves.png", "diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    spec = load_completer(folder).spec
+    assert spec == CompletionSpec(size=(32, 24), trained_on=("toy",), steps=6)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert all(row["images_per_s"] > 0 for row in rows if "loss" in row)
+    measured = rows[-1]["val"]["store0" if "store0" in rows[-1]["val"] else store.name]
+    assert set(measured) == {"depth", "membrane", "expected"}
+    card = (folder / "README.md").read_text()
+    assert f"{measured['depth']:.4f}" in card
+    assert "toy, with made-up matches" in card
+
+
+@pytest.mark.slow
+def test_a_little_training_beats_the_membrane_on_what_it_saw(store, tmp_path) -> None:
+    config(store, tmp_path, max_train_steps=60, train_batch_size=8, learning_rate=2e-3, ema_decay=0.9).main()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    measured = next(row["val"] for row in reversed(rows) if "val" in row)[store.name]
+    assert measured["depth"] < 0.9 * measured["membrane"]
+
+
+def test_a_saved_network_completes_the_same(tmp_path) -> None:
+    network = untrained(trained_on=("rooms",), steps=3)
+    torch.nn.init.normal_(network.unet.conv_out.weight, std=0.1)
+    save_completer(tmp_path, network.unet, network.spec)  # pyright: ignore[reportArgumentType]
+    loaded = load_completer(tmp_path)
+    assert loaded.spec == network.spec
+    rgb, depth = scene()
+    torch.testing.assert_close(loaded.complete(rgb, depth), network.complete(rgb, depth))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "completion.json").unlink(), "is no completion network"),
+        (lambda folder: (folder / "completion.json").write_text('{"colour": 1}'), "is no completion network"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is no completion network"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"in_channels": 4, "out_channels": 4}'),
+            "from 4 channels",
+        ),
+        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 50), "cannot be read"),
+    ],
+)
+def test_a_damaged_network_is_refused_by_name(damage, message, tmp_path) -> None:
+    network = untrained()
+    save_completer(tmp_path, network.unet, network.spec)  # pyright: ignore[reportArgumentType]
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_completer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": (30, 24)}, "--size must be positive multiples of 8"),
+        ({"size": (0, 24)}, "--size must be positive multiples of 8"),
+        ({"validation_samples": 0}, "--validation-samples must be at least 1"),
+        ({"train_batch_size": 0}, "--train-batch-size must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_name_their_flag(changed, message, store, tmp_path) -> None:
+    with pytest.raises(InputError, match=message):
+        config(store, tmp_path, **changed)
+
+
+def test_bad_data_weights_and_frames_without_texture_are_refused(store, tmp_path) -> None:
+    with pytest.raises(InputError, match="--data-weights needs one number"):
+        CompletionSampler([open_store(store, "train")], (32, 24), weights=[0.5, 0.5])
+    writer = SceneWriter(tmp_path, "plain", split="train", source="toy", max_frames=1, height=48, width=64)
+    frame = np.full((48, 64, 3), 99, np.uint8), np.full((48, 64), 2.0, np.float32), np.zeros((48, 64), bool)
+    writer.add(*frame, intrinsics=(60.0, 60.0, 32.0, 24.0), name="0")
+    writer.close()
+    sampler = CompletionSampler([open_store(tmp_path, "train")], (32, 24))
+    with pytest.raises(InputError, match="next to no texture or valid depth"):
+        sampler.batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=1)
