@@ -60,6 +60,12 @@ def test_variants_change_what_their_names_say_and_nothing_of_the_preset(tmp_path
     assert all(models[name].score_weight == 1.0 for name in scored)
     assert models["refinement-only"].score_weight == 0.0
     assert manager.image_patch_share == 0.0
+    managers = {name: configure(make_job(tmp_path, variant=name), tmp_path).pipeline.datamanager for name in models}
+    without = ("photometric", "paper-geometric", "geometric", "no-completion")
+    assert [managers[name].completion for name in without] == ["membrane"] * 4
+    assert managers["default"].completion == managers["full"].completion == "prior"
+    assert models["paper-geometric"].stereo_depth_weight == models["paper-geometric"].completed_depth_weight == 0.0
+    assert models["paper-geometric"].frustum_weight == models["geometric"].frustum_weight > 0.0
     assert (models["tau-zero"].tau_start, models["tau-zero"].tau_end) == (0.0, 0.0)
     assert describe(diffusionerf_tiny.config) == before
 
@@ -110,6 +116,8 @@ def test_the_hash_sees_what_decides_the_result_and_nothing_else(tmp_path: Path) 
         digest(seed=1),
         digest(views=6),
         digest(variant="geometric"),
+        digest(variant="no-completion"),
+        digest(overrides={"pipeline.datamanager.completion": "membrane"}),
         digest(variant="nerfacto"),
         digest(downscale_factor=2),
         digest(overrides={"pipeline.model.score_weight": 2.0}),

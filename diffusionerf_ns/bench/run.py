@@ -10,8 +10,8 @@ from ddm_training.errors import InputError
 from diffusionerf_ns.bench.engines import EngineConfig
 
 VariantName = Literal[
-    "default", "photometric", "geometric", "refinement-only", "full", "no-image-patches", "tau-zero", "no-refinement",
-    "no-stereo", "nerfacto",
+    "default", "photometric", "paper-geometric", "geometric", "refinement-only", "no-completion", "full",
+    "no-image-patches", "tau-zero", "no-refinement", "no-stereo", "nerfacto",
 ]  # fmt: skip
 
 

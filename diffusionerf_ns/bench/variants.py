@@ -60,16 +60,22 @@ VARIANTS: dict[str, Variant] = {
             ablation="DiffusioNeRF, photometric only",
         ),
         Variant(
-            name="geometric",
-            title="geometric baseline",
-            overrides=NO_PRIOR,
+            name="paper-geometric",
+            title="the paper's geometric terms, no stereo",
+            overrides=NO_PRIOR | NO_STEREO,
             ablation="DiffusioNeRF, geometric baseline",
         ),
+        Variant(name="geometric", title="geometric baseline", overrides=NO_PRIOR),
         Variant(name="default", title="as the preset has it"),
         Variant(
             name="refinement-only",
             title="prior refines views, no score in training",
             overrides={"pipeline.model.score_weight": 0.0},
+        ),
+        Variant(
+            name="no-completion",
+            title="prior refines views, does not complete depth",
+            overrides={"pipeline.model.score_weight": 0.0, "pipeline.datamanager.completion": "membrane"},
         ),
         Variant(name="full", title="full: score in training as well", overrides=SCORE, ablation="DiffusioNeRF"),
         Variant(
