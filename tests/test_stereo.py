@@ -181,7 +181,7 @@ def test_an_image_of_which_nothing_is_matched_and_what_a_mask_leaves_out_stay_un
     assert float(matched.pixel[matched.view == 0][:, 0].min()) > 40.0
     assert matched.completed is not None
     sizes = torch.tensor([[HEIGHT, WIDTH]] * 3)
-    depth, _ = matched.completed.at(torch.tensor([[2, 30, 40], [0, 30, 20], [0, 30, 60]]), sizes)
+    depth, _, _ = matched.completed.at(torch.tensor([[2, 30, 40], [0, 30, 20], [0, 30, 60]]), sizes)
     assert depth[:2].tolist() == [0.0, 0.0]
     assert float(depth[2]) == pytest.approx(4.0, rel=0.05)
 
