@@ -161,7 +161,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         masks = None
         if self.train_dataparser_outputs.mask_filenames is not None:
             masks = [self.train_dataset[i]["mask"][..., 0] for i in range(len(self.train_dataset))]
-        matched = stereo.match(cameras, images, masks, self._completer())
+        by, completer = self._completer()
+        matched = stereo.match(cameras, images, masks, completer)
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(
@@ -171,8 +172,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             return
         near, far = matched.near_far()
         CONSOLE.print(
-            f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, in "
-            f"{seconds:.1f} s."
+            f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {by} between "
+            f"them, in {seconds:.1f} s."
         )
         self._matched = matched
         self._completed = matched.completed.to(self.device)
@@ -186,16 +187,15 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             "radius": radius,
         }
 
-    def _completer(self) -> completion.Completer:
-        """What completes depth, as the configuration says."""
+    def _completer(self) -> tuple[str, completion.Completer]:
+        """What the configuration says that depth is completed by, in words and as a function."""
         prior = self.config.completion_prior
-        if self.config.completion == "membrane" or prior is None:
-            return completion.by_membrane
-        found = completion.find_completer(prior, self.config.completion_revision)
-        if found is None:
-            CONSOLE.print(f"The prior {prior} has no network that completes depth: it is interpolated.")
-            return completion.by_membrane
-        return found
+        if self.config.completion == "prior" and prior is not None:
+            found = completion.find_completer(prior, self.config.completion_revision)
+            if found is not None:
+                return f"completed by the prior {prior}", found
+            CONSOLE.print(f"The prior {prior} has no network that completes depth.")
+        return "interpolated", completion.by_membrane
 
     def set_ray_wishes(
         self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], StereoRequest | None]

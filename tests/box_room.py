@@ -138,11 +138,12 @@ def remember_stereo(monkeypatch: Any) -> None:
 
     plain = stereo.match
 
-    def match(cameras: Any, images: list[np.ndarray], masks: Any) -> Any:
+    def match(cameras: Any, images: list[np.ndarray], masks: Any, complete: Any) -> Any:
         shapes = [] if masks is None else [mask.numpy().tobytes() for mask in masks]
-        key = (cameras.camera_to_worlds.numpy().tobytes(), *(image.tobytes() for image in images), *shapes)
+        by = getattr(complete, "__qualname__", repr(complete))
+        key = (by, cameras.camera_to_worlds.numpy().tobytes(), *(image.tobytes() for image in images), *shapes)
         if key not in _MATCHED:
-            _MATCHED[key] = plain(cameras, images, masks)
+            _MATCHED[key] = plain(cameras, images, masks, complete)
         return _MATCHED[key]
 
     monkeypatch.setattr(stereo, "match", match)

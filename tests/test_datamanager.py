@@ -13,6 +13,7 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from PIL import Image
 
+from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
 from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import patches
@@ -194,6 +195,36 @@ def test_pixel_rays_are_told_about_where_their_walls_are(make):
     assert float((roughly / true - 1.0)[told].abs().median()) < 0.05
     assert float(((roughly / true - 1.0)[told].abs() > 0.3).float().mean()) < 0.1
     assert float(((roughly / true - 1.0)[sure].abs() > 0.2).float().mean()) < 0.02
+
+
+def test_depth_is_completed_by_the_network_of_a_prior_that_has_one(make, tmp_path, capsys):
+    torch.manual_seed(0)
+    network = make_network()
+    torch.nn.init.constant_(network.conv_out.bias, 0.0)
+    save_completer(tmp_path / FOLDER, network, CompletionSpec(size=(32, 24)))
+    completed = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
+    assert f"completed by the prior {tmp_path}" in " ".join(capsys.readouterr().out.split()).replace("/ ", "/")
+    interpolated = make(stereo_rays_per_batch=24, completion="membrane", completion_prior=str(tmp_path))
+    assert "interpolated between them" in " ".join(capsys.readouterr().out.split())
+    # Its correction is nought, so it gives the membrane of few pixels, and an error of e^0 as its bias says.
+    assert bool((completed._completed.error == 1.0).all())
+    assert bool(interpolated._completed.error.isinf().all())
+    both = (completed._completed.values > 0) & (interpolated._completed.values > 0)
+    assert both.float().mean() > 0.8
+    ratio = (completed._completed.values / interpolated._completed.values)[both]
+    assert 0.0 < (ratio - 1.0).abs().median() < 0.03
+
+
+def test_a_prior_without_a_network_interpolates_and_says_so(make, tmp_path, capsys):
+    manager = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
+    assert "has no network that completes depth" in " ".join(capsys.readouterr().out.split())
+    assert bool(manager._completed.error.isinf().all())
+
+
+def test_a_damaged_network_stops_the_run_before_it_starts(make, tmp_path):
+    (tmp_path / FOLDER).mkdir()
+    with pytest.raises(InputError, match="is no completion network"):
+        make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
 
 
 def test_rays_through_matched_pixels_are_made_only_where_they_are_wanted(manager):

@@ -388,6 +388,18 @@ def test_completed_depth_is_held_closer_where_another_image_or_its_network_is_su
     assert float(losses["completed_depth_loss"]) == pytest.approx(0.3 * cost)
 
 
+def test_the_data_manager_is_told_of_the_models_prior_unless_it_names_its_own(folders):
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = folders[0]
+    config.datamanager.stereo_rays_per_batch = 0
+    config.model.prior, config.model.prior_revision = str(folders[2]), "v1"
+    manager = config.setup(device="cpu", test_mode="val").datamanager.config
+    assert (manager.completion_prior, manager.completion_revision) == (str(folders[2]), "v1")
+    assert config.datamanager.completion_prior is None, "the configuration that is saved stays as it was given"
+    config.datamanager.completion_prior = "another"
+    assert config.setup(device="cpu", test_mode="val").datamanager.config.completion_prior == "another"
+
+
 @pytest.mark.parametrize("name", ["completed_depth_margin", "confirmed_depth_margin"])
 @pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])
 def test_a_margin_that_is_no_share_of_the_depth_is_refused(name, margin):
