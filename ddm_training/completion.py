@@ -54,6 +54,10 @@ class CompletionSpec:
     license: str = "unknown"
     """Licence of the weights."""
 
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or any(not isinstance(n, int) or n < MULTIPLE or n % MULTIPLE for n in self.size):
+            raise ValueError(f"size must be a width and a height in multiples of {MULTIPLE}, found {self.size}")
+
 
 def network_input(
     rgb: Float[Tensor, "b 3 h w"], known: Float[Tensor, "b h w"], base: Float[Tensor, "b h w"]
@@ -131,13 +135,20 @@ class DepthCompleter(nn.Module):
         small = F.interpolate(rgb.permute(2, 0, 1)[None], size=size, mode=mode)
         known = torch.from_numpy(shrink_known(depth.numpy(), size))
         base = torch.from_numpy(membrane.interpolate(small[0].permute(1, 2, 0).numpy(), known.numpy()))
-        results = self(small, known[None], base[None])
-        log_z, log_b = F.interpolate(torch.stack(results, dim=1), size=(height, width), mode="bilinear")[0]
-        return log_z.exp(), log_b.exp()
+        log_z, log_b = self(small, known[None], base[None])
+        error = log_b.exp() + 0.5 * local_range(log_z)
+        log_z, error = F.interpolate(torch.stack([log_z, error], dim=1), size=(height, width), mode="bilinear")[0]
+        return log_z.exp(), error
+
+
+def local_range(x: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+    """Largest less smallest value among the 3 x 3 pixels about each: between two of them, enlarging makes up values."""
+    high, low = (F.max_pool2d(sign * x, 3, stride=1, padding=1) for sign in (1.0, -1.0))
+    return high + low
 
 
 def working_size(height: int, width: int, trained: tuple[int, int]) -> tuple[int, int]:
-    """Height and width near the image's shape, with about as many pixels as the training's, in multiples of 16."""
+    """Height and width near the image's shape, with about as many pixels as the training's, in multiples of 8."""
     scale = (trained[0] * trained[1] / (height * width)) ** 0.5
     return (
         max(round(height * scale / MULTIPLE), 1) * MULTIPLE,
@@ -178,8 +189,8 @@ def save_completer(folder: Path, unet: "UNet2DModel", spec: CompletionSpec) -> N
     (folder / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n")
 
 
-def load_completer(folder: Path, device: torch.device | str = "cpu") -> DepthCompleter:
-    """The network of a folder that `save_completer` wrote, frozen, computing in fp32.
+def load_completer(folder: Path) -> DepthCompleter:
+    """The network of a folder that `save_completer` wrote, frozen, in fp32 on the CPU: an image needs it once.
 
     Raises:
         InputError: files are missing or damaged, or the weights do not fit.
@@ -201,4 +212,4 @@ def load_completer(folder: Path, device: torch.device | str = "cpu") -> DepthCom
             f"{2 * STEM**2} from {CHANNELS * STEM**2}."
         )
     unet = nn.Module.to(load_weights(folder, config), torch.float32)  # diffusers' own `to` warns about another case
-    return DepthCompleter(unet, spec).to(device).eval().requires_grad_(False)
+    return DepthCompleter(unet, spec).eval().requires_grad_(False)

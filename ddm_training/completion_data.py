@@ -75,15 +75,16 @@ class CompletionSampler:
         zoom = min(scene.info.width / width, scene.info.height / height)
         if self.augment and rng.random() > WHOLE:
             zoom *= math.exp(rng.uniform(-math.log(CLOSEST), 0.0))
-        left = rng.uniform(0.0, scene.info.width - width * zoom) if self.augment else 0.0
-        top = rng.uniform(0.0, scene.info.height - height * zoom) if self.augment else 0.0
+        room = max(scene.info.width - width * zoom, 0.0), max(scene.info.height - height * zoom, 0.0)
+        left, top = (rng.uniform(0.0, side) if self.augment else 0.5 * side for side in room)
         column, row = (
             np.minimum((start + (np.arange(count) + 0.5) * zoom).astype(int), limit - 1)
             for start, count, limit in ((left, width, scene.info.width), (top, height, scene.info.height))
         )
         picture = Image.fromarray(np.asarray(scene.color[index]))
         how = Image.Resampling.BOX if zoom > 1.2 else Image.Resampling.BILINEAR
-        part = picture.resize((width, height), how, box=(left, top, left + width * zoom, top + height * zoom))
+        box = left, top, min(left + width * zoom, scene.info.width), min(top + height * zoom, scene.info.height)
+        part = picture.resize((width, height), how, box=box)
         rgb = np.asarray(part, np.float32).transpose(2, 0, 1) / 255.0
         z = np.asarray(scene.depth[index], np.float32)[np.ix_(row, column)]
         valid = np.asarray(scene.mask[index])[np.ix_(row, column)]

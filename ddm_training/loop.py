@@ -247,9 +247,15 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
         remove_leftovers(config.output_dir)
     if found := find_checkpoint(config.output_dir, config.resume_from_checkpoint):
         state, differing = load_checkpoint(found, settings(config), task.identity)
-        network.load_state_dict(state["model"])
-        average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            network.load_state_dict(state["model"])
+            average.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{found} holds the weights of another network ({reason}): use another --output-dir."
+            ) from error
         start = int(state["step"])
         notes.append(f"resuming from {found.name}")
         notes += [f"--{k.replace('_', '-')} is {now}, was {was}" for k, (was, now) in sorted(differing.items())]

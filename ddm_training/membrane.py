@@ -42,5 +42,6 @@ def interpolate(rgb: Float[np.ndarray, "h w 3"], depth: Float[np.ndarray, "h w"]
     band[0] = diagonal
     band[1, :, :-1] -= down
     band[height, :-1] -= right
-    x = solveh_banded(band.reshape(height + 1, -1), (known * inverse).ravel(), lower=True, check_finite=False)
+    band, target = band.reshape(height + 1, -1), (known * inverse).ravel()
+    x = solveh_banded(band, target, lower=True, overwrite_ab=True, overwrite_b=True, check_finite=False)
     return (1.0 / x.reshape(width, height).clip(min=inverse[known].min())).T.astype(np.float32)

@@ -114,9 +114,12 @@ class CompletionValidation:
 
     def __init__(self, config: TrainCompletionConfig, spec: CompletionSpec, *, device: torch.device) -> None:
         self.config, self.spec, self.device = config, spec, device
-        self.stores = {
-            root.name: {key: value.to(device) for key, value in batch.items()} for root, batch in self._held_out()
-        }
+        self.stores: dict[str, dict[str, Tensor]] = {}
+        for root, batch in self._held_out():
+            if not bool((batch["valid"] & (batch["known"] == 0)).any()):
+                raise InputError(f"held-out frames of {root} have no depth to complete: all that is valid is matched.")
+            name = root.name if root.name not in ("", *self.stores) else str(root)
+            self.stores[name] = {key: value.to(device) for key, value in batch.items()}
 
     def _held_out(self) -> Any:
         from ddm_training.completion_data import CompletionSampler

@@ -150,7 +150,8 @@ def load_weights(folder: Path, config: dict[str, Any]) -> "UNet2DModel":
         raise InputError(f"{path} is missing: weights are read from safetensors only, never from pickled files.")
     try:
         state = load_file(path)
-        unet = UNet2DModel.from_config(config)
+        with torch.random.fork_rng(devices=[]):  # what is drawn after loading shall not depend on the network
+            unet = UNet2DModel.from_config(config)
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} cannot be read ({error}): the file is truncated or damaged.") from error
     assert isinstance(unet, UNet2DModel)

@@ -156,12 +156,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if not bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all()):
             CONSOLE.print("[yellow]Stereo is left out: it is made for perspective cameras.")
             return
+        by, completer = self._completer()
         started = time.perf_counter()
         images = [self.train_dataset.get_numpy_image(i)[..., :3] for i in range(len(self.train_dataset))]
         masks = None
         if self.train_dataparser_outputs.mask_filenames is not None:
             masks = [self.train_dataset[i]["mask"][..., 0] for i in range(len(self.train_dataset))]
-        by, completer = self._completer()
         matched = stereo.match(cameras, images, masks, completer)
         seconds = time.perf_counter() - started
         if matched.completed is None:

@@ -156,6 +156,11 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
             margin = getattr(self, name)
             if not 0.0 <= margin < 1.0:
                 raise InputError(f"--pipeline.model.{name.replace('_', '-')} must be in [0, 1), found {margin}.")
+        if not self.completed_error_factor > 0.0:
+            raise InputError(
+                f"--pipeline.model.completed-error-factor must be positive, found {self.completed_error_factor}; `inf` "
+                "leaves the network's own expectation out."
+            )
 
     def ray_bounds(self, near: float | None, far: float | None, found: Mapping[str, float]) -> tuple[float, float]:
         """Where rays begin and end, scene units; see `near_margin`.

@@ -6,6 +6,7 @@ from typing import Any
 
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
+from ddm_training.errors import InputError
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 
 
@@ -22,6 +23,12 @@ class DiffusioNeRFPipeline(VanillaPipeline):
     def __init__(self, config: VanillaPipelineConfig, *args: Any, **kwargs: Any) -> None:
         manager, model = config.datamanager, config.model
         if isinstance(manager, DiffusioNeRFDataManagerConfig) and manager.completion_prior is None:
+            if manager.completion_revision is not None:
+                raise InputError(
+                    f"--pipeline.datamanager.completion-revision is {manager.completion_revision}: name the prior that "
+                    "it is of with --pipeline.datamanager.completion-prior, or give the model's with "
+                    "--pipeline.model.prior-revision."
+                )
             named = {"completion_prior": getattr(model, "prior", None)}
             named["completion_revision"] = getattr(model, "prior_revision", None)
             config = replace(config, datamanager=replace(manager, **named))

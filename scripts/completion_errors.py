@@ -38,7 +38,12 @@ def matched_images(capture: Path) -> list[tuple[Any, Any, Any]]:
         outputs = parser.get_dataparser_outputs("train")
     dataset = FewViewDataset(outputs)
     images = [dataset.get_numpy_image(i)[..., :3] for i in range(len(dataset))]
-    stereo.match(outputs.cameras, images, complete=record)
+    masks = None
+    if outputs.mask_filenames is not None:
+        masks = [dataset[i]["mask"][..., 0] for i in range(len(dataset))]
+    stereo.match(outputs.cameras, images, masks, record)
+    if len(found) < len(images):
+        sys.exit(f"{capture}: of {len(images) - len(found)} images nothing is matched, so nothing can be said.")
     units = dataset.metadata.get("scene_units_per_metre")
     rows = []
     for index, (rgb, depth) in enumerate(found):
@@ -65,6 +70,8 @@ def errors(images: list[tuple[Any, Any, Any]], complete: completion.Completer) -
         squares = rng.random((height // side + 1, width // side + 1)) < 0.5
         hidden = torch.from_numpy(squares.repeat(side, 0).repeat(side, 1)[:height, :width])
         out = hidden & (depth > 0)
+        if not bool((~hidden & (depth > 0)).any()):
+            continue
         completed, _ = complete(rgb, torch.where(hidden, 0.0, depth))
         left_out.append((completed / depth.clamp_min(1e-6)).log().abs()[out])
     return float(torch.cat(unknown).mean()) if unknown else None, float(torch.cat(left_out).mean())
@@ -79,7 +86,7 @@ def main() -> None:
     if network is None or not captures:
         sys.exit(__doc__ if captures == [] else f"prior {prior} has no network that completes depth.")
     lines = [
-        "Completed depth of the 3 training images, real matches, network / membrane.",
+        f"Depth of the 3 training images, real matches: completed by the prior `{Path(prior).name}` / interpolated.",
         "",
         "| capture | pixels that are matched | AbsRel where nothing is matched | error of matches that were left out |",
         "|---|---:|---:|---:|",

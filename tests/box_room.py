@@ -140,8 +140,15 @@ def remember_stereo(monkeypatch: Any) -> None:
 
     def match(cameras: Any, images: list[np.ndarray], masks: Any, complete: Any) -> Any:
         shapes = [] if masks is None else [mask.numpy().tobytes() for mask in masks]
-        by = getattr(complete, "__qualname__", repr(complete))
-        key = (by, cameras.camera_to_worlds.numpy().tobytes(), *(image.tobytes() for image in images), *shapes)
+        network = getattr(complete, "__self__", None)
+        weights = () if network is None else tuple(p.numpy().tobytes() for p in network.parameters())
+        key = (
+            complete.__qualname__,
+            weights,
+            cameras.camera_to_worlds.numpy().tobytes(),
+            *(image.tobytes() for image in images),
+            *shapes,
+        )
         if key not in _MATCHED:
             _MATCHED[key] = plain(cameras, images, masks, complete)
         return _MATCHED[key]

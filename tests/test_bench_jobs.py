@@ -136,6 +136,25 @@ def test_the_hash_changes_with_the_content_of_the_prior(tmp_path: Path) -> None:
     assert prior_hash(str(folder), None) != before
 
 
+def test_the_hashes_change_with_the_network_that_completes_depth(tmp_path: Path) -> None:
+    from diffusionerf_ns.bench.jobs import prior_hash, training_hash
+
+    small_prior(tmp_path / "prior")
+    other = small_prior(tmp_path / "other")
+    named = {"pipeline.datamanager.completion_prior": str(other)}
+
+    def digests(**changes: Any) -> tuple[str, str]:
+        prior_hash.cache_clear()
+        config = configure(make_job(tmp_path, **changes), tmp_path)
+        return config_hash(config), training_hash(config)
+
+    before, interpolated = digests(overrides=named), digests(variant="no-completion")
+    (other / "completion").mkdir()
+    (other / "completion" / "completion.json").write_text("{}")
+    assert not set(digests(overrides=named)) & set(before)
+    assert digests(variant="no-completion") == interpolated
+
+
 def test_overrides_are_read_as_json_or_text_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     assert parse_overrides(("pipeline.model.score-weight=2", "a.b=x/y", "c=[1, 2]")) == {
         "pipeline.model.score_weight": 2,

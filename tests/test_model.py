@@ -16,6 +16,7 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 
 from ddm_training import rgbd
+from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
 from ddm_training.unet import make_scheduler
 from diffusionerf_ns import inspection, regularizers
 from diffusionerf_ns.datamanager import StereoBatch
@@ -398,6 +399,22 @@ def test_the_data_manager_is_told_of_the_models_prior_unless_it_names_its_own(fo
     assert config.datamanager.completion_prior is None, "the configuration that is saved stays as it was given"
     config.datamanager.completion_prior = "another"
     assert config.setup(device="cpu", test_mode="val").datamanager.config.completion_prior == "another"
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan])
+def test_an_error_factor_that_is_not_positive_is_refused(factor):
+    with pytest.raises(InputError, match="completed-error-factor must be positive"):
+        DiffusioNeRFModelConfig(completed_error_factor=factor)
+
+
+def test_a_step_with_depth_that_a_network_completed_has_a_finite_loss_and_its_errors(folders, tmp_path):
+    prior = box_room.write_prior(tmp_path / "prior", P)
+    torch.manual_seed(0)
+    save_completer(prior / FOLDER, make_network(), CompletionSpec(size=(32, 24)))
+    pipeline = build((*folders[:2], prior), score_weight=0.0)
+    _, batch, losses, _ = step(pipeline)
+    assert bool(batch["stereo"].error.isfinite().all())
+    assert math.isfinite(float(losses["completed_depth_loss"]))
 
 
 @pytest.mark.parametrize("name", ["completed_depth_margin", "confirmed_depth_margin"])

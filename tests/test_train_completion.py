@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ddm_training import completion, membrane
+from ddm_training.checkpoints import save_checkpoint
 from ddm_training.completion import CompletionSpec, DepthCompleter, completion_loss, load_completer, save_completer
 from ddm_training.completion_data import CompletionSampler
 from ddm_training.errors import InputError
@@ -57,7 +59,7 @@ def config(store: Path, output: Path, **changed) -> TrainCompletionConfig:
         "device": "cpu",
         "lr_warmup_steps": 1,
     }
-    return TrainCompletionConfig(data=(store,), output_dir=output, **{**small, **changed})
+    return TrainCompletionConfig(**{"data": (store,), "output_dir": output, **small, **changed})
 
 
 def scene(height: int = 24, width: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +153,7 @@ def test_a_sample_knows_true_depth_where_it_knows_any(store) -> None:
     assert bool((batch["base"] > 0).all())
 
 
-def test_training_learns_resumes_to_the_bit_and_exports(store, tmp_path) -> None:
+def test_training_resumes_to_the_bit_and_exports(store, tmp_path) -> None:
     config(store, tmp_path / "whole").main()
     for steps in (2, 4, 6):
         config(store, tmp_path / "parts", max_train_steps=steps, lr_scheduler="constant").main()
@@ -159,8 +161,9 @@ def test_training_learns_resumes_to_the_bit_and_exports(store, tmp_path) -> None
     a, b = (
         torch.load(tmp_path / name / "checkpoint-6" / "state.pt", weights_only=True) for name in ("parts", "constant")
     )
-    for name, value in a["ema"].items():
-        assert torch.equal(value, b["ema"][name]), name
+    for part in ("model", "ema"):
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), name
     folder = tmp_path / "whole" / completion.FOLDER
     assert {p.name for p in folder.iterdir()} == {
         "README.md", "completion.json", "config.json", "curves.png", "diffusion_pytorch_model.safetensors",
@@ -169,11 +172,61 @@ def test_training_learns_resumes_to_the_bit_and_exports(store, tmp_path) -> None
     assert spec == CompletionSpec(size=(32, 24), trained_on=("toy",), steps=6)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert all(row["images_per_s"] > 0 for row in rows if "loss" in row)
-    measured = rows[-1]["val"]["store0" if "store0" in rows[-1]["val"] else store.name]
+    measured = rows[-1]["val"][store.name]
     assert set(measured) == {"depth", "membrane", "expected"}
     card = (folder / "README.md").read_text()
     assert f"{measured['depth']:.4f}" in card
     assert "toy, with made-up matches" in card
+
+
+def test_the_checkpoint_of_another_network_is_refused(store, tmp_path) -> None:
+    state = {"model": {"weight": torch.ones(3)}, "ema": {}, "optimizer": {}}
+    save_checkpoint(tmp_path, 2, state, {}, limit=1)
+    with pytest.raises(InputError, match="checkpoint-2 holds the weights of another network"):
+        config(store, tmp_path).main()
+
+
+def test_two_stores_of_one_name_are_both_validated(store, tmp_path) -> None:
+    again = tmp_path / "other" / store.name
+    shutil.copytree(store, again)
+    config(store, tmp_path / "out", data=(store, again), max_train_steps=1).main()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert set(rows[-1]["val"]) == {store.name, str(again)}
+
+
+@pytest.mark.parametrize(
+    ("frame", "size"), [((756, 567), (88, 64)), ((504, 378), (184, 136)), ((480, 360), (232, 176))]
+)
+def test_frames_whose_size_does_not_divide_evenly_can_be_cut(frame, size, tmp_path) -> None:
+    width, height = frame
+    writer = SceneWriter(tmp_path, "a", split="train", source="toy", max_frames=1, height=height, width=width)
+    rng = np.random.default_rng(0)
+    color = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    writer.add(color, np.full((height, width), 2.0, np.float32), np.ones((height, width), bool),
+               intrinsics=(400.0, 400.0, width / 2, height / 2), name="0")  # fmt: skip
+    writer.close()
+    sampler = CompletionSampler([open_store(tmp_path, "train")], size)
+    for seed in range(6):
+        rgb, z, valid, _ = sampler._cut(np.random.default_rng(seed))
+        assert rgb.shape == (3, 2 * size[1], 2 * size[0])
+        assert valid.all()
+        np.testing.assert_allclose(z, 2.0)
+
+
+def test_between_two_surfaces_the_enlarged_depth_is_not_sure() -> None:
+    network = untrained()
+    torch.nn.init.constant_(network.unet.conv_out.bias, -8.0)  # as sure as it can be
+    torch.nn.init.constant_(network.unet.conv_out.bias[: completion.STEM**2], 0.0)
+    rgb = torch.zeros(96, 128, 3)
+    rgb[:, 64:] = 1.0
+    depth = torch.full((96, 128), 2.0)
+    depth[:, 64:] = 4.0
+    completed, error = network.complete(rgb, depth)
+    between = (completed > 2.05) & (completed < 3.9)
+    assert between.any()
+    off = torch.minimum((completed / 2.0).log().abs(), (completed / 4.0).log().abs())
+    assert bool((2.0 * error[between] > off[between]).all())
+    assert float(error[:, :50].max()) < 0.01
 
 
 @pytest.mark.slow
@@ -199,6 +252,8 @@ def test_a_saved_network_completes_the_same(tmp_path) -> None:
     [
         (lambda folder: (folder / "completion.json").unlink(), "is no completion network"),
         (lambda folder: (folder / "completion.json").write_text('{"colour": 1}'), "is no completion network"),
+        (lambda folder: (folder / "completion.json").write_text('{"size": [0, 0]}'), "found .0, 0."),
+        (lambda folder: (folder / "completion.json").write_text('{"size": [64]}'), "is no completion network"),
         (lambda folder: (folder / "config.json").write_text("[]"), "is no completion network"),
         (
             lambda folder: (folder / "config.json").write_text('{"in_channels": 4, "out_channels": 4}'),

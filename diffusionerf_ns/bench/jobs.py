@@ -200,10 +200,24 @@ def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool) -> s
             owner = owner[parent]
         owner.pop(name, None)
     model: Any = config.pipeline.model
-    completes = getattr(config.pipeline.datamanager, "completion", None) == "prior"
-    if (prior and (getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0))) or completes:
+    if completing := completing_prior(config):
+        content["completion"] = prior_hash(*completing)
+    if prior and (getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0)):
         content["prior"] = prior_hash(model.prior, model.prior_revision)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def completing_prior(config: "TrainerConfig") -> tuple[str, str | None] | None:
+    """Name and revision of the prior whose network completes depth in a run; None where none does."""
+    manager: Any = config.pipeline.datamanager
+    model: Any = config.pipeline.model
+    if getattr(manager, "completion", None) != "prior" or manager.stereo_rays_per_batch == 0:
+        return None
+    if getattr(model, "completed_depth_weight", 0.0) == 0.0:
+        return None
+    if manager.completion_prior is not None:
+        return manager.completion_prior, manager.completion_revision
+    return model.prior, model.prior_revision
 
 
 @functools.cache

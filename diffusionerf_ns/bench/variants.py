@@ -69,7 +69,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(name="default", title="as the preset has it"),
         Variant(
             name="refinement-only",
-            title="prior refines views, no score in training",
+            title="prior completes depth and refines views, no score in training",
             overrides={"pipeline.model.score_weight": 0.0},
         ),
         Variant(
