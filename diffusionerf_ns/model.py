@@ -348,7 +348,9 @@ class DiffusioNeRFModel(NerfactoModel):
             n = len(stereo.completed)
             margin = torch.where(stereo.confirmed, c.confirmed_depth_margin, c.completed_depth_margin)
             margin = margin.minimum(c.completed_error_factor * stereo.error)
-            log["completed_depth"] = regularizers.coarse_depth(weights[:n], edges[:n], stereo.completed, margin)
+            told = stereo.error.isfinite()
+            trust = torch.where(told, (c.completed_sure_error / stereo.error).clamp_max(1.0), 1.0)
+            log["completed_depth"] = regularizers.coarse_depth(weights[:n], edges[:n], stereo.completed, margin, trust)
             losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses
 

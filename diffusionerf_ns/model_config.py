@@ -114,9 +114,12 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """In its place where the interpolated depth of another image says the same. Of .05, .1 and .2, see
     docs/findings.md."""
 
-    completed_error_factor: float = 2.0
+    completed_error_factor: float = 1.0
     """Where the network that completes depth tells the error to expect, this times it costs nothing, if that is less
     than the margins."""
+    completed_sure_error: float = 0.05
+    """Where it tells a larger error than this, the term counts less, in proportion: what is sure is held, of what is
+    not the photographs decide."""
 
     # Where the rays begin and end
     near_margin: float = 0.75
@@ -125,7 +128,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25
-    """Where the scene's far bound is known, rays end at this times it; else at `far_plane`."""
+    """Where the scene's far bound is known, rays end at this times it."""
+    stereo_far_margin: float = 3.0
+    """Where it is not, rays end at this times the farthest depth (98 % quantile) that stereo finds; without stereo at
+    `far_plane`. What no training view shows is then a little behind the scene, not at the end of the world."""
 
     # Changes to the backbone, none of them in the paper
     center_grid: bool = True
@@ -156,11 +162,12 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
             margin = getattr(self, name)
             if not 0.0 <= margin < 1.0:
                 raise InputError(f"--pipeline.model.{name.replace('_', '-')} must be in [0, 1), found {margin}.")
-        if not self.completed_error_factor > 0.0:
-            raise InputError(
-                f"--pipeline.model.completed-error-factor must be positive, found {self.completed_error_factor}; `inf` "
-                "leaves the network's own expectation out."
-            )
+        for name in ("completed_error_factor", "completed_sure_error"):
+            if not (value := getattr(self, name)) > 0.0:
+                raise InputError(
+                    f"--pipeline.model.{name.replace('_', '-')} must be positive, found {value}; `inf` leaves the "
+                    "network's own expectation out."
+                )
 
     def ray_bounds(self, near: float | None, far: float | None, found: Mapping[str, float]) -> tuple[float, float]:
         """Where rays begin and end, scene units; see `near_margin`.
@@ -171,7 +178,9 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
             found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it.
         """
         begin = self.near_plane if near is None else self.near_margin * near
-        end = self.far_plane if far is None else self.far_margin * far
+        end = self.far_margin * far if far is not None else self.far_plane
+        if far is None and found:
+            end = min(end, self.stereo_far_margin * found["far"])
         if found and found["near"] < end:
             begin = max(begin, self.stereo_near_margin * found["near"])
         return begin, end

@@ -131,6 +131,7 @@ def coarse_depth(
     t: Float[Tensor, "rays edges"],
     coarse: Float[Tensor, " rays"],
     margin: Float[Tensor, " rays"],
+    trust: Float[Tensor, " rays"] | float = 1.0,
 ) -> Float[Tensor, ""]:
     """The same where the surface is known roughly: weight costs as far as log(m_i / coarse) leaves a range about 0.
 
@@ -142,11 +143,12 @@ def coarse_depth(
         coarse: distance along the ray to about where the surface is, in the units of ``t``; 0 where unknown, which
             costs nothing.
         margin: relative error that costs nothing, in [0, 1).
+        trust: factor of each ray's cost.
     """
     error = _log_ratio(t, torch.where(coarse > 0, coarse, 1.0))
     before, behind = (1.0 - margin).log()[:, None], (1.0 + 1.5 * margin).log()[:, None]
     cost = (whole_weights(w) * ((before - error).clamp_min(0.0) + (error - behind).clamp_min(0.0))).sum(-1)
-    return torch.where(coarse > 0, cost, 0.0).mean()
+    return torch.where(coarse > 0, trust * cost, 0.0).mean()
 
 
 def _log_ratio(t: Float[Tensor, "rays edges"], known: Float[Tensor, " rays"]) -> Float[Tensor, "rays samples"]:

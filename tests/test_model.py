@@ -342,23 +342,25 @@ def test_stereo_puts_the_scene_at_the_depth_that_the_prior_knows(folders):
 
 
 @pytest.mark.parametrize(
-    ("near", "far", "begin"),
+    ("near", "far", "begin", "end"),
     [
-        (None, None, 0.6 * 2.0),
-        (1.0, 10.0, 0.6 * 2.0),
-        (4.0, 10.0, 0.75 * 4.0),
-        (0.1, 1.0, 0.75 * 0.1),  # stereo finds everything behind the far bound: one of them is wrong
+        (None, None, 0.6 * 2.0, 3.0 * 7.0),
+        (1.0, 10.0, 0.6 * 2.0, 1.25 * 10.0),
+        (4.0, 10.0, 0.75 * 4.0, 1.25 * 10.0),
+        (0.1, 1.0, 0.75 * 0.1, 1.25),  # stereo finds everything behind the far bound: one of them is wrong
     ],
 )
-def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, near, far, begin):
+def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say_and_end_where_one_says(
+    folders, near, far, begin, end
+):
     pipeline = build(folders)
     metadata = dict(pipeline.datamanager.train_dataset.metadata)
-    metadata["stereo"] = metadata["stereo"] | {"near": 2.0}
+    metadata["stereo"] = metadata["stereo"] | {"near": 2.0, "far": 7.0}
     metadata |= {} if near is None else {"near": near, "far": far}
     model = pipeline.config.model.setup(
         scene_box=pipeline.model.scene_box, num_train_data=4, metadata=metadata, device="cpu"
     )
-    assert float(model.collider.bounds[0]) == pytest.approx(begin)
+    assert model.collider.bounds.tolist() == pytest.approx([begin, end])
 
 
 @pytest.mark.parametrize(
@@ -368,11 +370,11 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say(folders, n
         (False, math.inf, 0.0),
         (False, 0.05, math.log(0.9 * 5 / 4)),
         (True, 0.02, math.log(0.96 * 5 / 4)),
-        (True, 0.2, math.log(0.9 * 5 / 4)),
+        (True, 0.2, math.log(0.9 * 5 / 4) / 4),  # four times as unsure as what is held firmly
     ],
 )
 def test_completed_depth_is_held_closer_where_another_image_or_its_network_is_sure(folders, confirmed, error, cost):
-    off = TERMS_OFF | {"completed_depth_weight": 0.3, "completed_error_factor": 2.0}
+    off = TERMS_OFF | {"completed_depth_weight": 0.3, "completed_error_factor": 2.0, "completed_sure_error": 0.05}
     model = build(folders, confirmed_depth_margin=0.1, completed_depth_margin=0.3, **off).model
     known = StereoBatch(
         rays=slice(4, 4),
@@ -401,10 +403,11 @@ def test_the_data_manager_is_told_of_the_models_prior_unless_it_names_its_own(fo
     assert config.setup(device="cpu", test_mode="val").datamanager.config.completion_prior == "another"
 
 
+@pytest.mark.parametrize("name", ["completed_error_factor", "completed_sure_error"])
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan])
-def test_an_error_factor_that_is_not_positive_is_refused(factor):
-    with pytest.raises(InputError, match="completed-error-factor must be positive"):
-        DiffusioNeRFModelConfig(completed_error_factor=factor)
+def test_an_error_factor_that_is_not_positive_is_refused(name, factor):
+    with pytest.raises(InputError, match=f"{name.replace('_', '-')} must be positive"):
+        DiffusioNeRFModelConfig(**{name: factor})
 
 
 def test_a_step_with_depth_that_a_network_completed_has_a_finite_loss_and_its_errors(folders, tmp_path):
