@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import box_room
 import pytest
@@ -53,13 +53,21 @@ def stereo_once(monkeypatch) -> None:
     box_room.remember_stereo(monkeypatch)
 
 
-def build(folders: tuple[Path, Path, Path], *, data: Path | None = None, share: float = 0.25, **options: Any):
+def build(
+    folders: tuple[Path, Path, Path],
+    *,
+    data: Path | None = None,
+    share: float = 0.25,
+    completion: Literal["prior", "membrane"] = "prior",
+    **options: Any,
+):
     """The pipeline of `diffusionerf-tiny` with few rays; 100 steps long, at step 0."""
     config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
     config.datamanager.data = data or folders[0]
     config.datamanager.train_num_rays_per_batch = RAYS
     config.datamanager.image_patch_share = share
     config.datamanager.stereo_rays_per_batch = 8
+    config.datamanager.completion = completion
     ours = {
         "prior": str(folders[2]),
         "patch_size": None,
@@ -524,10 +532,12 @@ def test_views_are_left_as_rendered_where_refinement_is_off_or_the_prior_is_miss
     assert capsys.readouterr().out.count("left as rendered") == 1
 
 
-def test_a_prior_that_is_missing_is_refused_before_the_first_step_also_where_it_refines_views_only(folders):
+def test_a_prior_that_is_missing_is_refused_before_the_first_step_whatever_it_is_for(folders):
     with pytest.raises(InputError, match="no-such-prior"):
-        build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.07)
-    build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.0)
+        build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.07, completion="membrane")
+    with pytest.raises(InputError, match="no-such-prior"):
+        build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.0)
+    build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.0, completion="membrane")
 
 
 def test_views_get_more_samples_than_training_rays(folders, monkeypatch):
