@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ddm_training import membrane
 from ddm_training.completion import shrink_known
@@ -127,21 +126,3 @@ class CompletionSampler:
             for i in range(count)
         ]
         return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-
-
-class CompletionBatches(Dataset):
-    """The batches of one process as a map from step to batch."""
-
-    def __init__(
-        self, sampler: CompletionSampler, *, seed: int, steps: int, batch_size: int, rank: int, world: int
-    ) -> None:
-        self.sampler, self.seed, self.steps = sampler, seed, steps
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.sampler.batch(
-            seed=self.seed, stream=Stream.TRAIN, step=step, first=self.rank * self.batch_size, count=self.batch_size
-        )

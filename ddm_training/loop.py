@@ -135,8 +135,8 @@ class Task(Protocol):
         """The network as `loss` calls it, with its precision."""
         ...
 
-    def batches(self, *, rank: int, world: int) -> Dataset:
-        """The batches of one process as a map from step to tensors."""
+    def draw(self, *, step: int, first: int, count: int) -> dict[str, Tensor]:
+        """Training samples ``first`` ... ``first + count - 1`` of a step: a pure function of these and the seed."""
         ...
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -150,6 +150,26 @@ class Task(Protocol):
     def finish(self, validation: Any) -> None:
         """After the last step, in the process that validates."""
         ...
+
+
+class StepBatches(Dataset):
+    """The batches of one process as a map from step to batch, for a DataLoader whose sampler is a range of steps.
+
+    Args:
+        draw: gives samples ``first`` ... ``first + count - 1`` of a step, called with these three by name.
+        steps: in all.
+        batch_size: of each process.
+        rank: of this process.
+    """
+
+    def __init__(self, draw: Callable[..., dict[str, Tensor]], *, steps: int, batch_size: int, rank: int = 0) -> None:
+        self.draw, self.steps, self.batch_size, self.rank = draw, steps, batch_size, rank
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        return self.draw(step=step, first=self.rank * self.batch_size, count=self.batch_size)
 
 
 class StopRequest:
@@ -289,7 +309,13 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     pending: list[Tensor] = []
     loader: Any = None
     try:
-        loader = make_loader(config, task.batches(rank=accelerator.process_index, world=world), start)
+        batches = StepBatches(
+            task.draw,
+            steps=config.max_train_steps,
+            batch_size=config.train_batch_size,
+            rank=accelerator.process_index,
+        )
+        loader = make_loader(config, batches, start)
         waited = 0.0
         while step < config.max_train_steps:
             before = time.perf_counter()

@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ddm_training import rgbd
 from ddm_training.errors import InputError
@@ -292,37 +291,6 @@ def draw_timestep(rng: np.random.Generator, bias: float) -> int:
     if rng.random() < bias:
         return int(math.exp(rng.uniform(math.log(4.0), math.log(200.0)))) - 1
     return int(rng.integers(1000))
-
-
-class PatchBatches(Dataset):
-    """The batches of one process as a map from step to batch, for a DataLoader whose sampler is a range of steps."""
-
-    def __init__(
-        self,
-        sampler: PatchSampler,
-        *,
-        seed: int,
-        steps: int,
-        batch_size: int,
-        rank: int = 0,
-        world: int = 1,
-        bias: float,
-    ) -> None:
-        self.sampler, self.seed, self.steps, self.bias = sampler, seed, steps, bias
-        self.batch_size, self.rank, self.world = batch_size, rank, world
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.sampler.batch(
-            seed=self.seed,
-            stream=Stream.TRAIN,
-            step=step,
-            first=self.rank * self.batch_size,
-            count=self.batch_size,
-            bias=self.bias,
-        )
 
 
 def open_sampler(

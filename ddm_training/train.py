@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ddm_training.errors import InputError
 from ddm_training.loop import LoopConfig, run_loop
@@ -122,20 +121,12 @@ class PatchTask:
 
         return NoisePredictor(network, bf16=self.config.mixed_precision == "bf16")
 
-    def batches(self, *, rank: int, world: int) -> Dataset:
+    def draw(self, *, step: int, first: int, count: int) -> dict[str, Tensor]:
         """Patches with their noise and timesteps."""
-        from ddm_training.patches import PatchBatches
+        from ddm_training.patches import Stream
 
-        config = self.config
-        return PatchBatches(
-            self.sampler,
-            seed=config.seed,
-            steps=config.max_train_steps,
-            batch_size=config.train_batch_size,
-            rank=rank,
-            world=world,
-            bias=config.timestep_bias,
-        )
+        seed, bias = self.config.seed, self.config.timestep_bias
+        return self.sampler.batch(seed=seed, stream=Stream.TRAIN, step=step, first=first, count=count, bias=bias)
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Of the predicted noise."""

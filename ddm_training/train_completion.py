@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ddm_training import completion
 from ddm_training.completion import FOLDER, CompletionSpec, DepthCompleter, completion_loss
@@ -82,19 +81,10 @@ class CompletionTask:
         """As (rgb, known, base) -> depth and its spread."""
         return DepthCompleter(network, self.spec, bf16=self.config.mixed_precision == "bf16")
 
-    def batches(self, *, rank: int, world: int) -> Dataset:
+    def draw(self, *, step: int, first: int, count: int) -> dict[str, Tensor]:
         """Samples with made-up matches."""
-        from ddm_training.completion_data import CompletionBatches
-
-        config = self.config
-        return CompletionBatches(
-            self.sampler,
-            seed=config.seed,
-            steps=config.max_train_steps,
-            batch_size=config.train_batch_size,
-            rank=rank,
-            world=world,
-        )
+        seed = self.config.seed
+        return self.sampler.batch(seed=seed, stream=Stream.TRAIN, step=step, first=first, count=count)
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Of the completed depth and its spread."""

@@ -1,5 +1,6 @@
 """Patches: geometry, no mixing across depth edges, masks, augmentation, and samples as a function of (seed, step)."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from ddm_training import patches, rgbd
 from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter, open_store
-from ddm_training.patches import PatchBatches, PatchConfig, PatchSampler, Stream, open_sampler
+from ddm_training.loop import StepBatches
+from ddm_training.patches import PatchConfig, PatchSampler, Stream, open_sampler
 
 H, W, FX, FY = 96, 128, 140.0, 120.0
 PLAIN = PatchConfig(patch_size=24, focal_range=(80.0, 80.0), depth_scale_jitter=1.0, augment=False)
@@ -113,9 +115,9 @@ def textured(root: Path, frames: int = 3) -> Path:
 def test_a_sample_depends_on_seed_step_and_index_alone(tmp_path):
     """However many processes share a batch, and whoever prepares it, its samples are the same to the bit."""
     sampler = open_sampler([textured(tmp_path)], "train", PatchConfig(patch_size=24, focal_range=(80.0, 160.0)))
-    arguments = {"seed": 3, "steps": 9, "bias": 0.5}
-    whole = PatchBatches(sampler, batch_size=4, **arguments)
-    halves = [PatchBatches(sampler, batch_size=2, rank=rank, world=2, **arguments) for rank in (0, 1)]
+    draw = functools.partial(sampler.batch, seed=3, stream=Stream.TRAIN, bias=0.5)
+    whole = StepBatches(draw, steps=9, batch_size=4)
+    halves = [StepBatches(draw, steps=9, batch_size=2, rank=rank) for rank in (0, 1)]
     loader = torch.utils.data.DataLoader(whole, batch_size=None, sampler=range(5, 9), num_workers=2)
     for step, batch in zip(range(5, 9), loader):
         for key, value in batch.items():

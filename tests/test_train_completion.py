@@ -18,13 +18,7 @@ from ddm_training.frames import SceneWriter, open_store
 from ddm_training.patches import Stream
 from ddm_training.train_completion import TrainCompletionConfig
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
