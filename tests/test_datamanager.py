@@ -206,8 +206,9 @@ def test_depth_is_completed_by_the_network_of_a_prior_that_has_one(make, tmp_pat
     assert f"completed by the prior {tmp_path}" in " ".join(capsys.readouterr().out.split()).replace("/ ", "/")
     interpolated = make(stereo_rays_per_batch=24, completion="membrane", completion_prior=str(tmp_path))
     assert "interpolated between them" in " ".join(capsys.readouterr().out.split())
-    # Its correction is nought, so it gives the membrane of few pixels, and an error of e^0 as its bias says.
-    assert bool((completed._completed.error == 1.0).all())
+    # Its correction is nought, so it gives the membrane of few pixels, and an error of e^0 and what enlarging adds.
+    assert bool((completed._completed.error >= 1.0).all())
+    assert float(completed._completed.error.median()) < 1.1
     assert bool(interpolated._completed.error.isinf().all())
     both = (completed._completed.values > 0) & (interpolated._completed.values > 0)
     assert both.float().mean() > 0.8

@@ -114,7 +114,7 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
     assert float(sure.float().mean()) > 0.25
     # Of matched pixels it is what was matched.
     at = torch.stack([matched.view, matched.pixel[:, 1].long(), matched.pixel[:, 0].long()], dim=-1)
-    again, _ = matched.completed.at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
+    again, _, _ = matched.completed.at(at, torch.tensor([[HEIGHT, WIDTH]] * 3))
     assert float((again / matched.depth - 1.0).abs().median()) < 0.01
 
 
