@@ -46,7 +46,7 @@ def smooth_field(rng: np.random.Generator, height: int, width: int, cells: int) 
     """Random values of deviation about 1 that change over `width / cells` pixels."""
     rows = max(2, round(cells * height / width))
     small = rng.standard_normal((rows, cells)).astype(np.float32)
-    return ndimage.zoom(small, (height / rows, width / cells), order=1, grid_mode=True, mode="nearest")
+    return np.asarray(ndimage.zoom(small, (height / rows, width / cells), order=1, grid_mode=True, mode="nearest"))
 
 
 def seen_from(
@@ -139,7 +139,7 @@ def _add_wrong_patches(
 
 def without_islands(known: Bool[np.ndarray, "h w"], least: int = LEAST_PIXELS) -> Bool[np.ndarray, "h w"]:
     """Connected matches that are at least so many."""
-    islands, _ = ndimage.label(known, np.ones((3, 3)))  # pyright: ignore[reportGeneralTypeIssues]
+    islands: np.ndarray = ndimage.label(known, np.ones((3, 3)))[0]  # pyright: ignore
     return known & (np.bincount(islands.ravel())[islands] >= least)
 
 

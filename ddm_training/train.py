@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> None:
 class PatchTask:
     """The denoiser of patches, as `run_loop` trains it."""
 
-    identity = ("preset", "patch_size")
+    identity: tuple[str, ...] = ("preset", "patch_size")
     unit = "patches"
 
     def __init__(self, config: TrainConfig) -> None:

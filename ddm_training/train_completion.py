@@ -4,7 +4,7 @@ Errors are of log depth, that is relative ones, on held-out frames with made-up 
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,7 @@ class CompletionValidation:
     def _export(self, average: "UNet2DModel", step: int, measured: dict[str, Any]) -> None:
         from ddm_training.export import parameter_count, replace_folder
 
-        spec = CompletionSpec(**(asdict(self.spec) | {"steps": step}))
+        spec = replace(self.spec, steps=step)
         network = nn.Module.to(
             copy.deepcopy(average), torch.float16 if self.config.export_dtype == "fp16" else torch.float32
         )

@@ -47,8 +47,8 @@ class DepthMaps:
         """From one map an image of depth, of where it is confirmed, and of the error to expect."""
         sizes = torch.tensor([depth.numel() for depth in maps])
         shapes = torch.tensor([depth.shape for depth in maps])
-        flat = (torch.cat([x.flatten() for x in parts]) for parts in (maps, confirmed, error))
-        return cls(*flat, shapes, sizes.cumsum(0) - sizes)
+        values, sure, off = (torch.cat([x.flatten() for x in parts]) for parts in (maps, confirmed, error))
+        return cls(values, sure, off, shapes, sizes.cumsum(0) - sizes)
 
     def to(self, device: torch.device | str) -> "DepthMaps":
         """The same on another device."""
