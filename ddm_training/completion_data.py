@@ -21,7 +21,7 @@ from ddm_training.completion import shrink_known
 from ddm_training.errors import InputError
 from ddm_training.frames import Scene
 from ddm_training.matches import draw_matches
-from ddm_training.patches import Stream, change_color, fill_invalid
+from ddm_training.patches import Stream, change_color, check_weights, fill_invalid, sample_rng
 
 WHOLE = 0.4  # share of samples that show as much of the frame as fits; the others a part of it
 CLOSEST = 2.0  # by which a part may be enlarged
@@ -51,8 +51,7 @@ class CompletionSampler:
         weights: Sequence[float] | None = None,
         augment: bool = True,
     ) -> None:
-        if weights is not None and (len(weights) != len(stores) or min(weights) < 0 or sum(weights) <= 0):
-            raise InputError(f"--data-weights needs one number >= 0 per store ({len(stores)}), found {list(weights)}.")
+        check_weights(weights, len(stores))
         self.size, self.augment = size, augment
         self.scenes = [scene for store in stores for scene in store]
         self._frames = [[(scene, index) for scene in store for index in range(len(scene))] for store in stores]
@@ -121,8 +120,5 @@ class CompletionSampler:
 
     def batch(self, *, seed: int, stream: Stream, step: int, first: int, count: int) -> dict[str, Tensor]:
         """Samples first ... first + count - 1 of a step, stacked."""
-        rows = [
-            self.sample(np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, step, first + i)))))
-            for i in range(count)
-        ]
+        rows = [self.sample(sample_rng(seed, stream, step, first + i)) for i in range(count)]
         return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

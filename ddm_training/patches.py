@@ -144,6 +144,21 @@ def change_color(rgb: Float[np.ndarray, "3 h w"], rng: np.random.Generator) -> F
     return np.clip(grey + saturation * (rgb - grey), 0, 1)
 
 
+def sample_rng(seed: int, stream: Stream, step: int, index: int) -> np.random.Generator:
+    """The random numbers of one sample, whoever draws it."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, step, index))))
+
+
+def check_weights(weights: Sequence[float] | None, stores: int) -> None:
+    """Refuse shares of the stores that are none.
+
+    Raises:
+        InputError: not one number >= 0 a store, or all 0.
+    """
+    if weights is not None and (len(weights) != stores or min(weights) < 0 or sum(weights) <= 0):
+        raise InputError(f"--data-weights needs one number >= 0 per store ({stores}), found {list(weights)}.")
+
+
 class PatchSampler:
     """Draws patches from frame stores.
 
@@ -160,8 +175,7 @@ class PatchSampler:
     ) -> None:
         self.config = config
         self.scenes = [scene for store in stores for scene in store]
-        if weights is not None and (len(weights) != len(stores) or min(weights) < 0 or sum(weights) <= 0):
-            raise InputError(f"--data-weights needs one number >= 0 per store ({len(stores)}), found {list(weights)}.")
+        check_weights(weights, len(stores))
         store_of_scene = [index for index, store in enumerate(stores) for _ in store]
 
         scene_of_frame, frame_of_scene, store_of_frame = [], [], []
@@ -274,7 +288,7 @@ class PatchSampler:
         noise = np.empty((count, 4, size, size), np.float32)
         t = np.empty(count, np.int64)
         for i in range(count):
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, stream, step, first + i))))
+            rng = sample_rng(seed, stream, step, first + i)
             rgb[i], z[i], mask[i] = self.sample(rng)
             noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
             t[i] = draw_timestep(rng, bias)
@@ -308,7 +322,7 @@ def disparity_quantiles(sampler: PatchSampler, *, seed: int = 0, patches: int = 
     """Quantiles of 1/z in 1/metres over augmented training patches, measured pixels only; keys "0.05" to "0.95"."""
     values = []
     for index in range(patches):
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, Stream.STATISTICS, 0, index))))
+        rng = sample_rng(seed, Stream.STATISTICS, 0, index)
         _, z, valid = sampler.sample(rng)
         values.append(1.0 / z[valid][::7])  # a seventh of the pixels is plenty
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -103,7 +103,7 @@ class CompletionValidation:
     """Held-out samples of each store, prepared once."""
 
     def __init__(self, config: TrainCompletionConfig, spec: CompletionSpec, *, device: torch.device) -> None:
-        self.config, self.spec, self.device = config, spec, device
+        self.config, self.spec = config, spec
         self.stores: dict[str, dict[str, Tensor]] = {}
         for root, batch in self._held_out():
             if not bool((batch["valid"] & (batch["known"] == 0)).any()):
