@@ -11,6 +11,7 @@ Notation
 
 import importlib.resources
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from ddm_training.rgbd import SPEC_FILE, RgbdSpec
+from diffusionerf_ns.cuda_graph import Graphed
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,6 +61,7 @@ class PatchPrior:
         self.name = name
         self.autocast = autocast
         self.any_size, self.multiple = any_size, multiple
+        self._graphs = {kind: Graphed(partial(self._denoise, autocast=kind)) for kind in (False, True)}
 
     @classmethod
     def load(
@@ -97,6 +100,8 @@ class PatchPrior:
         if isinstance(self.denoiser, torch.nn.Module):
             self.denoiser.to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
+        for graphed in self._graphs.values():
+            graphed.clear()
         return self
 
     def sigma(self, tau: float) -> float:
@@ -106,7 +111,13 @@ class PatchPrior:
     @torch.no_grad()
     def predict_noise(self, x: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
         """eps for patches, or whole views, at timesteps t; in and out float32 whatever the network computes in."""
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        if isinstance(self.denoiser, torch.nn.Module):
+            return self._graphs[self.autocast](x, t)
+        return self._denoise(x, t, autocast=self.autocast)
+
+    def _denoise(self, x: Tensor, t: Tensor, *, autocast: bool) -> Tensor:
+        # Without its cache of cast weights, autocast can be recorded in a CUDA graph.
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
             return self.denoiser(x, t).float()
 
     def score(self, x: Float[Tensor, "b 4 h w"], tau: float) -> Float[Tensor, "b 4 h w"]:

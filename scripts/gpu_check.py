@@ -102,6 +102,7 @@ class Checks:
                 sampler.train_stratified = False
             return trainer
 
+        torch.backends.cudnn.allow_tf32 = False  # the prior's convolutions shall be float32 too
         reference, other = prepare("cpu"), prepare(self.device)
         other.pipeline.load_state_dict(reference.pipeline.state_dict())
         bundle, batch = reference.pipeline.datamanager.next_train(0)
@@ -110,14 +111,16 @@ class Checks:
         seconds = time.perf_counter() - start
         bundle = bundle.to(torch.device(self.device))
         found = losses_and_gradients(other.pipeline.model, bundle, to_device(batch, self.device))
+        torch.backends.cudnn.allow_tf32 = True
         loss_error, gradient_error = compare(expected[0], found[0]), compare(expected[1], found[1])
         worst = max(gradient_error, key=gradient_error.__getitem__)
+        worst_loss = max(loss_error, key=loss_error.__getitem__)
         return Check(
             what=f"{preset}: loss and gradients of a step ({len(expected[0])} terms)",
             against="CPU",
-            error=f"loss {max(loss_error.values()):.1e}, gradient {gradient_error[worst]:.1e} ({worst})",
+            error=f"{worst_loss} {loss_error[worst_loss]:.1e}, gradient {gradient_error[worst]:.1e} ({worst})",
             time=f"CPU {seconds:.2f} s",
-            passed=max(loss_error.values()) <= MAX_LOSS_ERROR and gradient_error[worst] <= MAX_GRADIENT_ERROR,
+            passed=loss_error[worst_loss] <= MAX_LOSS_ERROR and gradient_error[worst] <= MAX_GRADIENT_ERROR,
         )
 
     def training(self, preset: str) -> Check:
@@ -182,6 +185,8 @@ class Checks:
         checks = []
         for name, autocast, limit in (("float32", False, MAX_LOSS_ERROR), ("bfloat16", True, MAX_BFLOAT16_ERROR)):
             other.autocast = autocast
+            for _ in range(WARM_UP):  # until the calls are replayed from a CUDA graph
+                other.predict_noise(torch.randn_like(x), t)
             error = relative_error(expected, other.predict_noise(x, t))
             seconds = timed(lambda: other.predict_noise(x, t), self.device, self.config.timed_steps)
             checks.append(
