@@ -145,8 +145,18 @@ def change_colors(g: Generator, rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, 
 
 
 def fill_invalid(z: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """Invalid depth replaced by a valid one of the smallest block of 2, 4, 8, ... pixels of a side that has any."""
-    known = [torch.where(valid, z, 0.0)]
+    """Invalid depth replaced by a valid one from nearby.
+
+    That of a neighbour, twice, as the fattening of matches reaches so far; else one of the smallest block of 2, 4, 8,
+    ... pixels of a side that has any.
+    """
+    z = torch.where(valid, z, 0.0)
+    for _ in range(2):
+        beside = F.pad(z, (1, 1))
+        z = torch.where(z > 0, z, torch.where(beside[..., :-2] > 0, beside[..., :-2], beside[..., 2:]))
+        beside = F.pad(z, (0, 0, 1, 1))
+        z = torch.where(z > 0, z, torch.where(beside[:, :-2] > 0, beside[:, :-2], beside[:, 2:]))
+    known = [z]
     while max(known[-1].shape[1:]) > 1:
         fine = F.pad(known[-1], (0, known[-1].shape[2] % 2, 0, known[-1].shape[1] % 2))
         a, b, c, d = (fine[:, i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0)))

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 COLOUR_SIGMA = 0.02  # difference of colours, in [0, 1], across which depth may change
 WEAKEST_LINK = 1e-3  # between pixels of different colours
-ITERATIONS = 36  # of `interpolate_batch`; leave 1 % of error or more in one pixel of a hundred, 30 leave 1.7 %
-SWEEPS = 6  # on each level, for the first guess of the iterations
+ITERATIONS = 32  # of `interpolate_batch`; leave 1.3 % of error or more in one pixel of a hundred, 20 leave 4 %
+SWEEPS = 4  # on each level, for the first guess of the iterations
+DENSE = 64  # pixels of the coarsest system, which is solved exactly
 DAMPING = 0.9  # of a Jacobi sweep
 OVERSHOOT = 1.7  # blocks that are constant make the coarse systems too stiff by about this factor
 
@@ -114,7 +115,7 @@ def _pyramid(
 ) -> list[_Level]:
     """The system for images that are constant in blocks of 1, 2, 4, ... pixels of a side, a quarter of it each time."""
     levels = [_Level.of(right, down, data)]
-    while min(data.shape[-2:]) > 3:
+    while data[0].numel() > DENSE:
         across, along = right[..., 1::2], down[..., 1::2, :]  # those between blocks
         right = 0.5 * F.avg_pool2d(F.pad(across, (0, 0, 0, across.shape[-2] % 2)), (2, 1))
         down = 0.5 * F.avg_pool2d(F.pad(along, (0, along.shape[-1] % 2)), (1, 2))
@@ -123,16 +124,24 @@ def _pyramid(
     return levels
 
 
-def _cycle(levels: list[_Level], target: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """About A^-1 target: a symmetric multigrid cycle, which preconditions the conjugate gradients."""
+def _dense_inverse(level: _Level) -> Float[Tensor, "b n n"]:
+    """A^-1 of a small system; the pixels beyond an odd side, which are tied to nothing, stay 0."""
+    diagonal, down = level.diagonal.flatten(1), level.down.flatten(1)
+    nothing = (diagonal == 0).to(diagonal)
+    right = F.pad(level.right, (0, 1)).flatten(1)[:, :-1]
+    links = torch.diag_embed(right, 1) + torch.diag_embed(down, level.diagonal.shape[2])
+    matrix = torch.diag_embed(diagonal + nothing) - links - links.mT
+    return torch.linalg.inv_ex(matrix)[0] - torch.diag_embed(nothing)
+
+
+def _cycle(levels: list[_Level], coarsest: Float[Tensor, "b n n"], target: Float[Tensor, "b h w"]) -> Tensor:
+    """About A^-1 target [b, h, w]: a symmetric multigrid cycle, which preconditions the conjugate gradients."""
+    if len(levels) == 1:
+        return (coarsest @ target.flatten(1)[..., None]).view_as(target)
     level = levels[0]
     x = level.inverse * target
-    if len(levels) == 1:
-        for _ in range(4):
-            x = level.sweep(x, target)
-        return x
-    rest = _cycle(levels[1:], _coarser(level.residual(x, target)))
-    return level.sweep(x + OVERSHOOT * _finer(rest, x), target)
+    rest = _cycle(levels[1:], coarsest, _coarser(level.residual(x, target)))
+    return level.sweep(torch.add(x, _finer(rest, x), alpha=OVERSHOOT), target)
 
 
 def _dot(a: Float[Tensor, "b h w"], b: Float[Tensor, "b h w"]) -> Float[Tensor, "b 1 1"]:
@@ -147,11 +156,12 @@ def interpolate_batch(rgb: Float[Tensor, "b 3 h w"], depth: Float[Tensor, "b h w
         depth: planar, 0 where unknown.
 
     Returns:
-        Planar depth in the same units, within 1 % of `interpolate`'s in 99 of 100 pixels of made-up matches; 1 all over
-        an image of which nothing is known.
+        Planar depth in the same units, within 1.5 % of `interpolate`'s in 99 of 100 pixels of made-up matches; 1 all
+        over an image of which nothing is known.
     """
     known = depth > 0
-    data = known.to(depth)
+    some = known.flatten(1).any(dim=1)[:, None, None]
+    data = torch.where(some, known.to(depth), 1.0)  # without any the system has no solution
     target = torch.where(known, 1.0 / depth.clamp_min(1e-12), 0.0)
     right, down = (
         torch.exp(-rgb.diff(dim=axis).square().sum(1) / (2.0 * COLOUR_SIGMA**2)) + WEAKEST_LINK for axis in (3, 2)
@@ -160,22 +170,22 @@ def interpolate_batch(rgb: Float[Tensor, "b 3 h w"], depth: Float[Tensor, "b h w
     targets = [target]
     for _ in levels[1:]:
         targets.append(_coarser(targets[-1]))
-    x = levels[-1].inverse * targets[-1]
-    for level, coarse in zip(levels[::-1], targets[::-1]):
-        if x.shape != coarse.shape:
-            x = _finer(x, coarse)
+    coarsest = _dense_inverse(levels[-1])
+    x = _cycle(levels[-1:], coarsest, targets[-1])
+    for level, fine in zip(levels[-2::-1], targets[-2::-1]):
+        x = _finer(x, fine)
         for _ in range(SWEEPS):
-            x = level.sweep(x, coarse)
+            x = level.sweep(x, fine)
 
     rest = levels[0].residual(x, target)
-    step = ahead = _cycle(levels, rest)
+    step = ahead = _cycle(levels, coarsest, rest)
     power, nought = _dot(rest, ahead), torch.zeros_like(rest)
     for _ in range(ITERATIONS):
         back = levels[0].residual(step, nought)  # - A step
         length = power / (-_dot(step, back)).clamp_min(1e-30)
         x, rest = torch.addcmul(x, length, step), torch.addcmul(rest, length, back)
-        ahead = _cycle(levels, rest)
+        ahead = _cycle(levels, coarsest, rest)
         before, power = power, _dot(rest, ahead)
         step = torch.addcmul(ahead, power / before.clamp_min(1e-30), step)
     farthest = torch.where(known, target, torch.inf).amin(dim=(1, 2), keepdim=True)
-    return torch.where(farthest.isfinite(), 1.0 / torch.maximum(x, farthest), 1.0)
+    return torch.where(some, 1.0 / torch.maximum(x, farthest), 1.0)
