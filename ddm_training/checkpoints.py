@@ -96,7 +96,7 @@ def load_checkpoint(
     Args:
         path: of the checkpoint.
         config: settings of the run, plain JSON values.
-        identity: names of those without which the saved weights mean nothing.
+        identity: names of those without which the saved weights mean nothing. One that did not exist yet is let pass.
 
     Returns:
         The state, and the settings that differ as name -> (saved, now).
@@ -115,7 +115,7 @@ def load_checkpoint(
             "--resume-from-checkpoint another folder."
         ) from error
     differing = {key: (saved.get(key), value) for key, value in config.items() if saved.get(key) != value}
-    if wrong := [key for key in identity if key in differing]:
+    if wrong := [key for key in identity if key in differing and key in saved]:
         said = ", ".join(f"--{key.replace('_', '-')} {differing[key][0]} (now {differing[key][1]})" for key in wrong)
         raise InputError(
             f"{path} was trained with {said}: its weights do not fit. Use those settings, or another --output-dir."

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -35,7 +34,8 @@ FOLDER = "completion"  # in a prior folder
 SPEC_FILE = "completion.json"
 CHANNELS = 6  # red, green, blue, log s - m, whether s is known, log base - m
 STEM = 2  # pixels of a side that become channels: the network works at half the resolution
-WIDTHS = (48, 64, 96)
+WIDTHS = (48, 64, 96)  # channels of its levels, by default
+GROUPS, HEAD = 8, 32  # a level's channels are multiples of the first, those of the deepest of the second
 MULTIPLE = STEM * 2 ** (len(WIDTHS) - 1)  # sides of what the network sees are multiples of this
 LOG_RANGE = 3.0  # what it sees of depth is held within a factor of 20 of the median
 LOG_B = (-6.0, 2.0)  # range of log_b
@@ -77,20 +77,38 @@ def network_input(
     return torch.cat([2.0 * rgb - 1.0, torch.stack([r, given.float(), r_base], dim=1)], dim=1)
 
 
-def make_network() -> "UNet2DModel":
-    """A freshly initialised network; call inside a seeded context for reproducible weights."""
+def check_widths(widths: tuple[int, int, int]) -> None:
+    """Refuse channels that the network's groups and heads do not divide.
+
+    Raises:
+        InputError: names the flag.
+    """
+    if any(n < 1 or n % unit for n, unit in zip(widths, (GROUPS, GROUPS, HEAD))):
+        raise InputError(
+            f"--widths must be positive multiples of {GROUPS}, the last one of {HEAD}, "
+            f"found {' '.join(map(str, widths))}."
+        )
+
+
+def make_network(widths: tuple[int, int, int] = WIDTHS) -> "UNet2DModel":
+    """A freshly initialised network; call inside a seeded context for reproducible weights.
+
+    Raises:
+        InputError: widths that are no positive multiples of `GROUPS`, the last of `HEAD`.
+    """
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-    deep = len(WIDTHS) - 1
+    check_widths(widths)
+    deep = len(widths) - 1
     network = UNet2DModel(
         in_channels=CHANNELS * STEM**2,
         out_channels=2 * STEM**2,
-        block_out_channels=WIDTHS,
+        block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D",) * deep + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * deep,
-        norm_num_groups=8,
-        attention_head_dim=32,
+        norm_num_groups=GROUPS,
+        attention_head_dim=HEAD,
     )
     nn.init.zeros_(network.conv_out.weight)  # it begins with the membrane
     return network
@@ -133,9 +151,9 @@ class DepthCompleter(nn.Module):
         size = working_size(height, width, self.spec.size)
         mode = "area" if size[0] <= height else "nearest-exact"
         small = F.interpolate(rgb.permute(2, 0, 1)[None], size=size, mode=mode)
-        known = torch.from_numpy(shrink_known(depth.numpy(), size))
-        base = torch.from_numpy(membrane.interpolate(small[0].permute(1, 2, 0).numpy(), known.numpy()))
-        log_z, log_b = self(small, known[None], base[None])
+        known = shrink_known(depth[None], size)
+        base = torch.from_numpy(membrane.interpolate(small[0].permute(1, 2, 0).numpy(), known[0].numpy()))
+        log_z, log_b = self(small, known, base[None])
         error = log_b.exp() + 0.5 * local_range(log_z)
         log_z, error = F.interpolate(torch.stack([log_z, error], dim=1), size=(height, width), mode="bilinear")[0]
         return log_z.exp(), error
@@ -156,11 +174,11 @@ def working_size(height: int, width: int, trained: tuple[int, int]) -> tuple[int
     )
 
 
-def shrink_known(depth: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "_h _w"]:
+def shrink_known(depth: Float[Tensor, "b h w"], size: tuple[int, int]) -> Float[Tensor, "b _h _w"]:
     """Known depth in fewer pixels: of the known ones under each new one the nearest surface, 0 where none is known."""
-    inverse = np.divide(1.0, depth, where=depth > 0, out=np.zeros(depth.shape, np.float32))[None, None]
-    nearest = F.adaptive_max_pool2d(torch.from_numpy(inverse.astype(np.float32)), size)[0, 0].numpy()
-    return np.divide(1.0, nearest, where=nearest > 0, out=np.zeros(size, np.float32))
+    inverse = torch.where(depth > 0, 1.0 / depth.clamp_min(1e-12), 0.0)
+    nearest = F.adaptive_max_pool2d(inverse, size)
+    return torch.where(nearest > 0, 1.0 / nearest.clamp_min(1e-12), 0.0)
 
 
 def completion_loss(
@@ -202,6 +220,7 @@ def load_completer(folder: Path) -> DepthCompleter:
         content |= {name: tuple(content[name]) for name in ("size", "trained_on") if name in content}
         spec, config = CompletionSpec(**content), json.loads((folder / "config.json").read_text())
         channels = config["in_channels"], config["out_channels"]
+        levels = len(config.get("block_out_channels", WIDTHS))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"{folder} is no completion network ({error}): make it again with `ddm train-completion`."
@@ -211,5 +230,7 @@ def load_completer(folder: Path) -> DepthCompleter:
             f"{folder} predicts {channels[1]} from {channels[0]} channels; this version completes depth with "
             f"{2 * STEM**2} from {CHANNELS * STEM**2}."
         )
+    if levels != len(WIDTHS):
+        raise InputError(f"{folder} has a network of {levels} levels; this version completes depth with {len(WIDTHS)}.")
     unet = nn.Module.to(load_weights(folder, config), torch.float32)  # diffusers' own `to` warns about another case
     return DepthCompleter(unet, spec).eval().requires_grad_(False)

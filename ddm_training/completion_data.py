@@ -1,6 +1,8 @@
 """Samples for the network that completes depth: stored frames in few pixels, with made-up matches.
 
-A sample is a pure function of (seed, stream, step, index), as those of `patches` are.
+Loader processes only cut frames: a `CompletionSampler` gives what is as small and as quick as can be. All the rest is
+done for whole batches on the device of the training: `make_samples`. A cut is a pure function of (seed, stream, step,
+index), as the samples of `patches` are; what is made of a batch follows from (seed, stream, step, first index).
 
 Notation
     W, H     pixels that the network sees; frames are cut and matched at twice that, `2 W` x `2 H`
@@ -12,32 +14,33 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from ddm_training import membrane
 from ddm_training.completion import shrink_known
 from ddm_training.errors import InputError
 from ddm_training.frames import Scene
-from ddm_training.matches import draw_matches
-from ddm_training.patches import Stream, change_color, check_weights, fill_invalid, sample_rng
+from ddm_training.matches import draw_matches, happens, normal, uniform
+from ddm_training.patches import Stream, check_weights, sample_rng
 
 WHOLE = 0.4  # share of samples that show as much of the frame as fits; the others a part of it
 CLOSEST = 2.0  # by which a part may be enlarged
-LEAST_KNOWN = 20  # pixels
+LEAST_KNOWN = 20  # pixels; samples with fewer have no weight
 MAX_DRAWS = 20  # frames tried for one sample
 GRAIN = 0.02  # largest deviation of the noise that colours get
 
 
 class CompletionSampler:
-    """Draws samples from frame stores.
+    """Cuts samples from frame stores.
 
     Args:
         stores: one list of scenes per store.
         size: W and H.
         weights: share of samples from each store; by default each frame is equally likely.
-        augment: flip, change colours and cut parts.
+        augment: flip and cut parts.
 
     Raises:
         InputError: weights that are not one number >= 0 a store.
@@ -62,63 +65,139 @@ class CompletionSampler:
         """Number of frames in use."""
         return sum(map(len, self._frames))
 
+    def cut(
+        self, rng: np.random.Generator
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"], float]:
+        """A part of a frame at 2 W x 2 H: colours, depth in metres, validity, and the focal length in pixels.
+
+        Raises:
+            InputError: no frame has valid depth in `MAX_DRAWS` tries.
+        """
+        for _ in range(MAX_DRAWS):
+            found = self._cut(rng)
+            if found[2].any():
+                return found
+        raise InputError(f"{MAX_DRAWS} frames in a row have no valid depth: check the masks of the frame stores.")
+
     def _cut(
         self, rng: np.random.Generator
-    ) -> tuple[Float[np.ndarray, "3 h w"], Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"], float]:
-        """A part of a frame at 2 W x 2 H: colours, depth in metres, validity, and the focal length in pixels."""
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], Float[np.ndarray, "h w"], Bool[np.ndarray, "h w"], float]:
         store = min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self._frames) - 1)
         frames = self._frames[store]
         scene, index = frames[rng.integers(len(frames))]
+        info = scene.info
         width, height = 2 * self.size[0], 2 * self.size[1]
-        zoom = min(scene.info.width / width, scene.info.height / height)
+        zoom = min(info.width / width, info.height / height)
         if self.augment and rng.random() > WHOLE:
             zoom *= math.exp(rng.uniform(-math.log(CLOSEST), 0.0))
-        room = max(scene.info.width - width * zoom, 0.0), max(scene.info.height - height * zoom, 0.0)
+        room = max(info.width - width * zoom, 0.0), max(info.height - height * zoom, 0.0)
         left, top = (rng.uniform(0.0, side) if self.augment else 0.5 * side for side in room)
-        column, row = (
-            np.minimum((start + (np.arange(count) + 0.5) * zoom).astype(int), limit - 1)
-            for start, count, limit in ((left, width, scene.info.width), (top, height, scene.info.height))
-        )
-        picture = Image.fromarray(np.asarray(scene.color[index]))
+        flip = -1 if self.augment and rng.random() < 0.5 else 1
+
+        right, bottom = min(left + width * zoom, info.width), min(top + height * zoom, info.height)
+        x, y = max(int(left) - 2, 0), max(int(top) - 2, 0)  # bilinear filters look beyond the border
+        rows = np.asarray(scene.color[index, y : math.ceil(bottom) + 2]).reshape(-1, 3 * info.width)
+        part = np.ascontiguousarray(rows[:, 3 * x : 3 * (math.ceil(right) + 2)])  # by lines, not by pixels: much faster
         how = Image.Resampling.BOX if zoom > 1.2 else Image.Resampling.BILINEAR
-        box = left, top, min(left + width * zoom, scene.info.width), min(top + height * zoom, scene.info.height)
-        part = picture.resize((width, height), how, box=box)
-        rgb = np.asarray(part, np.float32).transpose(2, 0, 1) / 255.0
-        z = np.asarray(scene.depth[index], np.float32)[np.ix_(row, column)]
-        valid = np.asarray(scene.mask[index])[np.ix_(row, column)]
-        return rgb, z, valid, scene.info.intrinsics[index][0] / zoom
-
-    def sample(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One sample: "rgb" [3, H, W] in [0, 1], "known", "base" and "z" [H, W] in metres, "valid" [H, W].
-
-        Raises:
-            InputError: no frame has matches in `MAX_DRAWS` tries.
-        """
-        for _ in range(MAX_DRAWS):
-            rgb, z, valid, focal = self._cut(rng)
-            if not valid.any():
-                continue
-            z = fill_invalid(z, valid)
-            if self.augment:
-                rgb = change_color(rgb, rng)
-                if rng.random() < 0.5:
-                    rgb, z, valid = rgb[:, :, ::-1], z[:, ::-1], valid[:, ::-1]
-                noise = rng.uniform(0.0, GRAIN) * rng.standard_normal(rgb.shape, np.float32)
-                rgb = np.clip(rgb + noise, 0.0, 1.0).astype(np.float32)
-            matches = draw_matches(rng, rgb, z, valid, focal)
-            width, height = self.size
-            known = shrink_known(matches, (height, width))
-            if (known > 0).sum() < LEAST_KNOWN:
-                continue
-            small = rgb.reshape(3, height, 2, width, 2).mean(axis=(2, 4))
-            base = membrane.interpolate(small.transpose(1, 2, 0), known)
-            z, valid = (
-                np.ascontiguousarray(x[1::2, ::2]) for x in (z, valid)
-            )  # one of the four: none lies between surfaces
-            return {"rgb": small, "known": known, "base": base, "z": z, "valid": valid}
-        raise InputError(f"{MAX_DRAWS} frames in a row have next to no texture or valid depth: check the frame stores.")
+        picture = Image.fromarray(part.reshape(len(part), -1, 3))
+        rgb = np.asarray(picture.resize((width, height), how, box=(left - x, top - y, right - x, bottom - y)))
+        column, row = (
+            np.minimum((start + (np.arange(count) + 0.5) * zoom).astype(np.intp), limit - 1)
+            for start, count, limit in ((left, width, info.width), (top, height, info.height))
+        )
+        z, valid = (
+            np.asarray(array[index, row[0] : row[-1] + 1])[row - row[0]][:, column[::flip]]
+            for array in (scene.depth, scene.mask)
+        )
+        return rgb[:, ::flip], z, valid, info.intrinsics[index][0] / zoom
 
     def batch(self, *, seed: int, stream: Stream, step: int, first: int, count: int) -> dict[str, Tensor]:
-        """Samples first ... first + count - 1 of a step, stacked."""
-        rows = [self.sample(sample_rng(seed, stream, step, first + i)) for i in range(count)]
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        """Cuts first ... first + count - 1 of a step.
+
+        Returns:
+            "color" [b, 2H, 2W, 3] uint8, "depth" [b, 2H, 2W] float16 in metres, "mask" [b, 2H, 2W] bool, and "focal"
+            [b] in pixels.
+        """
+        shape = count, 2 * self.size[1], 2 * self.size[0]
+        color, depth = np.empty((*shape, 3), np.uint8), np.empty(shape, np.float16)
+        mask, focal = np.empty(shape, np.bool_), np.empty(count, np.float32)
+        for i in range(count):
+            color[i], depth[i], mask[i], focal[i] = self.cut(sample_rng(seed, stream, step, first + i))
+        arrays = {"color": color, "depth": depth, "mask": mask, "focal": focal}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def batch_generator(device: torch.device, *, seed: int, stream: Stream, step: int, first: int) -> Generator:
+    """The random numbers of a batch on its device."""
+    state = np.random.SeedSequence((seed, stream, step, first)).generate_state(1, np.uint64)
+    return Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def change_colors(g: Generator, rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """What `patches.change_color` does, and grain."""
+    one = (len(rgb), 1, 1, 1)
+    gain = (uniform(g, -0.25, 0.25, *one) + uniform(g, -0.06, 0.06, len(rgb), 3, 1, 1)).exp()
+    gamma = uniform(g, -0.25, 0.25, *one).exp()
+    saturation = torch.where(happens(g, 0.05, *one), 0.0, uniform(g, 0.7, 1.25, *one))
+    rgb = (rgb * gain).clamp(0, 1) ** gamma
+    rgb = torch.lerp(rgb.mean(dim=1, keepdim=True), rgb, saturation).clamp(0, 1)
+    return (rgb + uniform(g, 0.0, GRAIN, *one) * normal(g, 1.0, *rgb.shape)).clamp(0, 1)
+
+
+def fill_invalid(z: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+    """Invalid depth replaced by a valid one from nearby.
+
+    That of a neighbour, twice, as the fattening of matches reaches so far; else one of the smallest block of 2, 4, 8,
+    ... pixels of a side that has any.
+    """
+    z = torch.where(valid, z, 0.0)
+    for _ in range(2):
+        beside = F.pad(z, (1, 1))
+        z = torch.where(z > 0, z, torch.where(beside[..., :-2] > 0, beside[..., :-2], beside[..., 2:]))
+        beside = F.pad(z, (0, 0, 1, 1))
+        z = torch.where(z > 0, z, torch.where(beside[:, :-2] > 0, beside[:, :-2], beside[:, 2:]))
+    known = [z]
+    while max(known[-1].shape[1:]) > 1:
+        fine = F.pad(known[-1], (0, known[-1].shape[2] % 2, 0, known[-1].shape[1] % 2))
+        a, b, c, d = (fine[:, i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0)))
+        known.append(torch.where(a > 0, a, torch.where(b > 0, b, torch.where(c > 0, c, d))))
+    filled = known.pop()
+    while known:
+        fine = known.pop()
+        _, height, width = fine.shape
+        filled = F.interpolate(filled[:, None], scale_factor=2.0, mode="nearest")[:, 0, :height, :width]
+        filled = torch.where(fine > 0, fine, filled)
+    return filled
+
+
+@torch.no_grad()
+def make_samples(g: Generator, cut: dict[str, Tensor], *, augment: bool) -> dict[str, Tensor]:
+    """Samples of a batch of cut frames, on their device.
+
+    Args:
+        g: all that is random, on that device.
+        cut: of `CompletionSampler.batch`.
+        augment: change colours.
+
+    Returns:
+        "rgb" [b, 3, H, W] in [0, 1], "known", "base" and "z" [b, H, W] in metres, "valid" [b, H, W], which is False all
+        over a sample with fewer matches than `LEAST_KNOWN`, and "enough" [b], False for those.
+    """
+    rgb = cut["color"].permute(0, 3, 1, 2).float() / 255.0
+    valid = cut["mask"]
+    z = fill_invalid(cut["depth"].float(), valid)
+    if augment:
+        rgb = change_colors(g, rgb)
+    matches = draw_matches(g, rgb, z, valid, cut["focal"])
+    known = shrink_known(matches, (z.shape[1] // 2, z.shape[2] // 2))
+    small = F.avg_pool2d(rgb, 2)
+    enough = (known > 0).flatten(1).sum(dim=1) >= LEAST_KNOWN
+    z, valid = (x[:, 1::2, ::2].contiguous() for x in (z, valid))  # one of the four: none lies between surfaces
+    return {
+        "rgb": small,
+        "known": known,
+        "base": membrane.interpolate_batch(small, known),
+        "z": z,
+        "valid": valid & enough[:, None, None],
+        "enough": enough,
+    }

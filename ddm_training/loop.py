@@ -136,7 +136,14 @@ class Task(Protocol):
         ...
 
     def draw(self, *, step: int, first: int, count: int) -> dict[str, Tensor]:
-        """Training samples ``first`` ... ``first + count - 1`` of a step: a pure function of these and the seed."""
+        """Training samples ``first`` ... ``first + count - 1`` of a step: a pure function of these and the seed.
+
+        Called in the loader's processes.
+        """
+        ...
+
+    def prepare(self, batch: dict[str, Tensor], *, step: int, first: int) -> dict[str, Tensor]:
+        """What of the drawing is better done for a whole batch on the device of the model, as pure as `draw`."""
         ...
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -163,13 +170,14 @@ class StepBatches(Dataset):
     """
 
     def __init__(self, draw: Callable[..., dict[str, Tensor]], *, steps: int, batch_size: int, rank: int = 0) -> None:
-        self.draw, self.steps, self.batch_size, self.rank = draw, steps, batch_size, rank
+        self.draw, self.steps, self.batch_size = draw, steps, batch_size
+        self.first = rank * batch_size
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        return self.draw(step=step, first=self.rank * self.batch_size, count=self.batch_size)
+        return self.draw(step=step, first=self.first, count=self.batch_size)
 
 
 class StopRequest:
@@ -321,6 +329,7 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
             before = time.perf_counter()
             batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
             waited += time.perf_counter() - before
+            batch = task.prepare(batch, step=step, first=batches.first)
 
             for group in optimizer.param_groups:
                 group["lr"] = rate = learning_rate(

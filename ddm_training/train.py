@@ -128,6 +128,10 @@ class PatchTask:
         seed, bias = self.config.seed, self.config.timestep_bias
         return self.sampler.batch(seed=seed, stream=Stream.TRAIN, step=step, first=first, count=count, bias=bias)
 
+    def prepare(self, batch: dict[str, Tensor], *, step: int, first: int) -> dict[str, Tensor]:
+        """Patches are drawn whole."""
+        return batch
+
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Of the predicted noise."""
         from ddm_training.unet import add_noise

@@ -4,6 +4,7 @@ Errors are of log depth, that is relative ones, on held-out frames with made-up 
 """
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ class TrainCompletionConfig(LoopConfig):
 
     size: tuple[int, int] = (64, 48)
     """Width and height in pixels of what the network sees of an image, multiples of 8."""
+    widths: tuple[int, int, int] = completion.WIDTHS
+    """Channels of the network's levels, from fine to coarse: multiples of 8, the last one of 32."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     ema_decay: float = 0.998
@@ -47,6 +50,7 @@ class TrainCompletionConfig(LoopConfig):
         self.require_at_least("validation_samples", 1)
         if any(side < completion.MULTIPLE or side % completion.MULTIPLE for side in self.size):
             raise InputError(f"--size must be positive multiples of {completion.MULTIPLE}, found {self.size}.")
+        completion.check_widths(self.widths)
 
     def main(self) -> None:
         """Train."""
@@ -56,7 +60,7 @@ class TrainCompletionConfig(LoopConfig):
 class CompletionTask:
     """The completing network, as `run_loop` trains it."""
 
-    identity: tuple[str, ...] = ()
+    identity: tuple[str, ...] = ("widths",)
     unit = "images"
 
     def __init__(self, config: TrainCompletionConfig) -> None:
@@ -72,19 +76,45 @@ class CompletionTask:
             trained_on=tuple(sorted({scene.info.source for scene in self.sampler.scenes})),
             license=config.license,
         )
+        self._unmatched = torch.zeros(())  # samples so far, on their device, that had next to no matches
+        self._samples = 0
 
     def make_network(self) -> nn.Module:
-        """The only one that there is."""
-        return completion.make_network()
+        """Of the widths asked for."""
+        return completion.make_network(self.config.widths)
 
     def wrap(self, network: Any) -> nn.Module:
         """As (rgb, known, base) -> depth and its spread."""
         return DepthCompleter(network, self.spec, bf16=self.config.mixed_precision == "bf16")
 
     def draw(self, *, step: int, first: int, count: int) -> dict[str, Tensor]:
-        """Samples with made-up matches."""
+        """Parts of frames."""
         seed = self.config.seed
         return self.sampler.batch(seed=seed, stream=Stream.TRAIN, step=step, first=first, count=count)
+
+    def prepare(self, batch: dict[str, Tensor], *, step: int, first: int) -> dict[str, Tensor]:
+        """Samples with made-up matches."""
+        from ddm_training.completion_data import batch_generator, make_samples
+
+        device = batch["color"].device
+        g = batch_generator(device, seed=self.config.seed, stream=Stream.TRAIN, step=step, first=first)
+        samples = make_samples(g, batch, augment=True)
+        self._unmatched = self._unmatched.to(device) + (~samples["enough"]).sum()
+        self._samples += len(samples["enough"])
+        return samples
+
+    def unmatched(self) -> float:
+        """Share of this process's samples so far that had no weight, as they had next to no matches.
+
+        Raises:
+            InputError: all of them.
+        """
+        share = float(self._unmatched) / max(self._samples, 1)
+        if share == 1.0:
+            raise InputError(
+                f"all of {self._samples} samples have next to no texture or valid depth: check the frame stores."
+            )
+        return share
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Of the completed depth and its spread."""
@@ -93,33 +123,55 @@ class CompletionTask:
 
     def validation(self, device: torch.device, world: int) -> "CompletionValidation":
         """Errors on held-out frames, and the exported network."""
-        return CompletionValidation(self.config, self.spec, device=device)
+        return CompletionValidation(self.config, self.spec, device=device, unmatched=self.unmatched)
 
     def finish(self, validation: Any) -> None:
         """Nothing is left to do."""
 
 
 class CompletionValidation:
-    """Held-out samples of each store, prepared once."""
+    """Held-out samples of each store, prepared once.
 
-    def __init__(self, config: TrainCompletionConfig, spec: CompletionSpec, *, device: torch.device) -> None:
-        self.config, self.spec = config, spec
+    Args:
+        config: of the training.
+        spec: what the network is trained on.
+        device: of the network.
+        unmatched: gives the share of training samples that had no weight, for the log.
+
+    Raises:
+        InputError: a store whose held-out samples have no depth to complete.
+    """
+
+    def __init__(
+        self,
+        config: TrainCompletionConfig,
+        spec: CompletionSpec,
+        *,
+        device: torch.device,
+        unmatched: Callable[[], float],
+    ) -> None:
+        self.config, self.spec, self.unmatched = config, spec, unmatched
         self.stores: dict[str, dict[str, Tensor]] = {}
-        for root, batch in self._held_out():
+        for root, batch in self._held_out(device):
             if not bool((batch["valid"] & (batch["known"] == 0)).any()):
-                raise InputError(f"held-out frames of {root} have no depth to complete: all that is valid is matched.")
+                raise InputError(
+                    f"held-out frames of {root} have no depth to complete: all that is valid is matched, or next to "
+                    "nothing is."
+                )
             name = root.name if root.name not in ("", *self.stores) else str(root)
-            self.stores[name] = {key: value.to(device) for key, value in batch.items()}
+            self.stores[name] = batch
 
-    def _held_out(self) -> Any:
-        from ddm_training.completion_data import CompletionSampler
+    def _held_out(self, device: torch.device) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+        from ddm_training.completion_data import CompletionSampler, batch_generator, make_samples
         from ddm_training.validation import held_out_stores
 
         found = held_out_stores(self.config.data)
         for root, scenes in found:
             sampler: CompletionSampler = CompletionSampler([scenes], self.config.size, augment=False)
             count = max(self.config.validation_samples // len(found), 1)
-            yield root, sampler.batch(seed=self.config.seed, stream=Stream.VALIDATION, step=0, first=0, count=count)
+            place = {"seed": self.config.seed, "stream": Stream.VALIDATION, "step": 0, "first": 0}
+            cut = {name: values.to(device) for name, values in sampler.batch(**place, count=count).items()}
+            yield root, make_samples(batch_generator(device, **place), cut, augment=False)
 
     @property
     def folder(self) -> Path:
@@ -145,7 +197,8 @@ class CompletionValidation:
                 "membrane": float((data["base"].log() - truth).abs()[unknown].mean()),
                 "expected": float(log_b.exp()[unknown].mean()),
             }
-        measured = {"val_loss": sum(row["depth"] for row in rows.values()) / len(rows), "val": rows}
+        loss = sum(row["depth"] for row in rows.values()) / len(rows)
+        measured = {"val_loss": loss, "val": rows, "unmatched": round(self.unmatched(), 4)}
         self._export(average, step, measured)
         return measured
 
@@ -169,6 +222,7 @@ def model_card(
     spec: CompletionSpec, config: TrainCompletionConfig, *, parameters: int, measured: dict[str, Any]
 ) -> str:
     """The README.md of a completion folder; all figures come from the arguments."""
+    widths = " / ".join(map(str, config.widths))
     rows = "\n".join(
         f"| {name} | {row['membrane']:.4f} | {row['depth']:.4f} | {row['expected']:.4f} |"
         for name, row in measured["val"].items()
@@ -184,7 +238,7 @@ Completes what stereo knows of an image's depth, made with `ddm train-completion
 
 | | |
 |---|---|
-| network | diffusers `UNet2DModel`, {parameters:,} parameters, EMA weights |
+| network | diffusers `UNet2DModel`, {widths} channels, {parameters:,} parameters, EMA weights |
 | sees | images of {spec.size[0]} x {spec.size[1]} pixels: colours, known depth, and its membrane interpolation |
 | gives | a correction of the membrane's log depth, and the log of the error to expect |
 | trained on | {", ".join(spec.trained_on)}, with made-up matches |
