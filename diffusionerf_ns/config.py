@@ -34,15 +34,16 @@ def _viewer(rays_per_chunk: int) -> ViewerConfig:
     return ViewerConfig(num_rays_per_chunk=rays_per_chunk, websocket_port=7007)
 
 
-_FULL_STEPS = 10_000
+# A fifth of the paper's, as few views are fitted soon: after them DTU's scan24 has 33 dB in training (docs/findings.md).
+_FULL_STEPS = 2000
 
 diffusionerf = MethodSpecification(
     config=TrainerConfig(
         method_name="diffusionerf",
         max_num_iterations=_FULL_STEPS,
-        steps_per_save=1000,
+        steps_per_save=500,
         steps_per_eval_batch=500,
-        steps_per_eval_image=1000,
+        steps_per_eval_image=_FULL_STEPS // 2,
         steps_per_eval_all_images=_FULL_STEPS,
         # Off, as the scores reach below what float16 resolves; the prior itself runs in bfloat16 where that pays.
         mixed_precision=False,
@@ -51,7 +52,7 @@ diffusionerf = MethodSpecification(
             datamanager=DiffusioNeRFDataManagerConfig(
                 dataparser=FewViewDataParserConfig(), train_num_rays_per_batch=1024, eval_num_rays_per_batch=1024
             ),
-            model=DiffusioNeRFModelConfig(eval_num_rays_per_chunk=1 << 14),
+            model=DiffusioNeRFModelConfig(proposal_warmup=_FULL_STEPS // 2, eval_num_rays_per_chunk=1 << 14),
         ),
         optimizers=_optimizers(_FULL_STEPS),
         viewer=_viewer(1 << 14),

@@ -17,6 +17,7 @@ from typing import Any, Literal
 PRESETS = ("diffusionerf-tiny", "diffusionerf")
 # fp32 on both sides; sums run in another order, and a sample can fall into the neighbouring bin of the proposal's CDF.
 MAX_LOSS_ERROR = 1e-3
+SMALL_TERM = 1e-3  # of the whole loss: errors of smaller terms are relative to this, as one ray's bin is seen in them
 MAX_GRADIENT_ERROR = 5e-2
 MAX_BFLOAT16_ERROR = 5e-2  # of the predicted noise, relative: bfloat16 has 8 bits
 WARM_UP = 10
@@ -112,7 +113,8 @@ class Checks:
         bundle = bundle.to(torch.device(self.device))
         found = losses_and_gradients(other.pipeline.model, bundle, to_device(batch, self.device))
         torch.backends.cudnn.allow_tf32 = True
-        loss_error, gradient_error = compare(expected[0], found[0]), compare(expected[1], found[1])
+        floor = SMALL_TERM * float(sum(expected[0].values()))
+        loss_error, gradient_error = compare(expected[0], found[0], floor), compare(expected[1], found[1])
         worst = max(gradient_error, key=gradient_error.__getitem__)
         worst_loss = max(loss_error, key=loss_error.__getitem__)
         return Check(
@@ -231,17 +233,17 @@ def to_device(value: Any, device: str) -> Any:
     return value
 
 
-def relative_error(expected: Any, found: Any) -> float:
-    """|found - expected| / |expected|, Euclidean norms in float64."""
+def relative_error(expected: Any, found: Any, floor: float = 0.0) -> float:
+    """|found - expected| / max(|expected|, floor), Euclidean norms in float64."""
     expected, found = expected.double().cpu(), found.double().cpu()
-    difference, size = float((found - expected).norm()), float(expected.norm())
+    difference, size = float((found - expected).norm()), max(float(expected.norm()), floor)
     return difference / size if size > 0 else difference
 
 
-def compare(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
-    """Relative error of each entry; infinite for one that only one side has."""
+def compare(expected: dict[str, Any], found: dict[str, Any], floor: float = 0.0) -> dict[str, float]:
+    """`relative_error` of each entry; infinite for one that only one side has."""
     return {
-        name: relative_error(expected[name], found[name]) if name in expected and name in found else float("inf")
+        name: relative_error(expected[name], found[name], floor) if name in expected and name in found else float("inf")
         for name in {**expected, **found}
     }
 

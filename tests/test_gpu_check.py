@@ -39,6 +39,12 @@ def test_errors_are_relative_and_a_missing_term_is_infinite(gpu_check: ModuleTyp
     assert gpu_check.compare(expected, found) == pytest.approx({"a": 0.1, "zero": 0.25, "gone": float("inf")})
 
 
+def test_small_terms_are_compared_with_the_floor_and_large_ones_with_themselves(gpu_check: ModuleType) -> None:
+    expected = {"small": torch.tensor(1e-5), "large": torch.tensor(2.0)}
+    found = {"small": torch.tensor(2e-5), "large": torch.tensor(2.5)}
+    assert gpu_check.compare(expected, found, 1e-3) == pytest.approx({"small": 1e-2, "large": 0.25})
+
+
 def test_a_check_that_raises_is_a_failed_line_and_the_others_go_on(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

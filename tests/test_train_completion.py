@@ -395,5 +395,7 @@ def test_a_larger_network_is_trained_kept_apart_and_loaded(store, tmp_path) -> N
     assert "16 / 24 / 64 channels" in (tmp_path / completion.FOLDER / "README.md").read_text()
     rgb, depth = scene()
     assert bool((loaded.complete(rgb, depth)[0] > 0).all())
-    with pytest.raises(InputError, match=r"--widths \[16, 24, 64\] \(now \[48, 64, 96\]\)"):
+    with pytest.raises(
+        InputError, match=rf"--widths \[16, 24, 64\] \(now \[{', '.join(map(str, completion.WIDTHS))}\]\)"
+    ):
         config(store, tmp_path).main()
