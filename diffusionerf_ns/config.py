@@ -34,7 +34,7 @@ def _viewer(rays_per_chunk: int) -> ViewerConfig:
     return ViewerConfig(num_rays_per_chunk=rays_per_chunk, websocket_port=7007)
 
 
-# A fifth of the paper's, as few views are fitted soon: after them DTU's scan24 has 33 dB in training (docs/findings.md).
+# A fifth of the paper's, as few views are fitted soon: scan24 of DTU has 33 dB in training then (docs/findings.md).
 _FULL_STEPS = 2000
 
 diffusionerf = MethodSpecification(
