@@ -188,8 +188,8 @@ def completion_loss(
     valid: Bool[Tensor, "b h w"],
     *,
     spread_weight: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean over valid pixels of |e| + spread_weight (|e| / b + log b) with e = log_z - log z, and of |e| alone.
+) -> Float[Tensor, ""]:
+    """Mean over valid pixels of |e| + spread_weight (|e| / b + log b) with e = log_z - log z.
 
     The second part is minus the log likelihood of a Laplace distribution. It teaches b alone: were it to teach z,
     pixels that are known well would count most.
@@ -198,7 +198,7 @@ def completion_loss(
     likelihood = error.detach() * torch.exp(-log_b) + log_b
     count = valid.sum().clamp_min(1)
     mean_error = torch.where(valid, error, 0.0).sum() / count
-    return mean_error + spread_weight * torch.where(valid, likelihood, 0.0).sum() / count, mean_error
+    return mean_error + spread_weight * torch.where(valid, likelihood, 0.0).sum() / count
 
 
 def save_completer(folder: Path, unet: "UNet2DModel", spec: CompletionSpec) -> None:

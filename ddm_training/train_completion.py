@@ -119,7 +119,7 @@ class CompletionTask:
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Of the completed depth and its spread."""
         log_z, log_b = model(batch["rgb"], batch["known"], batch["base"])
-        return completion_loss(log_z, log_b, batch["z"], batch["valid"], spread_weight=self.config.spread_weight)[0]
+        return completion_loss(log_z, log_b, batch["z"], batch["valid"], spread_weight=self.config.spread_weight)
 
     def validation(self, device: torch.device, world: int) -> "CompletionValidation":
         """Errors on held-out frames, and the exported network."""
