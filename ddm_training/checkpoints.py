@@ -96,7 +96,8 @@ def load_checkpoint(
     Args:
         path: of the checkpoint.
         config: settings of the run, plain JSON values.
-        identity: names of those without which the saved weights mean nothing. One that did not exist yet is let pass.
+        identity: names of those without which the saved weights mean nothing. One that the saved
+            settings do not have, as it is newer, is let pass: the weights themselves are checked after this.
 
     Returns:
         The state, and the settings that differ as name -> (saved, now).

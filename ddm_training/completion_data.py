@@ -144,8 +144,8 @@ def change_colors(g: Generator, rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, 
     return (rgb + uniform(g, 0.0, GRAIN, *one) * normal(g, 1.0, *rgb.shape)).clamp(0, 1)
 
 
-def fill_invalid(z: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """Invalid depth replaced by a valid one from nearby.
+def fill_from_nearby(z: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+    """Invalid depth replaced by a valid one from nearby, in few steps for a whole batch.
 
     That of a neighbour, twice, as the fattening of matches reaches so far; else one of the smallest block of 2, 4, 8,
     ... pixels of a side that has any.
@@ -185,7 +185,7 @@ def make_samples(g: Generator, cut: dict[str, Tensor], *, augment: bool) -> dict
     """
     rgb = cut["color"].permute(0, 3, 1, 2).float() / 255.0
     valid = cut["mask"]
-    z = fill_invalid(cut["depth"].float(), valid)
+    z = fill_from_nearby(cut["depth"].float(), valid)
     if augment:
         rgb = change_colors(g, rgb)
     matches = draw_matches(g, rgb, z, valid, cut["focal"])

@@ -281,8 +281,10 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
             optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
+            newer = [f"--{k.replace('_', '-')}" for k in task.identity if differing.get(k, (True, None))[0] is None]
+            hint = f"give {', '.join(newer)}, which its settings lack, as it was made, or " if newer else ""
             raise InputError(
-                f"{found} holds the weights of another network ({reason}): use another --output-dir."
+                f"{found} holds the weights of another network ({reason}): {hint}use another --output-dir."
             ) from error
         start = int(state["step"])
         notes.append(f"resuming from {found.name}")

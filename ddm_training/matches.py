@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 LEAST_PIXELS = 8  # of an island of matches that is believed; `diffusionerf_ns.completion` asks for 30 at twice the size
-MOST_PATCHES = 16  # that are matched wrongly in one frame: one in 14,000 would have more
+MOST_PATCHES = 16  # that are matched wrongly in one frame: one in 150,000 would have more
 PATCH_AXES = (1.5, 6.0)  # pixels from their centre to their border
 
 

@@ -115,7 +115,7 @@ def _pyramid(
 ) -> list[_Level]:
     """The system for images that are constant in blocks of 1, 2, 4, ... pixels of a side, a quarter of it each time."""
     levels = [_Level.of(right, down, data)]
-    while data[0].numel() > DENSE:
+    while data[0].numel() > DENSE and min(data.shape[1:]) > 2:
         across, along = right[..., 1::2], down[..., 1::2, :]  # those between blocks
         right = 0.5 * F.avg_pool2d(F.pad(across, (0, 0, 0, across.shape[-2] % 2)), (2, 1))
         down = 0.5 * F.avg_pool2d(F.pad(along, (0, along.shape[-1] % 2)), (1, 2))

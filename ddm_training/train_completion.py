@@ -169,9 +169,12 @@ class CompletionValidation:
         for root, scenes in found:
             sampler: CompletionSampler = CompletionSampler([scenes], self.config.size, augment=False)
             count = max(self.config.validation_samples // len(found), 1)
-            place = {"seed": self.config.seed, "stream": Stream.VALIDATION, "step": 0, "first": 0}
-            cut = {name: values.to(device) for name, values in sampler.batch(**place, count=count).items()}
-            yield root, make_samples(batch_generator(device, **place), cut, augment=False)
+            parts = []
+            for first in range(0, count, BATCH):  # on the CPU: the same samples on every device
+                place = {"seed": self.config.seed, "stream": Stream.VALIDATION, "step": 0, "first": first}
+                cut = sampler.batch(**place, count=min(BATCH, count - first))
+                parts.append(make_samples(batch_generator(torch.device("cpu"), **place), cut, augment=False))
+            yield root, {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
 
     @property
     def folder(self) -> Path:

@@ -359,7 +359,7 @@ class DiffusioNeRFModel(NerfactoModel):
         c = self.config
         x, z = self._patch_of(outputs, patches)
         tau, factor = self.tau, self.score_factor
-        score = self.prior.score(x, tau)
+        score = self.prior.score(x, tau, replay=True)
         if c.score_scaling == "variance":
             factor *= self.prior.sigma(tau) ** 2 / patches.size**2
         weighted = regularizers.weigh_score(

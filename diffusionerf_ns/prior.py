@@ -61,7 +61,9 @@ class PatchPrior:
         self.name = name
         self.autocast = autocast
         self.any_size, self.multiple = any_size, multiple
-        self._graphs = {kind: Graphed(partial(self._denoise, autocast=kind)) for kind in (False, True)}
+        self.graphs = {
+            kind: Graphed(partial(self._denoise, autocast=kind), f"the prior {name}") for kind in (False, True)
+        }
 
     @classmethod
     def load(
@@ -100,7 +102,7 @@ class PatchPrior:
         if isinstance(self.denoiser, torch.nn.Module):
             self.denoiser.to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
-        for graphed in self._graphs.values():
+        for graphed in self.graphs.values():
             graphed.clear()
         return self
 
@@ -109,10 +111,19 @@ class PatchPrior:
         return float((1.0 - self.alphas_cumprod[tau_to_timestep(tau, len(self.alphas_cumprod))]).sqrt())
 
     @torch.no_grad()
-    def predict_noise(self, x: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
-        """eps for patches, or whole views, at timesteps t; in and out float32 whatever the network computes in."""
-        if isinstance(self.denoiser, torch.nn.Module):
-            return self._graphs[self.autocast](x, t)
+    def predict_noise(
+        self, x: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"], *, replay: bool = False
+    ) -> Float[Tensor, "b 4 h w"]:
+        """eps for patches, or whole views, at timesteps t; in and out float32 whatever the network computes in.
+
+        Args:
+            x: patches or views.
+            t: timesteps.
+            replay: on CUDA, from a CUDA graph, which is faster; for one thread and inputs of few shapes, as a
+                training's.
+        """
+        if replay and isinstance(self.denoiser, torch.nn.Module):
+            return self.graphs[self.autocast](x, t)
         return self._denoise(x, t, autocast=self.autocast)
 
     def _denoise(self, x: Tensor, t: Tensor, *, autocast: bool) -> Tensor:
@@ -120,11 +131,11 @@ class PatchPrior:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
             return self.denoiser(x, t).float()
 
-    def score(self, x: Float[Tensor, "b 4 h w"], tau: float) -> Float[Tensor, "b 4 h w"]:
-        """grad log p(x) at noise level tau; no noise is added to x (paper section 3.3)."""
+    def score(self, x: Float[Tensor, "b 4 h w"], tau: float, *, replay: bool = False) -> Float[Tensor, "b 4 h w"]:
+        """grad log p(x) at noise level tau; no noise is added to x (paper section 3.3). See `predict_noise`."""
         t = tau_to_timestep(tau, len(self.alphas_cumprod))
-        eps = self.predict_noise(x.detach(), torch.full((x.shape[0],), t, device=x.device, dtype=torch.int64))
-        return -eps / (1.0 - self.alphas_cumprod[t]).sqrt()
+        times = torch.full((x.shape[0],), t, device=x.device, dtype=torch.int64)
+        return -self.predict_noise(x.detach(), times, replay=replay) / (1.0 - self.alphas_cumprod[t]).sqrt()
 
     def clean_estimate(self, x: Float[Tensor, "b 4 h w"], tau: float) -> Float[Tensor, "b 4 h w"]:
         """x + (1 - abar) score, the patch that the prior would rather see (Tweedie's formula, x taken as abar = 1)."""

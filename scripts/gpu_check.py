@@ -103,7 +103,6 @@ class Checks:
                 sampler.train_stratified = False
             return trainer
 
-        torch.backends.cudnn.allow_tf32 = False  # the prior's convolutions shall be float32 too
         reference, other = prepare("cpu"), prepare(self.device)
         other.pipeline.load_state_dict(reference.pipeline.state_dict())
         bundle, batch = reference.pipeline.datamanager.next_train(0)
@@ -111,8 +110,8 @@ class Checks:
         expected = losses_and_gradients(reference.pipeline.model, bundle, batch)
         seconds = time.perf_counter() - start
         bundle = bundle.to(torch.device(self.device))
-        found = losses_and_gradients(other.pipeline.model, bundle, to_device(batch, self.device))
-        torch.backends.cudnn.allow_tf32 = True
+        with torch.backends.cudnn.flags(allow_tf32=False):  # the prior's convolutions shall be float32 too
+            found = losses_and_gradients(other.pipeline.model, bundle, to_device(batch, self.device))
         floor = SMALL_TERM * float(sum(expected[0].values()))
         loss_error, gradient_error = compare(expected[0], found[0], floor), compare(expected[1], found[1])
         worst = max(gradient_error, key=gradient_error.__getitem__)
@@ -188,19 +187,55 @@ class Checks:
         for name, autocast, limit in (("float32", False, MAX_LOSS_ERROR), ("bfloat16", True, MAX_BFLOAT16_ERROR)):
             other.autocast = autocast
             for _ in range(WARM_UP):  # until the calls are replayed from a CUDA graph
-                other.predict_noise(torch.randn_like(x), t)
-            error = relative_error(expected, other.predict_noise(x, t))
-            seconds = timed(lambda: other.predict_noise(x, t), self.device, self.config.timed_steps)
+                other.predict_noise(torch.randn_like(x), t, replay=True)
+            error = relative_error(expected, other.predict_noise(x, t, replay=True))
+            plain = timed(lambda: other.predict_noise(x, t), self.device, self.config.timed_steps)
+            seconds = timed(lambda: other.predict_noise(x, t, replay=True), self.device, self.config.timed_steps)
+            recorded = len(other.graphs[autocast]) == 1 or not x.is_cuda
             checks.append(
                 Check(
                     what=f"prior {source!r}: forward in {name}, one {size} x {size} patch",
                     against="CPU float32",
                     error=f"{error:.1e}",
-                    time=f"{1e3 * seconds:.2f} ms",
-                    passed=error <= limit,
+                    time=f"{1e3 * seconds:.2f} ms replayed, {1e3 * plain:.2f} called",
+                    passed=error <= limit and recorded,
                 )
             )
         return checks
+
+    def completion(self) -> Check:
+        """Samples for the completion network: membranes against the CPU's, and a batch with made-up matches."""
+        import torch
+
+        from ddm_training.completion_data import make_samples
+        from ddm_training.membrane import interpolate_batch
+
+        g = torch.Generator().manual_seed(0)
+        rgb = torch.nn.functional.interpolate(torch.rand(64, 3, 12, 16, generator=g), scale_factor=4, mode="bilinear")
+        depth = 1.0 + torch.nn.functional.interpolate(torch.rand(64, 1, 3, 4, generator=g), size=(48, 64))[:, 0]
+        known = torch.where(torch.rand(64, 48, 64, generator=g) < 0.2, depth, 0.0)
+        error = relative_error(
+            interpolate_batch(rgb, known), interpolate_batch(rgb.to(self.device), known.to(self.device))
+        )
+        cut = {
+            "color": (255 * torch.rand(64, 96, 128, 3, generator=g)).byte(),
+            "depth": torch.nn.functional.interpolate(depth[:, None], size=(96, 128))[:, 0].half(),
+            "mask": torch.rand(64, 96, 128, generator=g) < 0.9,
+            "focal": torch.full((64,), 88.0),
+        }
+        cut = to_device(cut, self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        samples = make_samples(generator, cut, augment=True)
+        whole = all(bool(samples[name].isfinite().all()) for name in ("rgb", "known", "base", "z"))
+        share = float((samples["known"] > 0).float().mean())
+        seconds = timed(lambda: make_samples(generator, cut, augment=True), self.device, 5)
+        return Check(
+            what=f"samples for the completion network: membranes; 64 with made-up matches ({share:.2f} of the pixels)",
+            against="CPU",
+            error=f"{error:.1e}",
+            time=f"{1e3 * seconds:.1f} ms",
+            passed=error <= MAX_LOSS_ERROR and whole and 0.01 < share < 0.99,
+        )
 
 
 def losses_and_gradients(model: Any, bundle: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -271,7 +306,10 @@ def timed(call: Callable[[], Any], device: str, count: int) -> float:
 def run_checks(config: GpuCheckConfig, device: str, folder: Path) -> list[Check]:
     """All checks; one that raises is a failed line, and the others go on. Their own output goes to log.txt."""
     checks = Checks(config, device, folder)
-    todo: list[tuple[str, Callable[[], Check | list[Check]]]] = [("prior", checks.prior)]
+    todo: list[tuple[str, Callable[[], Check | list[Check]]]] = [
+        ("prior", checks.prior),
+        ("completion", checks.completion),
+    ]
     for preset in PRESETS:
         todo.append((f"{preset}: one step", lambda preset=preset: checks.one_step(preset)))
         todo.append((f"{preset}: time of a step", lambda preset=preset: checks.step_times(preset)))

@@ -6,6 +6,7 @@ from torch import nn
 
 from diffusionerf_ns import cuda_graph
 from diffusionerf_ns.cuda_graph import CALLS_BEFORE_CAPTURE, Graphed
+from diffusionerf_ns.prior import PatchPrior
 
 
 class Counting(nn.Module):
@@ -28,6 +29,14 @@ def test_on_the_cpu_every_call_is_a_plain_one():
             x, t = torch.randn(2, 4), torch.full((2,), float(i))
             torch.testing.assert_close(graphed(x, t), network.layer(x) + i)
     assert network.calls == CALLS_BEFORE_CAPTURE + 3
+
+
+@pytest.fixture
+def builtin_prior():
+    """The built-in prior in float32."""
+    prior = PatchPrior.load("builtin")
+    prior.autocast = False
+    return prior
 
 
 @pytest.fixture
@@ -78,16 +87,50 @@ def test_shapes_seen_now_and_then_and_large_ones_are_not_recorded(on_cuda, monke
 
 
 @torch.no_grad()
-def test_what_cannot_be_recorded_is_called(on_cuda, monkeypatch):
+def test_only_so_many_shapes_are_recorded_until_they_are_forgotten(on_cuda):
+    graphed = Graphed(Counting())
+    for _ in range(CALLS_BEFORE_CAPTURE + 2):
+        for n in range(1, cuda_graph.MAX_GRAPHS + 3):
+            graphed(torch.zeros(n, 4), torch.zeros(n))
+    assert len(graphed) == len(on_cuda) == cuda_graph.MAX_GRAPHS
+    graphed.clear()
+    assert len(graphed) == 0
+
+
+@torch.no_grad()
+def test_what_cannot_be_recorded_is_called_and_said_once(on_cuda, monkeypatch):
+    tries = []
+
     def refuse(self, tensors):
+        tries.append(tensors)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(Graphed, "_capture", refuse)
     network = Counting()
-    graphed = Graphed(network)
-    for i in range(2 * CALLS_BEFORE_CAPTURE):
-        x, t = torch.randn(2, 4), torch.full((2,), float(i))
-        torch.testing.assert_close(graphed(x, t), network.layer(x) + i)
+    graphed = Graphed(network, "the prior")
+    inputs = [(torch.randn(2, 4), torch.full((2,), float(i))) for i in range(2 * CALLS_BEFORE_CAPTURE)]
+    for x, t in inputs[:CALLS_BEFORE_CAPTURE]:
+        graphed(x, t)
+    with pytest.warns(UserWarning, match=r"the prior cannot be recorded as a CUDA graph \(operation not permitted"):
+        graphed(*inputs[0])
+    for x, t in inputs:
+        torch.testing.assert_close(graphed(x, t), network.layer(x) + t[:, None])
+    assert len(tries) == 1
+
+
+@torch.no_grad()
+def test_a_prior_replays_only_where_it_is_asked_to_and_forgets_when_it_moves(on_cuda, builtin_prior):
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([99])
+    for _ in range(2 * CALLS_BEFORE_CAPTURE):
+        expected = builtin_prior.predict_noise(x, t)  # as a viewer asks, from a thread of its own
+        builtin_prior.score(x, 0.1)
+    assert not on_cuda
+    for _ in range(2 * CALLS_BEFORE_CAPTURE):
+        replayed = builtin_prior.predict_noise(x, t, replay=True)
+    torch.testing.assert_close(replayed, expected)
+    assert len(builtin_prior.graphs[builtin_prior.autocast]) == 1
+    builtin_prior.to("cpu")
+    assert len(builtin_prior.graphs[builtin_prior.autocast]) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

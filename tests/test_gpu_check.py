@@ -52,11 +52,13 @@ def test_a_check_that_raises_is_a_failed_line_and_the_others_go_on(
         raise RuntimeError("no kernel image")
 
     passing = gpu_check.Check(what="fine")
-    stand_in = SimpleNamespace(prior=lambda: [passing], one_step=fail, step_times=lambda _: passing, training=fail)
+    stand_in = SimpleNamespace(
+        prior=lambda: [passing], completion=lambda: passing, one_step=fail, step_times=lambda _: passing, training=fail
+    )
     monkeypatch.setattr(gpu_check, "Checks", lambda *_: stand_in)
     lines = gpu_check.run_checks(gpu_check.GpuCheckConfig(), "cpu", tmp_path)
-    assert [line.passed for line in lines] == [True, False, True, False, False, True, False]
-    assert "no kernel image" in lines[1].error
+    assert [line.passed for line in lines] == [True, True, False, True, False, False, True, False]
+    assert "no kernel image" in lines[2].error
     assert "no kernel image" in (tmp_path / "log.txt").read_text()
 
 
@@ -66,7 +68,12 @@ def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, 
         data=wall_capture(tmp_path / "wall"), prior=str(small_prior(tmp_path / "prior")), steps=4, timed_steps=1
     )
     checks = gpu_check.Checks(config, "cpu", tmp_path)
-    lines = [checks.one_step("diffusionerf-tiny"), checks.step_times("diffusionerf-tiny"), *checks.prior()]
+    lines = [
+        checks.one_step("diffusionerf-tiny"),
+        checks.step_times("diffusionerf-tiny"),
+        *checks.prior(),
+        checks.completion(),
+    ]
     # Not zero: with several threads the hash grid's gradients are summed in another order each time.
     errors = [float(number) for number in re.findall(r"\d\.\de[+-]\d\d", lines[0].error)]
     assert len(errors) == 2

@@ -48,3 +48,15 @@ def test_another_unit_gives_the_same_depth_in_that_unit() -> None:
     rgb, depth = images(2, 24, 32, 0.3)
     millimetres = membrane.interpolate_batch(rgb, 1000.0 * depth)
     torch.testing.assert_close(millimetres, 1000.0 * membrane.interpolate_batch(rgb, depth), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 256), (1, 200), (200, 3)])
+def test_narrow_images_are_interpolated_too(height: int, width: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    rgb = torch.rand(2, 3, height, width, generator=g)
+    depth = torch.where(
+        torch.rand(2, height, width, generator=g) < 0.3, 1.0 + torch.rand(2, height, width, generator=g), 0.0
+    )
+    for image, known, found in zip(rgb, depth, membrane.interpolate_batch(rgb, depth)):
+        expected = membrane.interpolate(image.permute(1, 2, 0).numpy(), known.numpy())
+        torch.testing.assert_close(found, torch.from_numpy(expected), rtol=2e-2, atol=0.0)

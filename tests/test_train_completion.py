@@ -16,7 +16,7 @@ from ddm_training.completion_data import (
     CompletionSampler,
     batch_generator,
     change_colors,
-    fill_invalid,
+    fill_from_nearby,
     make_samples,
 )
 from ddm_training.errors import InputError
@@ -193,7 +193,7 @@ def test_invalid_depth_is_filled_with_a_valid_one_from_nearby() -> None:
     valid = torch.rand(2, 31, 45, generator=g) < 0.2
     valid[1] = False
     valid[1, 30, 44] = True
-    filled = fill_invalid(torch.where(valid, z, 0.0), valid)
+    filled = fill_from_nearby(torch.where(valid, z, 0.0), valid)
     assert torch.equal(filled[valid], z[valid])
     assert bool((filled[1] == z[1, 30, 44]).all())
     assert bool(torch.isin(filled[0], z[0][valid[0]]).all())
