@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from ddm_training.frames import Split
+from ddm_training.sample import Start
 from ddm_training.unet import add_noise, predict_clean
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class EvalConfig:
     num_samples: int = 64
     """Unconditional samples for the comparison with data; 0 leaves it out."""
     num_inference_steps: int = 100
-    """DDPM steps of a sample."""
+    """DDPM steps of a sample, from unit noise on."""
+    start: Start = "depth"
+    """Samples begin with noise and a mean depth as the training data has it ("depth"), or with unit noise ("noise")."""
     batch_size: int = 32
     """Patches at a time."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -222,21 +225,22 @@ def compare_samples(
         plausible_share,
         total_variation,
     )  # fmt: skip
-    from ddm_training.sample import draw_samples
+    from ddm_training.sample import draw_depth_means, draw_samples
 
-    noise = torch.randn(
-        config.num_samples, 4, spec.patch_size, spec.patch_size, generator=torch.Generator().manual_seed(config.seed)
-    )
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(config.num_samples, 4, spec.patch_size, spec.patch_size, generator=generator)
+    means = draw_depth_means(spec, config.num_samples, generator) if config.start == "depth" else None
     samples = torch.cat(
         [
             draw_samples(
                 network,
                 scheduler,
-                part.to(device),
+                noise[part].to(device),
                 steps=config.num_inference_steps,
                 generator=torch.Generator(device).manual_seed(config.seed + index),
+                depth_means=None if means is None else means[part],
             ).cpu()
-            for index, part in enumerate(noise.split(config.batch_size))
+            for index, part in enumerate(torch.arange(config.num_samples).split(config.batch_size))
         ]
     )
     drawn_as = PatchConfig(
@@ -260,6 +264,7 @@ def compare_samples(
 
     measured = {
         "count": config.num_samples,
+        "start": "noise" if means is None else "depth",
         "plausible": share,
         "plausible_data": share_data,
         "plausible_by_statistic": dict(zip(STATISTICS, each.tolist())),
@@ -293,6 +298,7 @@ def tables(result: dict[str, Any]) -> str:
             lines += [
                 "",
                 f"{name}: {found['plausible']:.0%} of {found['count']} samples have plausible statistics "
-                f"(other data patches: {found['plausible_data']:.0%}).",
+                f"(other data patches: {found['plausible_data']:.0%}); their mean depth is "
+                f"{'drawn as the training data has it' if found['start'] == 'depth' else 'their own'}.",
             ]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from ddm_training.export import export_prior, model_card, parameter_count, push_
 from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
 from ddm_training.rgbd import RgbdSpec
-from ddm_training.sample import draw_samples
+from ddm_training.sample import draw_depth_means, draw_samples
 from ddm_training.unet import NoisePredictor, add_noise, make_scheduler
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class PatchValidation:
 
         model = NoisePredictor(average, bf16=self.config.mixed_precision == "bf16").eval()
         losses = noise_losses(model, self.x, self.mask, self.noise, levels=LEVELS, abar=self.abar)
+        spec = RgbdSpec(steps=step, **self._spec)
         count, sheet = self.config.num_validation_samples, None
         if count:
             generator = torch.Generator().manual_seed(self.config.seed)
@@ -133,6 +134,7 @@ class PatchValidation:
                 noise,
                 steps=50,
                 generator=torch.Generator(self.device).manual_seed(self.config.seed),
+                depth_means=draw_depth_means(spec, count, generator),
             )
             sheet = patch_sheet(drawn, columns=min(count, 8))
         measured = {
@@ -141,7 +143,6 @@ class PatchValidation:
             "frames": self._frames,
             "global_batch": self._global_batch,
         }
-        spec = RgbdSpec(steps=step, **self._spec)
         card = model_card(spec, config=vars(self.config), parameters=parameter_count(average), measured=measured)
         export_prior(
             self.folder,
