@@ -24,7 +24,16 @@ from ddm_training.completion import shrink_known
 from ddm_training.errors import InputError
 from ddm_training.frames import Scene
 from ddm_training.matches import draw_matches, happens, normal, uniform
-from ddm_training.patches import Stream, check_weights, sample_rng
+from ddm_training.patches import (
+    BALANCE,
+    EXPOSURE,
+    GAMMA,
+    GREY,
+    SATURATION,
+    Stream,
+    check_weights,
+    sample_rng,
+)
 
 WHOLE = 0.4  # share of samples that show as much of the frame as fits; the others a part of it
 CLOSEST = 2.0  # by which a part may be enlarged
@@ -136,9 +145,9 @@ def batch_generator(device: torch.device, *, seed: int, stream: Stream, step: in
 def change_colors(g: Generator, rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """What `patches.change_color` does, and grain."""
     one = (len(rgb), 1, 1, 1)
-    gain = (uniform(g, -0.25, 0.25, *one) + uniform(g, -0.06, 0.06, len(rgb), 3, 1, 1)).exp()
-    gamma = uniform(g, -0.25, 0.25, *one).exp()
-    saturation = torch.where(happens(g, 0.05, *one), 0.0, uniform(g, 0.7, 1.25, *one))
+    gain = (uniform(g, -EXPOSURE, EXPOSURE, *one) + uniform(g, -BALANCE, BALANCE, len(rgb), 3, 1, 1)).exp()
+    gamma = uniform(g, -GAMMA, GAMMA, *one).exp()
+    saturation = torch.where(happens(g, GREY, *one), 0.0, uniform(g, *SATURATION, *one))
     rgb = (rgb * gain).clamp(0, 1) ** gamma
     rgb = torch.lerp(rgb.mean(dim=1, keepdim=True), rgb, saturation).clamp(0, 1)
     return (rgb + uniform(g, 0.0, GRAIN, *one) * normal(g, 1.0, *rgb.shape)).clamp(0, 1)

@@ -33,6 +33,8 @@ from ddm_training.errors import InputError
 from ddm_training.frames import Scene, Split, open_store
 
 CONTINUOUS = 1.1  # ratio of inverse depths of neighbouring pixels below which they are taken for one surface
+EXPOSURE, BALANCE, GAMMA = 0.25, 0.06, 0.25  # colour changes: largest logarithms of factors and exponents
+SATURATION, GREY = (0.7, 1.25), 0.05  # range of the factor, and the share of samples without any
 MAX_DRAWS = 30  # windows tried for one sample before the most valid of them is taken
 
 
@@ -136,9 +138,9 @@ def fill_invalid(z: Float[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"]) ->
 
 def change_color(rgb: Float[np.ndarray, "3 h w"], rng: np.random.Generator) -> Float[np.ndarray, "3 h w"]:
     """Small changes of exposure, gamma, white balance and saturation; one in twenty becomes grey."""
-    gain = np.exp(rng.uniform(-0.25, 0.25) + rng.uniform(-0.06, 0.06, (3, 1, 1))).astype(np.float32)
-    gamma = np.float32(np.exp(rng.uniform(-0.25, 0.25)))
-    saturation = np.float32(0.0 if rng.random() < 0.05 else rng.uniform(0.7, 1.25))
+    gain = np.exp(rng.uniform(-EXPOSURE, EXPOSURE) + rng.uniform(-BALANCE, BALANCE, (3, 1, 1))).astype(np.float32)
+    gamma = np.float32(np.exp(rng.uniform(-GAMMA, GAMMA)))
+    saturation = np.float32(0.0 if rng.random() < GREY else rng.uniform(*SATURATION))
     rgb = np.clip(rgb * gain, 0, 1) ** gamma
     grey = rgb.mean(axis=0, keepdims=True)
     return np.clip(grey + saturation * (rgb - grey), 0, 1)
