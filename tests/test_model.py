@@ -211,7 +211,7 @@ def test_the_prior_sees_the_colours_of_the_training_image(folders, monkeypatch):
     pipeline, known = with_known_prior(folders, share=1.0)
     seen = []
     plain = known.prior.score
-    monkeypatch.setattr(known.prior, "score", lambda x, tau: seen.append(x.detach()) or plain(x, tau))
+    monkeypatch.setattr(known.prior, "score", lambda x, tau, **kw: seen.append(x.detach()) or plain(x, tau, **kw))
     outputs, batch, _, _ = step(pipeline)
     torch.testing.assert_close(seen[0][0, :3], 2 * batch["patches"].rgb[0].permute(2, 0, 1) - 1)
     z = outputs["planar_depth"][batch["patches"].first_ray :, 0].reshape(P, P).detach()
