@@ -225,23 +225,18 @@ def compare_samples(
         plausible_share,
         total_variation,
     )  # fmt: skip
-    from ddm_training.sample import draw_depth_means, draw_samples
+    from ddm_training.sample import sample_prior
 
-    generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.randn(config.num_samples, 4, spec.patch_size, spec.patch_size, generator=generator)
-    means = draw_depth_means(spec, config.num_samples, generator) if config.start == "depth" else None
-    samples = torch.cat(
-        [
-            draw_samples(
-                network,
-                scheduler,
-                noise[part].to(device),
-                steps=config.num_inference_steps,
-                generator=torch.Generator(device).manual_seed(config.seed + index),
-                depth_means=None if means is None else means[part],
-            ).cpu()
-            for index, part in enumerate(torch.arange(config.num_samples).split(config.batch_size))
-        ]
+    samples, began = sample_prior(
+        network,
+        scheduler,
+        spec,
+        config.num_samples,
+        device=device,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        steps=config.num_inference_steps,
+        start=config.start,
     )
     drawn_as = PatchConfig(
         patch_size=spec.patch_size, focal_range=spec.focal_range, depth_scale_jitter=spec.depth_scale_jitter
@@ -264,7 +259,7 @@ def compare_samples(
 
     measured = {
         "count": config.num_samples,
-        "start": "noise" if means is None else "depth",
+        "start": began,
         "plausible": share,
         "plausible_data": share_data,
         "plausible_by_statistic": dict(zip(STATISTICS, each.tolist())),

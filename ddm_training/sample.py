@@ -10,19 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ddm_training import rgbd
 from ddm_training.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    from ddm_training.rgbd import RgbdSpec
 
 SamplerName = Literal["ddim", "ddpm"]
 Start = Literal["depth", "noise"]
 START = 849  # timestep at which samples with a given mean depth begin
 
 
-def draw_depth_means(spec: "RgbdSpec", count: int, generator: torch.Generator) -> Float[Tensor, " n"] | None:
+def draw_depth_means(spec: rgbd.RgbdSpec, count: int, generator: torch.Generator) -> Float[Tensor, " n"] | None:
     """Means of the depth channel, as patches of the training data have them; None where the prior does not tell.
 
     Inverse depth is log-normal with the quartiles of the training data.
@@ -32,7 +31,7 @@ def draw_depth_means(spec: "RgbdSpec", count: int, generator: torch.Generator) -
         return None
     low, middle, high = (math.log(q) for q in quartiles)
     inverse = torch.exp(middle + (high - low) / 1.349 * torch.randn(count, generator=generator))  # 1.349: of a normal
-    return 2.0 * (spec.near * inverse).clamp(0.0, 1.0) - 1.0
+    return rgbd.encode_depth(1.0 / inverse, spec.near)
 
 
 @torch.no_grad()
@@ -82,6 +81,43 @@ def draw_samples(
     return x
 
 
+def sample_prior(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    scheduler: "DDPMScheduler",
+    spec: rgbd.RgbdSpec,
+    count: int,
+    *,
+    device: torch.device,
+    seed: int,
+    batch_size: int,
+    steps: int,
+    sampler: SamplerName = "ddpm",
+    start: Start = "depth",
+) -> tuple[Float[Tensor, "n 4 h w"], Start]:
+    """``count`` patches of a prior, drawn ``batch_size`` at a time, see `draw_samples`; noise and mean depths are drawn
+    on the CPU, so that all devices begin with the same.
+
+    Returns:
+        The patches, on the CPU, and how they began: with unit noise also where the prior tells nothing of depth.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 4, spec.patch_size, spec.patch_size, generator=generator)
+    means = draw_depth_means(spec, count, generator) if start == "depth" else None
+    batches = [
+        draw_samples(
+            denoise,
+            scheduler,
+            noise[part].to(device),
+            sampler=sampler,
+            steps=steps,
+            generator=torch.Generator(device).manual_seed(seed + index),
+            depth_means=None if means is None else means[part],
+        ).cpu()
+        for index, part in enumerate(torch.arange(count).split(batch_size))
+    ]
+    return torch.cat(batches), "noise" if means is None else "depth"
+
+
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """CUDA where there is one, unless told otherwise.
 
@@ -123,28 +159,24 @@ class SampleConfig:
 
     def main(self) -> None:
         """Load, draw, write."""
-        from ddm_training.rgbd import RgbdSpec
         from ddm_training.sheets import patch_sheet, save_picture
         from ddm_training.unet import load_scheduler, load_unet
 
-        spec = RgbdSpec.load(self.prior)
+        spec = rgbd.RgbdSpec.load(self.prior)
         device = choose_device(self.device)
         network, scheduler = load_unet(self.prior).to(device), load_scheduler(self.prior)
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(self.num_samples, 4, spec.patch_size, spec.patch_size, generator=generator)
-        means = draw_depth_means(spec, self.num_samples, generator) if self.start == "depth" else None
-        batches = [
-            draw_samples(
-                network,
-                scheduler,
-                noise[part].to(device),
-                sampler=self.sampler,
-                steps=self.num_inference_steps,
-                generator=torch.Generator(device).manual_seed(self.seed + index),
-                depth_means=None if means is None else means[part],
-            ).cpu()
-            for index, part in enumerate(torch.arange(self.num_samples).split(self.batch_size))
-        ]
+        samples, _ = sample_prior(
+            network,
+            scheduler,
+            spec,
+            self.num_samples,
+            device=device,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            steps=self.num_inference_steps,
+            sampler=self.sampler,
+            start=self.start,
+        )
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        save_picture(self.output, patch_sheet(torch.cat(batches), near=spec.near))
+        save_picture(self.output, patch_sheet(samples, near=spec.near))
         print(f"{self.num_samples} samples of {self.prior} -> {self.output}")

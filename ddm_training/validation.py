@@ -14,7 +14,7 @@ from ddm_training.export import export_prior, model_card, parameter_count, push_
 from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
 from ddm_training.rgbd import RgbdSpec
-from ddm_training.sample import draw_depth_means, draw_samples
+from ddm_training.sample import sample_prior
 from ddm_training.unet import NoisePredictor, add_noise, make_scheduler
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ddm_training.train import TrainConfig
 
 BATCH = 32
+SAMPLING_STEPS = 50
 
 
 @torch.no_grad()
@@ -126,15 +127,15 @@ class PatchValidation:
         spec = RgbdSpec(steps=step, **self._spec)
         count, sheet = self.config.num_validation_samples, None
         if count:
-            generator = torch.Generator().manual_seed(self.config.seed)
-            noise = torch.randn(count, *self.x.shape[1:], generator=generator).to(self.device)
-            drawn = draw_samples(
+            drawn, _ = sample_prior(
                 model,
                 self.scheduler,
-                noise,
-                steps=50,
-                generator=torch.Generator(self.device).manual_seed(self.config.seed),
-                depth_means=draw_depth_means(spec, count, generator),
+                spec,
+                count,
+                device=self.device,
+                seed=self.config.seed,
+                batch_size=count,
+                steps=SAMPLING_STEPS,
             )
             sheet = patch_sheet(drawn, columns=min(count, 8))
         measured = {
