@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +89,15 @@ def _discard(path: Path) -> None:
 
 
 def load_checkpoint(
-    path: Path, config: dict[str, Any], identity: Sequence[str]
+    path: Path, config: dict[str, Any], identity: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
     """Read a checkpoint for a run with settings ``config``.
 
     Args:
         path: of the checkpoint.
         config: settings of the run, plain JSON values.
-        identity: names of those without which the saved weights mean nothing. One that the saved
-            settings do not have, as it is newer, is let pass: the weights themselves are checked after this.
+        identity: those without which the saved weights mean nothing, with the value that runs had before there was
+            such a setting. Where that is None, a missing one is let pass: the weights are checked after this.
 
     Returns:
         The state, and the settings that differ as name -> (saved, now).
@@ -109,6 +109,7 @@ def load_checkpoint(
         saved = json.loads((path / CONFIG_FILE).read_text())
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True, mmap=False)
         assert isinstance(saved, dict)
+        saved = {**{key: value for key, value in identity.items() if value is not None}, **saved}
         assert isinstance(state, dict)
     except (OSError, ValueError, RuntimeError, EOFError, AssertionError, pickle.UnpicklingError) as error:
         raise InputError(

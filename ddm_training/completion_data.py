@@ -20,20 +20,13 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ddm_training import membrane
+from ddm_training.colors import BALANCE, EXPOSURE, GAMMA, GREY, SATURATION, adjust_colors
 from ddm_training.completion import shrink_known
 from ddm_training.errors import InputError
 from ddm_training.frames import Scene
 from ddm_training.matches import draw_matches, happens, normal, uniform
-from ddm_training.patches import (
-    BALANCE,
-    EXPOSURE,
-    GAMMA,
-    GREY,
-    SATURATION,
-    Stream,
-    check_weights,
-    sample_rng,
-)
+from ddm_training.patches import Stream, check_weights, sample_rng
+from ddm_training.resampling import fill_from_nearby
 
 WHOLE = 0.4  # share of samples that show as much of the frame as fits; the others a part of it
 CLOSEST = 2.0  # by which a part may be enlarged
@@ -143,40 +136,15 @@ def batch_generator(device: torch.device, *, seed: int, stream: Stream, step: in
 
 
 def change_colors(g: Generator, rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """What `patches.change_color` does, and grain."""
-    one = (len(rgb), 1, 1, 1)
-    gain = (uniform(g, -EXPOSURE, EXPOSURE, *one) + uniform(g, -BALANCE, BALANCE, len(rgb), 3, 1, 1)).exp()
-    gamma = uniform(g, -GAMMA, GAMMA, *one).exp()
-    saturation = torch.where(happens(g, GREY, *one), 0.0, uniform(g, *SATURATION, *one))
-    rgb = (rgb * gain).clamp(0, 1) ** gamma
-    rgb = torch.lerp(rgb.mean(dim=1, keepdim=True), rgb, saturation).clamp(0, 1)
-    return (rgb + uniform(g, 0.0, GRAIN, *one) * normal(g, 1.0, *rgb.shape)).clamp(0, 1)
-
-
-def fill_from_nearby(z: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """Invalid depth replaced by a valid one from nearby, in few steps for a whole batch.
-
-    That of a neighbour, twice, as the fattening of matches reaches so far; else one of the smallest block of 2, 4, 8,
-    ... pixels of a side that has any.
-    """
-    z = torch.where(valid, z, 0.0)
-    for _ in range(2):
-        beside = F.pad(z, (1, 1))
-        z = torch.where(z > 0, z, torch.where(beside[..., :-2] > 0, beside[..., :-2], beside[..., 2:]))
-        beside = F.pad(z, (0, 0, 1, 1))
-        z = torch.where(z > 0, z, torch.where(beside[:, :-2] > 0, beside[:, :-2], beside[:, 2:]))
-    known = [z]
-    while max(known[-1].shape[1:]) > 1:
-        fine = F.pad(known[-1], (0, known[-1].shape[2] % 2, 0, known[-1].shape[1] % 2))
-        a, b, c, d = (fine[:, i::2, j::2] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0)))
-        known.append(torch.where(a > 0, a, torch.where(b > 0, b, torch.where(c > 0, c, d))))
-    filled = known.pop()
-    while known:
-        fine = known.pop()
-        _, height, width = fine.shape
-        filled = F.interpolate(filled[:, None], scale_factor=2.0, mode="nearest")[:, 0, :height, :width]
-        filled = torch.where(fine > 0, fine, filled)
-    return filled
+    """Small changes of exposure, gamma, white balance and saturation; one in twenty becomes grey; and grain."""
+    count = len(rgb)
+    rgb = adjust_colors(
+        rgb,
+        gain=(uniform(g, -EXPOSURE, EXPOSURE, count, 1) + uniform(g, -BALANCE, BALANCE, count, 3)).exp(),
+        gamma=uniform(g, -GAMMA, GAMMA, count).exp(),
+        saturation=torch.where(happens(g, GREY, count), 0.0, uniform(g, *SATURATION, count)),
+    )
+    return (rgb + uniform(g, 0.0, GRAIN, count, 1, 1, 1) * normal(g, 1.0, *rgb.shape)).clamp(0, 1)
 
 
 @torch.no_grad()

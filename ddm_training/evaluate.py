@@ -137,7 +137,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     plain = PatchConfig(patch_size=spec.patch_size, focal_range=(focal, focal), depth_scale_jitter=1.0, augment=False)
     data = {}
     for root in config.data:
-        batch = open_sampler([root], config.split, plain).batch(
+        batch = open_sampler([root], config.split, plain).patches(
             seed=config.seed, stream=Stream.VALIDATION, step=0, first=0, count=config.num_patches
         )
         data[root.name] = {key: value.to(device) for key, value in batch.items()}
@@ -244,7 +244,7 @@ def compare_samples(
     weights = [1.0] * len(config.data)
     sampler = open_sampler(config.data, config.split, replace(drawn_as, min_valid=0.9), weights=weights)
     size = max(512, config.num_samples)
-    real = sampler.batch(seed=config.seed, stream=Stream.STATISTICS, step=1, first=0, count=2 * size)["x"]
+    real = sampler.patches(seed=config.seed, stream=Stream.STATISTICS, step=1, first=0, count=2 * size)["x"]
     ranges, other = real[:size], real[size:]
     share, each = plausible_share(patch_statistics(samples), patch_statistics(ranges))
     share_data, _ = plausible_share(patch_statistics(other), patch_statistics(ranges))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 ExportDtype = Literal["fp16", "fp32"]
+_PREDICTS = {"epsilon": "noise", "v_prediction": "velocity"}
 
 
 def export_prior(
@@ -111,7 +112,7 @@ A denoising diffusion model of {spec.patch_size} x {spec.patch_size} patches wit
 | | |
 |---|---|
 | network | diffusers `UNet2DModel`, preset `{config["preset"]}`, {parameters:,} parameters, EMA weights |
-| noise | cosine schedule, 1000 steps, predicts noise |
+| noise | cosine schedule, 1000 steps, predicts {_PREDICTS[config["prediction_type"]]} |
 | patch | 4 channels in [-1, 1]: RGB and 2 d - 1 with d = {spec.near} / max(z, {spec.near}), z planar depth in metres |
 | focal length | {spec.focal_range[0]:g} to {spec.focal_range[1]:g} px (nominal {spec.focal:g} px) |
 | depth scale jitter | log-uniform in [1/{spec.depth_scale_jitter:g}, {spec.depth_scale_jitter:g}] |

@@ -11,7 +11,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -120,8 +120,8 @@ class Validation(Protocol):
 class Task(Protocol):
     """What is trained."""
 
-    identity: tuple[str, ...]
-    """Settings without which saved weights mean nothing."""
+    identity: Mapping[str, Any]
+    """Settings without which saved weights mean nothing, see `checkpoints.load_checkpoint`."""
     frames: int
     """Frames of the training data."""
     unit: str

@@ -2,8 +2,8 @@
 
 Notation
     n          optimiser step, counted from 0
-    eps        noise that was added                    [b, 4, h, w]
-    eps_hat    noise that the network predicts         [b, 4, h, w]
+    y          noise that was added, or velocity       [b, 4, h, w]
+    y_hat      what the network predicts               [b, 4, h, w]
     m          1 where depth is valid, else 0          [b, h, w]
     w_d        weight of the depth channel
 """
@@ -25,19 +25,19 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int | None) -> 
     return rate if total is None else rate * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def noise_loss(
+def masked_loss(
     predicted: Float[Tensor, "b 4 h w"],
-    noise: Float[Tensor, "b 4 h w"],
+    target: Float[Tensor, "b 4 h w"],
     mask: Bool[Tensor, "b h w"],
     *,
     kind: LossType,
     depth_weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """mean over pixels of (sum_rgb l(eps_hat - eps) + w_d m l(eps_hat_d - eps_d)) / (3 + w_d), l = |.| or (.)^2.
+    """mean over pixels of (sum_rgb l(y_hat - y) + w_d m l(y_hat_d - y_d)) / (3 + w_d), l = |.| or (.)^2.
 
     The divisor does not depend on the mask, so that the mean over processes is the loss of their joint batch.
     """
-    difference = predicted - noise
+    difference = predicted - target
     error = difference.abs() if kind == "l1" else difference.square()
     color = error[:, :3].sum(dim=1)
     depth = error[:, 3] * mask

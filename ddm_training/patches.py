@@ -9,10 +9,12 @@ Notation
     x      encoded patch, see `ddm_training.rgbd`              [4, P, P]
 
 A sample is a pure function of (seed, stream, step, index): neither the number of loader processes nor that of training
-processes changes it, and a resumed run goes on with exactly the samples that it would have seen.
+processes changes it, and a resumed run goes on with exactly the samples that it would have seen. Loader processes only
+cut windows out of frames and draw what is random; `make_patches` does the rest for whole batches on the device of the
+training, and draws nothing.
 
-Invalid depth is filled with the nearest valid depth of the patch, so that the network never sees values that a NeRF
-cannot render, and has m = 0, so that it contributes nothing to the loss.
+Invalid depth is filled with valid depth from nearby, so that the network never sees values that a NeRF cannot render,
+and has m = 0, so that it contributes nothing to the loss.
 """
 
 import math
@@ -25,16 +27,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from ddm_training import rgbd
+from ddm_training.colors import BALANCE, EXPOSURE, GAMMA, GREY, SATURATION, adjust_colors
 from ddm_training.errors import InputError
 from ddm_training.frames import Scene, Split, open_store
+from ddm_training.resampling import area_weights, fill_from_nearby, resample_color, resample_depth
 
-CONTINUOUS = 1.1  # ratio of inverse depths of neighbouring pixels below which they are taken for one surface
-EXPOSURE, BALANCE, GAMMA = 0.25, 0.06, 0.25  # colour changes: largest logarithms of factors and exponents
-SATURATION, GREY = (0.7, 1.25), 0.05  # range of the factor, and the share of samples without any
+PORTION = 64  # patches made at a time outside of a training
 MAX_DRAWS = 30  # windows tried for one sample before the most valid of them is taken
 
 
@@ -68,82 +69,6 @@ class PatchConfig:
             raise InputError(f"--min-valid must lie in (0, 1], found {self.min_valid}.")
         if self.patch_size < 8 or self.patch_size % 8:
             raise InputError(f"--patch-size must be a positive multiple of 8, found {self.patch_size}.")
-
-
-def area_weights(start: float, s: float, count: int, low: int, high: int) -> Float[np.ndarray, "count n"]:
-    """Resampling matrix of one axis: output j covers [start + j s, start + (j + 1) s] of the input pixels low..high-1.
-
-    Area average where s >= 1, linear interpolation where s < 1; at s = 1 the two are the same.
-    """
-    pixels = np.arange(low, high)[None, :]
-    if s >= 1:
-        left = start + s * np.arange(count)[:, None]
-        weights = np.clip(np.minimum(left + s, pixels + 1) - np.maximum(left, pixels), 0, None)
-    else:
-        centres = start + s * (np.arange(count)[:, None] + 0.5)
-        weights = np.clip(1 - np.abs(pixels + 0.5 - centres), 0, None)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def resample_color(
-    color: UInt8[np.ndarray, "h w 3"],
-    wy: Float[np.ndarray, "p h"],
-    wx: Float[np.ndarray, "p w"],
-) -> Float[np.ndarray, "3 p p"]:
-    """Apply `area_weights` of both axes; result in [0, 1]."""
-    height, width, _ = color.shape
-    size = len(wy)
-    rows = (wy / np.float32(255)) @ color.reshape(height, width * 3).astype(np.float32)
-    planes = np.ascontiguousarray(rows.reshape(size, width, 3).transpose(2, 0, 1)).reshape(3 * size, width)
-    return (planes @ wx.T).reshape(3, size, size)  # two plain matrix products: three times as fast as a stacked one
-
-
-def resample_depth(
-    depth: Float[np.ndarray, "h w"],
-    mask: Bool[np.ndarray, "h w"],
-    y: Float[np.ndarray, " p"],
-    x: Float[np.ndarray, " p"],
-) -> tuple[Float[np.ndarray, "p p"], Bool[np.ndarray, "p p"]]:
-    """Depth at points (y, x), pixel centres at .5: no value lies between two surfaces.
-
-    Bilinear in inverse depth (exact on planes) where the four neighbours are valid and continuous, else the nearest
-    pixel; validity is that of the nearest pixel.
-    """
-    height, width = depth.shape
-    inverse = np.where(mask, 1.0 / np.where(mask, depth, 1).astype(np.float32), np.float32(np.nan))
-    row, column = (np.clip(np.floor(v).astype(int), 0, n - 1) for v, n in ((y, height), (x, width)))
-    nearest = inverse[np.ix_(row, column)]
-
-    y0, x0 = (np.clip(np.floor(v - 0.5).astype(int), 0, max(n - 2, 0)) for v, n in ((y, height), (x, width)))
-    v = np.clip(y - 0.5 - y0, 0, 1).astype(np.float32)[:, None]
-    u = np.clip(x - 0.5 - x0, 0, 1).astype(np.float32)[None, :]
-    y1, x1 = np.minimum(y0 + 1, height - 1), np.minimum(x0 + 1, width - 1)
-    a, b = inverse[np.ix_(y0, x0)], inverse[np.ix_(y0, x1)]
-    c, d = inverse[np.ix_(y1, x0)], inverse[np.ix_(y1, x1)]
-    smooth = (a * (1 - u) + b * u) * (1 - v) + (c * (1 - u) + d * u) * v
-    largest = np.maximum(np.maximum(a, b), np.maximum(c, d))  # NaN when any is invalid, which then compares false
-    smallest = np.minimum(np.minimum(a, b), np.minimum(c, d))
-    disparity = np.where(largest <= CONTINUOUS * smallest, smooth, nearest)
-    valid = np.isfinite(nearest)
-    return np.where(valid, 1.0 / np.where(valid, disparity, 1), 0).astype(np.float32), valid
-
-
-def fill_invalid(z: Float[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w"]:
-    """Invalid depth replaced by that of the nearest valid pixel."""
-    if valid.all():
-        return z
-    rows, columns = distance_transform_edt(~valid, return_distances=False, return_indices=True)  # pyright: ignore
-    return z[rows, columns]
-
-
-def change_color(rgb: Float[np.ndarray, "3 h w"], rng: np.random.Generator) -> Float[np.ndarray, "3 h w"]:
-    """Small changes of exposure, gamma, white balance and saturation; one in twenty becomes grey."""
-    gain = np.exp(rng.uniform(-EXPOSURE, EXPOSURE) + rng.uniform(-BALANCE, BALANCE, (3, 1, 1))).astype(np.float32)
-    gamma = np.float32(np.exp(rng.uniform(-GAMMA, GAMMA)))
-    saturation = np.float32(0.0 if rng.random() < GREY else rng.uniform(*SATURATION))
-    rgb = np.clip(rgb * gain, 0, 1) ** gamma
-    grey = rgb.mean(axis=0, keepdims=True)
-    return np.clip(grey + saturation * (rgb - grey), 0, 1)
 
 
 def sample_rng(seed: int, stream: Stream, step: int, index: int) -> np.random.Generator:
@@ -216,10 +141,8 @@ class PatchSampler:
         fx, fy = np.asarray(scene.info.intrinsics)[:, :2].T
         return self.config.patch_size * np.maximum(fx / scene.info.width, fy / scene.info.height)
 
-    def _window(
-        self, rng: np.random.Generator
-    ) -> tuple[Float[np.ndarray, "3 p p"], Float[np.ndarray, "p p"], Bool[np.ndarray, "p p"]]:
-        """One window of one frame: colour, depth in metres, validity."""
+    def _window(self, rng: np.random.Generator) -> "Window":
+        """One window of one frame."""
         size = self.config.patch_size
         choice = min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self._scene) - 1)
         scene, frame = self.scenes[self._scene[choice]], int(self._frame[choice])
@@ -230,72 +153,146 @@ class PatchSampler:
         f = math.exp(rng.uniform(math.log(low), math.log(max(high, low))))
         sx, sy = min(fx / f, width / size), min(fy / f, height / size)
         left, top = rng.uniform(0, width - size * sx), rng.uniform(0, height - size * sy)
-
-        rows = slice(max(math.floor(top) - 1, 0), min(math.ceil(top + size * sy) + 1, height))
-        columns = slice(max(math.floor(left) - 1, 0), min(math.ceil(left + size * sx) + 1, width))
-        top, left = top - rows.start, left - columns.start
-        color = resample_color(
-            np.asarray(scene.color[frame, rows, columns]),
-            area_weights(top, sy, size, 0, rows.stop - rows.start),
-            area_weights(left, sx, size, 0, columns.stop - columns.start),
+        y, x = max(math.floor(top) - 1, 0), max(math.floor(left) - 1, 0)
+        rows = slice(y, min(math.ceil(top + size * sy) + 1, height))
+        columns = slice(x, min(math.ceil(left + size * sx) + 1, width))
+        return Window(
+            scene.color[frame, rows, columns],
+            scene.depth[frame, rows, columns],
+            scene.mask[frame, rows, columns],
+            (top - y, left - x),
+            (sy, sx),
         )
-        z, valid = resample_depth(
-            np.asarray(scene.depth[frame, rows, columns], np.float32),
-            np.asarray(scene.mask[frame, rows, columns]),
-            top + sy * (np.arange(size) + 0.5),
-            left + sx * (np.arange(size) + 0.5),
-        )
-        return color, z, valid
 
-    def sample(
-        self, rng: np.random.Generator
-    ) -> tuple[Float[np.ndarray, "3 p p"], Float[np.ndarray, "p p"], Bool[np.ndarray, "p p"]]:
-        """One augmented patch: colour in [0, 1], filled depth in metres, validity.
+    def _draw(self, rng: np.random.Generator) -> "Window":
+        """A window with enough valid depth.
 
         Raises:
             InputError: no valid depth was found in `MAX_DRAWS` windows.
         """
-        best = None
+        best, most = None, 0.0
         for _ in range(MAX_DRAWS):
-            drawn = self._window(rng)
-            if best is None or drawn[2].sum() > best[2].sum():
-                best = drawn
-            if drawn[2].mean() >= self.config.min_valid:
+            window = self._window(rng)
+            share = window.valid_share(self.config.patch_size)
+            if share > most:
+                best, most = window, share
+            if share >= self.config.min_valid:
                 break
-        assert best is not None
-        rgb, z, valid = best
-        if not valid.any():
+        if best is None:
             raise InputError(f"{MAX_DRAWS} windows in a row hold no valid depth: check the masks of the frame stores.")
-        z = fill_invalid(z, valid)
-        jitter = math.log(self.config.depth_scale_jitter)
-        z = z * np.float32(math.exp(rng.uniform(-jitter, jitter)))
-        if self.config.augment:
-            rgb = change_color(rgb, rng)
-            if rng.random() < 0.5:
-                rgb, z, valid = rgb[:, :, ::-1], z[:, ::-1], valid[:, ::-1]
-        return rgb, z, valid
+        return best
 
-    def batch(
+    def windows(
         self, *, seed: int, stream: Stream, step: int, first: int, count: int, bias: float = 0.0
     ) -> dict[str, Tensor]:
-        """Samples first ... first + count - 1 of a step, with the noise and timesteps that belong to them.
+        """What samples first ... first + count - 1 of a step are made of, see `make_patches`.
 
         Returns:
-            x [b, 4, P, P] float32, mask [b, P, P] bool, noise [b, 4, P, P] float32, t [b] int64.
+            "color" [b, h, w, 3] uint8, "depth" [b, h, w] float16 in metres, 0 where there is none, "extent" [b, 2] of
+            each window in rows and columns, "start" and "scale" [b, 2] of its patch in stored pixels, "change" [b, 7]:
+            factors of depth and the three colours, gamma, saturation, and 1 or -1 for a mirrored patch; and "noise"
+            [b, 4, P, P] and "t" [b] int64, that belong to the samples.
         """
-        size = self.config.patch_size
-        rgb = np.empty((count, 3, size, size), np.float32)
-        z = np.empty((count, size, size), np.float32)
-        mask = np.empty((count, size, size), np.bool_)
-        noise = np.empty((count, 4, size, size), np.float32)
+        size, augment = self.config.patch_size, self.config.augment
+        noise, change = np.empty((count, 4, size, size), np.float32), np.ones((count, 7), np.float32)
         t = np.empty(count, np.int64)
+        jitter = math.log(self.config.depth_scale_jitter)
+        drawn: list[Window] = []
         for i in range(count):
             rng = sample_rng(seed, stream, step, first + i)
-            rgb[i], z[i], mask[i] = self.sample(rng)
-            noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
+            drawn.append(self._draw(rng))
+            change[i, 0] = math.exp(rng.uniform(-jitter, jitter))
+            if augment:
+                change[i, 1:4] = np.exp(rng.uniform(-EXPOSURE, EXPOSURE) + rng.uniform(-BALANCE, BALANCE, 3))
+                change[i, 4] = math.exp(rng.uniform(-GAMMA, GAMMA))
+                change[i, 5] = 0.0 if rng.random() < GREY else rng.uniform(*SATURATION)
+                change[i, 6] = -1.0 if rng.random() < 0.5 else 1.0
+            rng.standard_normal(dtype=np.float32, out=noise[i])
             t[i] = draw_timestep(rng, bias)
-        x = rgbd.encode(torch.from_numpy(rgb), torch.from_numpy(z))
-        return {"x": x, "mask": torch.from_numpy(mask), "noise": torch.from_numpy(noise), "t": torch.from_numpy(t)}
+
+        extent = np.array([window.color.shape[:2] for window in drawn])
+        height, width = extent.max(axis=0)
+        color, depth = np.zeros((count, height, width, 3), np.uint8), np.zeros((count, height, width), np.float16)
+        for i, window in enumerate(drawn):
+            rows, columns = extent[i]
+            color[i, :rows, :columns] = window.color
+            depth[i, :rows, :columns] = window.depth * window.mask
+        arrays = {
+            "color": color,
+            "depth": depth,
+            "extent": extent,
+            "start": np.array([window.start for window in drawn], np.float32),
+            "scale": np.array([window.scale for window in drawn], np.float32),
+            "change": change,
+            "noise": noise,
+            "t": t,
+        }
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def patches(
+        self, *, seed: int, stream: Stream, step: int, first: int, count: int, bias: float = 0.0
+    ) -> dict[str, Tensor]:
+        """`make_patches` of `windows`, in portions."""
+        portions = [
+            make_patches(
+                self.windows(
+                    seed=seed, stream=stream, step=step, first=first + done, count=min(PORTION, count - done), bias=bias
+                ),
+                self.config.patch_size,
+            )
+            for done in range(0, count, PORTION)
+        ]
+        return {name: torch.cat([portion[name] for portion in portions]) for name in portions[0]}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a frame, and where in it a patch is, in stored pixels."""
+
+    color: UInt8[np.ndarray, "h w 3"]
+    depth: Float[np.ndarray, "h w"]
+    mask: Bool[np.ndarray, "h w"]
+    start: tuple[float, float]
+    """Top and left."""
+    scale: tuple[float, float]
+    """Stored pixels per patch pixel, vertically and horizontally."""
+
+    def valid_share(self, size: int) -> float:
+        """Share of the patch's pixels with valid depth."""
+        rows, columns = (
+            np.minimum((start + scale * (np.arange(size) + 0.5)).astype(np.intp), stored - 1)
+            for start, scale, stored in zip(self.start, self.scale, self.mask.shape)
+        )
+        return float(self.mask[rows][:, columns].mean())
+
+
+@torch.no_grad()
+def make_patches(windows: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Resample, augment and encode, on the device of the windows.
+
+    Args:
+        windows: of `PatchSampler.windows`.
+        size: P.
+
+    Returns:
+        x [b, 4, P, P] float32, mask [b, P, P] bool, noise [b, 4, P, P] float32, t [b] int64.
+    """
+    color, extent, start, scale, change = (windows[name] for name in ("color", "extent", "start", "scale", "change"))
+    wy, wx = (
+        area_weights(start[:, axis], scale[:, axis], size, color.shape[1 + axis], extent[:, axis]) for axis in (0, 1)
+    )
+    steps = torch.arange(size, device=start.device) + 0.5
+    y, x = (start[:, axis, None] + scale[:, axis, None] * steps for axis in (0, 1))
+    z = resample_depth(windows["depth"].float(), y, x, extent)
+    mask = z > 0
+    z = change[:, 0, None, None] * fill_from_nearby(z, mask)
+    rgb = resample_color(color, wy, wx)
+    rgb = adjust_colors(rgb, gain=change[:, 1:4], gamma=change[:, 4], saturation=change[:, 5])
+    patch = rgbd.encode(rgb, z)
+    mirrored = change[:, 6] < 0
+    patch = torch.where(mirrored[:, None, None, None], patch.flip(3), patch)
+    mask = torch.where(mirrored[:, None, None], mask.flip(2), mask)
+    return {"x": patch, "mask": mask, "noise": windows["noise"], "t": windows["t"]}
 
 
 def draw_timestep(rng: np.random.Generator, bias: float) -> int:
@@ -322,10 +319,7 @@ def open_sampler(
 
 def disparity_quantiles(sampler: PatchSampler, *, seed: int = 0, patches: int = 512) -> dict[str, float]:
     """Quantiles of 1/z in 1/metres over augmented training patches, measured pixels only; keys "0.05" to "0.95"."""
-    values = []
-    for index in range(patches):
-        rng = sample_rng(seed, Stream.STATISTICS, 0, index)
-        _, z, valid = sampler.sample(rng)
-        values.append(1.0 / z[valid][::7])  # a seventh of the pixels is plenty
+    drawn = sampler.patches(seed=seed, stream=Stream.STATISTICS, step=0, first=0, count=patches)
+    inverse = (drawn["x"][:, 3][drawn["mask"]] + 1.0) / (2.0 * rgbd.NEAR)
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
-    return {f"{q:.2f}": float(v) for q, v in zip(levels, np.quantile(np.concatenate(values), levels))}
+    return {f"{q:.2f}": float(v) for q, v in zip(levels, np.quantile(inverse[::7].numpy(), levels))}  # plenty

@@ -60,14 +60,11 @@ def draw_samples(
         generator: source of the noise that DDPM adds.
         depth_means: of the depth channel, see `draw_depth_means`; None starts from unit noise.
     """
-    if sampler == "ddim":
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        stepper: Any = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    else:
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-        stepper = DDPMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    kind: Any = DDIMScheduler if sampler == "ddim" else DDPMScheduler
+    stepper = kind.from_config(scheduler.config, timestep_spacing="trailing", prediction_type="epsilon")
     stepper.set_timesteps(steps)
     x, timesteps = noise, stepper.timesteps
     if depth_means is not None and bool((timesteps <= START).any()):

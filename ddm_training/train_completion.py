@@ -4,7 +4,7 @@ Errors are of log depth, that is relative ones, on held-out frames with made-up 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class TrainCompletionConfig(LoopConfig):
 class CompletionTask:
     """The completing network, as `run_loop` trains it."""
 
-    identity: tuple[str, ...] = ("widths",)
+    identity: Mapping[str, Any] = {"widths": None}
     unit = "images"
 
     def __init__(self, config: TrainCompletionConfig) -> None:

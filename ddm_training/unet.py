@@ -7,8 +7,9 @@ Notation
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 Preset = Literal["prototype", "tiny", "small", "paper"]
+Prediction = Literal["epsilon", "v_prediction"]
 TIMESTEPS = 1000
 UNET_FOLDER, SCHEDULER_FOLDER = "unet", "scheduler"
 
@@ -78,13 +80,33 @@ def read_input_precisely(unet: "UNet2DModel") -> "UNet2DModel":
     return unet
 
 
-def make_scheduler() -> "DDPMScheduler":
-    """Cosine schedule (s = .008), 1000 steps, noise prediction (paper, section 3.1). Samples are held in [-1, 1]."""
+def make_scheduler(prediction: Prediction = "epsilon") -> "DDPMScheduler":
+    """Cosine schedule (s = .008), 1000 steps (paper, section 3.1). Samples are held in [-1, 1].
+
+    Args:
+        prediction: what the network gives, noise (the paper's) or velocity; of no effect on the schedule itself.
+    """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(
-        num_train_timesteps=TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type="epsilon", clip_sample=True
+        num_train_timesteps=TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type=prediction, clip_sample=True
     )
+
+
+def velocity(
+    x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], abar: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """v = sqrt(abar) eps - sqrt(1 - abar) x (Salimans and Ho, ICLR 2022): nearly eps at low t, nearly -x at high t."""
+    abar = abar[:, None, None, None]
+    return abar.sqrt() * noise - (1 - abar).sqrt() * x
+
+
+def velocity_to_noise(
+    v: Float[Tensor, "b c h w"], x_t: Float[Tensor, "b c h w"], abar: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """eps = sqrt(abar) v + sqrt(1 - abar) x_t."""
+    abar = abar[:, None, None, None]
+    return abar.sqrt() * v + (1 - abar).sqrt() * x_t
 
 
 def add_noise(
@@ -103,8 +125,8 @@ def predict_clean(
     return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
 
 
-class NoisePredictor(nn.Module):
-    """A network as a function (x_t, t) -> eps in fp32, computed under bf16 autocast if so asked.
+class Predictor(nn.Module):
+    """A network as a function (x_t, t) -> what it predicts in fp32, computed under bf16 autocast if so asked.
 
     Autocast ends at the network's border: noise, target and data stay fp32.
     """
@@ -115,20 +137,24 @@ class NoisePredictor(nn.Module):
         self.bf16 = bf16
 
     def forward(self, x_t: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-            noise = self.unet(x_t, t)
-        return (noise if isinstance(noise, Tensor) else noise.sample).float()
+        with torch.autocast(x_t.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            predicted = self.unet(x_t, t)
+        return (predicted if isinstance(predicted, Tensor) else predicted.sample).float()
 
 
-class _Plain(nn.Module):
-    """`UNet2DModel` as (x, t) -> noise, in the weights' own precision."""
+class NoisePredictor(Predictor):
+    """A network as a function (x_t, t) -> eps, whatever it predicts."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
+    abar: Tensor | None
+
+    def __init__(self, unet: nn.Module, prediction: Prediction = "epsilon", *, bf16: bool = False) -> None:
+        super().__init__(unet, bf16=bf16)
+        abar = make_scheduler().alphas_cumprod if prediction == "v_prediction" else None
+        self.register_buffer("abar", abar, persistent=False)
 
     def forward(self, x_t: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
-        return self.unet(x_t, t).sample
+        predicted = super().forward(x_t, t)
+        return predicted if self.abar is None else velocity_to_noise(predicted, x_t, self.abar[t])
 
 
 def load_weights(folder: Path, config: dict[str, Any]) -> "UNet2DModel":
@@ -173,8 +199,9 @@ def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) ->
             f"{folder} predicts {config.get('out_channels')} from {config.get('in_channels')} channels; "
             "an RGBD prior needs 4 and 4."
         )
+    prediction: Prediction = load_scheduler(folder.parent).config["prediction_type"]
     unet = read_input_precisely(load_weights(folder, config))
-    return _Plain(nn.Module.to(unet, dtype))  # diffusers' own `to` warns about a case that is not ours
+    return NoisePredictor(nn.Module.to(unet, dtype), prediction)  # diffusers' own `to` warns of what is not our case
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -208,7 +235,7 @@ def load_scheduler(folder: Path) -> "DDPMScheduler":
     """The noise schedule of a prior folder.
 
     Raises:
-        InputError: it is missing or damaged, or the network does not predict noise.
+        InputError: it is missing or damaged, or the network predicts neither noise nor velocity.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -218,8 +245,6 @@ def load_scheduler(folder: Path) -> "DDPMScheduler":
     except (OSError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise InputError(f"{path} cannot be read ({error}): expected a scheduler as diffusers saves it.") from error
     assert isinstance(scheduler, DDPMScheduler)
-    if scheduler.config["prediction_type"] != "epsilon":
-        raise InputError(
-            f"{path}: prediction_type is {scheduler.config['prediction_type']!r}; a prior predicts 'epsilon'."
-        )
+    if (found := scheduler.config["prediction_type"]) not in get_args(Prediction):
+        raise InputError(f"{path}: prediction_type is {found!r}; a prior predicts {' or '.join(get_args(Prediction))}.")
     return scheduler

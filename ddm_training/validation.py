@@ -94,11 +94,11 @@ class PatchValidation:
 
     def __init__(self, config: "TrainConfig", sampler: PatchSampler, *, device: torch.device, world: int) -> None:
         self.config, self.device = config, device
-        data = held_out(config).batch(
+        data = held_out(config).patches(
             seed=config.seed, stream=Stream.VALIDATION, step=0, first=0, count=config.validation_patches
         )
         self.x, self.mask, self.noise = (data[key].to(device) for key in ("x", "mask", "noise"))
-        self.scheduler = make_scheduler()
+        self.scheduler = make_scheduler(config.prediction_type)
         self.abar = self.scheduler.alphas_cumprod.to(device)
         self._global_batch = config.train_batch_size * world
         self._frames = len(sampler)
@@ -122,7 +122,7 @@ class PatchValidation:
         from ddm_training.sheets import patch_sheet
         from ddm_training.train import LEVELS
 
-        model = NoisePredictor(average, bf16=self.config.mixed_precision == "bf16").eval()
+        model = NoisePredictor(average, self.config.prediction_type, bf16=self.config.mixed_precision == "bf16").eval()
         losses = noise_losses(model, self.x, self.mask, self.noise, levels=LEVELS, abar=self.abar)
         spec = RgbdSpec(steps=step, **self._spec)
         count, sheet = self.config.num_validation_samples, None

@@ -1,6 +1,5 @@
 """Patches: geometry, no mixing across depth edges, masks, augmentation, and samples as a function of (seed, step)."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddm_training import patches, rgbd
+from ddm_training import patches, resampling, rgbd
 from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter, open_store
 from ddm_training.loop import StepBatches
-from ddm_training.patches import PatchConfig, PatchSampler, Stream, open_sampler
+from ddm_training.patches import PatchConfig, PatchSampler, Stream, make_patches, open_sampler
 
 H, W, FX, FY = 96, 128, 140.0, 120.0
 PLAIN = PatchConfig(patch_size=24, focal_range=(80.0, 80.0), depth_scale_jitter=1.0, augment=False)
@@ -31,7 +30,7 @@ def write_scene(root: Path, depth, *, name="scene", split="train", mask=None, co
 
 def draw(root: Path, config: PatchConfig, index: int = 0, step: int = 0):
     sampler = open_sampler([root], "train", config)
-    return sampler.batch(seed=1, stream=Stream.TRAIN, step=step, first=index, count=1)
+    return sampler.patches(seed=1, stream=Stream.TRAIN, step=step, first=index, count=1)
 
 
 def test_a_patch_covers_the_angle_of_its_target_focal_length(tmp_path):
@@ -66,22 +65,37 @@ def test_no_depth_lies_between_two_surfaces(tmp_path, focal):
     assert set(z.unique().round(decimals=4).tolist()) == {1.0, 3.0}
 
 
+def weights(start: float, scale: float, count: int, stored: int, extent: int | None = None) -> torch.Tensor:
+    """`area_weights` of one window."""
+    a, s = torch.tensor([start]), torch.tensor([scale])
+    return resampling.area_weights(a, s, count, stored, torch.tensor([extent or stored]))[0]
+
+
 def test_area_weights_average_when_shrinking_and_interpolate_when_enlarging():
-    np.testing.assert_allclose(patches.area_weights(0.0, 2.0, 3, 0, 6), np.kron(np.eye(3), [[0.5, 0.5]]))
-    np.testing.assert_allclose(patches.area_weights(1.0, 0.5, 2, 0, 4), [[0.25, 0.75, 0, 0], [0, 0.75, 0.25, 0]])
-    both = patches.area_weights(0.3, 1.0, 3, 0, 5), patches.area_weights(0.3, 1.0 - 1e-9, 3, 0, 5)
-    np.testing.assert_allclose(*both, atol=1e-6)
+    np.testing.assert_allclose(weights(0.0, 2.0, 3, 6), np.kron(np.eye(3), [[0.5, 0.5]]))
+    np.testing.assert_allclose(weights(1.0, 0.5, 2, 4), [[0.25, 0.75, 0, 0], [0, 0.75, 0.25, 0]])
+    np.testing.assert_allclose(weights(0.3, 1.0, 3, 5), weights(0.3, 1.0 - 1e-6, 3, 5), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.6, 1.7])
+def test_what_lies_beyond_a_window_has_no_weight(scale):
+    """In a batch smaller windows are padded: their weights are those of the window alone."""
+    alone = weights(0.2, scale, 4, 7)
+    padded = weights(0.2, scale, 4, 11, extent=7)
+    assert torch.equal(padded[:, :7], alone)
+    assert not padded[:, 7:].any()
 
 
 def test_color_resampling_agrees_with_a_plain_double_loop():
     rng = np.random.default_rng(0)
     color = rng.integers(0, 256, (9, 11, 3)).astype(np.uint8)
-    wy, wx = patches.area_weights(0.7, 1.6, 5, 0, 9), patches.area_weights(1.1, 1.9, 5, 0, 11)
+    wy, wx = weights(0.7, 1.6, 5, 9), weights(1.1, 1.9, 5, 11)
     expected = np.einsum("ay,bx,yxc->cab", wy, wx, color / 255)
-    np.testing.assert_allclose(patches.resample_color(color, wy, wx), expected, atol=1e-6)
+    found = resampling.resample_color(torch.from_numpy(color)[None], wy[None], wx[None])[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_invalid_depth_is_masked_and_filled_from_the_nearest_valid_pixel(tmp_path):
+def test_invalid_depth_is_masked_and_filled_from_nearby(tmp_path):
     depth = np.where(np.arange(W)[None, :] < W // 2, 1.0, 2.0).repeat(H, axis=0).astype(np.float32)
     mask = np.random.default_rng(0).random((H, W)) > 0.2
     depth[~mask] = np.nan
@@ -96,7 +110,7 @@ def test_windows_with_too_little_valid_depth_are_drawn_again(tmp_path):
     mask = np.zeros((H, W), bool)
     mask[:, W // 2 :] = True
     write_scene(tmp_path, np.full((H, W), 2.0, np.float32), mask=mask)
-    batch = open_sampler([tmp_path], "train", PLAIN).batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=40)
+    batch = open_sampler([tmp_path], "train", PLAIN).patches(seed=0, stream=Stream.TRAIN, step=0, first=0, count=40)
     assert batch["mask"].float().mean(dim=(1, 2)).min() >= PLAIN.min_valid
 
 
@@ -115,7 +129,10 @@ def textured(root: Path, frames: int = 3) -> Path:
 def test_a_sample_depends_on_seed_step_and_index_alone(tmp_path):
     """However many processes share a batch, and whoever prepares it, its samples are the same to the bit."""
     sampler = open_sampler([textured(tmp_path)], "train", PatchConfig(patch_size=24, focal_range=(80.0, 160.0)))
-    draw = functools.partial(sampler.batch, seed=3, stream=Stream.TRAIN, bias=0.5)
+
+    def draw(**place: int) -> dict[str, torch.Tensor]:
+        return make_patches(sampler.windows(seed=3, stream=Stream.TRAIN, bias=0.5, **place), 24)
+
     whole = StepBatches(draw, steps=9, batch_size=4)
     halves = [StepBatches(draw, steps=9, batch_size=2, rank=rank) for rank in (0, 1)]
     loader = torch.utils.data.DataLoader(whole, batch_size=None, sampler=range(5, 9), num_workers=2)
@@ -130,7 +147,7 @@ def test_a_sample_depends_on_seed_step_and_index_alone(tmp_path):
 def test_depth_jitter_scales_depth_by_one_factor_per_patch_within_its_range(tmp_path):
     write_scene(tmp_path, np.full((H, W), 2.0, np.float32))
     config = PatchConfig(patch_size=24, focal_range=(80.0, 80.0), depth_scale_jitter=2.0, augment=False)
-    batch = open_sampler([tmp_path], "train", config).batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=200)
+    batch = open_sampler([tmp_path], "train", config).patches(seed=0, stream=Stream.TRAIN, step=0, first=0, count=200)
     _, z = rgbd.decode(batch["x"])
     assert torch.allclose(z.amax(dim=(1, 2)), z.amin(dim=(1, 2)))
     factor = z[:, 0, 0] / 2.0
@@ -145,7 +162,7 @@ def test_augmentation_flips_half_of_the_patches_with_their_depth(tmp_path):
     depth = np.broadcast_to(1 / (0.2 + 0.004 * x), (H, W)).astype(np.float32)
     write_scene(tmp_path, depth, color=color)
     config = PatchConfig(patch_size=24, focal_range=(80.0, 80.0))
-    x = open_sampler([tmp_path], "train", config).batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=100)["x"]
+    x = open_sampler([tmp_path], "train", config).patches(seed=0, stream=Stream.TRAIN, step=0, first=0, count=100)["x"]
     direction = (x[:, :, 12, -1] - x[:, :, 12, 0]).sign()
     assert (direction == direction[:, :1]).all()  # colour and depth rise or fall together
     assert 30 <= (direction[:, 3] < 0).sum() <= 70
@@ -166,9 +183,9 @@ def test_half_of_the_timesteps_are_those_that_a_nerf_uses():
 def test_weights_set_the_share_of_each_store(tmp_path):
     write_scene(tmp_path / "a", np.full((H, W), 1.0, np.float32), frames=9)
     write_scene(tmp_path / "b", np.full((H, W), 3.0, np.float32), frames=1)
-    for weights, share in ((None, 0.9), ((1.0, 3.0), 0.25)):
-        sampler = open_sampler([tmp_path / "a", tmp_path / "b"], "train", PLAIN, weights=weights)
-        x = sampler.batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=300)["x"]
+    for given, share in ((None, 0.9), ((1.0, 3.0), 0.25)):
+        sampler = open_sampler([tmp_path / "a", tmp_path / "b"], "train", PLAIN, weights=given)
+        x = sampler.patches(seed=0, stream=Stream.TRAIN, step=0, first=0, count=300)["x"]
         _, z = rgbd.decode(x)
         assert abs((z[:, 0, 0] < 2).float().mean() - share) < 0.08
     with pytest.raises(InputError, match="one number >= 0 per store"):

@@ -232,7 +232,7 @@ def with_a_broken_scheduler(folder: Path) -> None:
 
 
 def with_another_prediction(folder: Path) -> None:
-    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
 
 
 def with_another_encoding(folder: Path) -> None:

@@ -39,7 +39,7 @@ def write_prior(folder: Path, *, patch_size: int = 16) -> Path:
     spec = RgbdSpec(patch_size=patch_size, focal=150.0, focal_range=(150.0, 150.0), steps=7, trained_on=("toy",))
     settings = {
         "preset": "prototype", "loss_type": "l2", "learning_rate": 1e-3, "mixed_precision": "no",
-        "depth_loss_weight": 3.0, "timestep_bias": 0.5,
+        "depth_loss_weight": 3.0, "timestep_bias": 0.5, "prediction_type": "epsilon",
     }  # fmt: skip
     card = model_card(spec, config=settings, parameters=parameter_count(unet), measured={})
     export_prior(folder, unet=unet, scheduler=make_scheduler(), spec=spec, card=card, sheet=None)
@@ -116,9 +116,13 @@ def test_tau_maps_to_the_timesteps_of_the_paper():
     assert [evaluate.timestep_of_tau(tau) for tau in (0.1, 0.05, 0.01, 0.0)] == [99, 49, 9, 3]
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("ddpm", 200)])
-def test_sampling_follows_the_score_of_a_known_distribution(sampler, steps):
-    """For data N(m, s^2) the best noise prediction is linear in x_t; samples must have that mean and deviation."""
+def test_sampling_follows_the_score_of_a_known_distribution(sampler, steps, prediction):
+    """For data N(m, s^2) the best noise prediction is linear in x_t; samples must have that mean and deviation.
+
+    Whatever the network behind it predicts, it is given as a function that gives noise.
+    """
     m, s = 0.3, 0.1
 
     def denoise(x_t, t):
@@ -127,7 +131,8 @@ def test_sampling_follows_the_score_of_a_known_distribution(sampler, steps):
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(16, 4, 8, 8, generator=generator)
-    x = draw_samples(denoise, make_scheduler(), noise, sampler=sampler, steps=steps, generator=generator)
+    scheduler = make_scheduler(prediction)
+    x = draw_samples(denoise, scheduler, noise, sampler=sampler, steps=steps, generator=generator)
     assert x.mean().item() == pytest.approx(m, abs=0.02)
     assert x.std().item() == pytest.approx(s, rel=0.15)
 

@@ -18,9 +18,10 @@ from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter
 from ddm_training.progress import truncate_log
 from ddm_training.rgbd import RgbdSpec
-from ddm_training.train import TrainConfig, train
+from ddm_training.train import PatchTask, TrainConfig, train
 from ddm_training.unet import (
     NoisePredictor,
+    Prediction,
     Preset,
     add_noise,
     load_scheduler,
@@ -28,6 +29,8 @@ from ddm_training.unet import (
     make_scheduler,
     make_unet,
     predict_clean,
+    velocity,
+    velocity_to_noise,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,12 +120,30 @@ def test_the_clean_estimate_undoes_the_noise():
     assert torch.allclose(predict_clean(add_noise(x, eps, abar), eps, abar), x, atol=1e-5)
 
 
+def test_velocity_and_noise_tell_the_same():
+    x, eps, abar = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0.999, 0.5, 0.001])
+    v, x_t = velocity(x, eps, abar), add_noise(x, eps, abar)
+    assert torch.allclose(velocity_to_noise(v, x_t, abar), eps, atol=1e-6)
+    assert (v - eps)[0].abs().max() < 0.2  # next to the noise where there is little of it
+    assert (v + x)[2].abs().max() < 0.2  # and to the patch where there is much
+
+
+def test_what_minimises_the_loss_is_the_velocity(store, tmp_path):
+    """A task that predicts velocity has no loss for it, and has one for the noise."""
+    task = PatchTask(config(store, tmp_path, prediction_type="v_prediction"))
+    batch = task.prepare(task.draw(step=0, first=0, count=4), step=0, first=0)
+    abar = make_scheduler().alphas_cumprod[batch["t"]]
+    v = velocity(batch["x"], batch["noise"], abar)
+    assert task.loss(lambda x_t, t: v, batch) == 0
+    assert task.loss(lambda x_t, t: batch["noise"], batch) > 0
+
+
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_invalid_depth_contributes_nothing_to_the_loss(kind):
     noise, predicted = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     mask = torch.rand(2, 8, 8) > 0.5
     predicted.requires_grad_(True)
-    objective.noise_loss(predicted, noise, mask, kind=kind, depth_weight=3.0).backward()
+    objective.masked_loss(predicted, noise, mask, kind=kind, depth_weight=3.0).backward()
     assert predicted.grad is not None
     assert (predicted.grad[:, 3][~mask] == 0).all()
     assert (predicted.grad[:, 3][mask] != 0).all()
@@ -132,12 +153,12 @@ def test_invalid_depth_contributes_nothing_to_the_loss(kind):
 def test_loss_is_the_weighted_mean_of_channels_and_splits_over_processes():
     noise, predicted = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
     mask = torch.rand(4, 8, 8) > 0.3
-    loss = objective.noise_loss(predicted, noise, mask, kind="l2", depth_weight=3.0)
+    loss = objective.masked_loss(predicted, noise, mask, kind="l2", depth_weight=3.0)
     squared = (predicted - noise) ** 2
     expected = (squared[:, :3].sum() + 3 * squared[:, 3][mask].sum()) / (6 * 4 * 64)
     assert torch.allclose(loss, expected)
     halves = [
-        objective.noise_loss(predicted[part], noise[part], mask[part], kind="l2", depth_weight=3.0)
+        objective.masked_loss(predicted[part], noise[part], mask[part], kind="l2", depth_weight=3.0)
         for part in (slice(0, 2), slice(2, 4))
     ]
     assert torch.allclose(sum(halves) / 2, loss)
@@ -210,14 +231,19 @@ def test_a_run_leaves_a_prior_folder_a_log_and_the_last_checkpoints(store, tmp_p
     assert f"{validated[-1]['val']['99']['depth']:.4f}" in card
 
 
-def test_the_exported_network_is_the_average_and_predicts_the_same_noise(store, tmp_path):
-    train(config(store, tmp_path, export_dtype="fp32"))
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_exported_network_is_the_average_and_predicts_the_same_noise(store, tmp_path, prediction: Prediction):
+    train(config(store, tmp_path, export_dtype="fp32", prediction_type=prediction))
     network = load_unet(tmp_path / "prior")
     own = make_unet("prototype", patch_size=16)
     own.load_state_dict(state(tmp_path, 6)["ema"])
-    x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 99])
+    x, t = torch.randn(2, 4, 16, 16), torch.tensor([3, 990])
     with torch.no_grad():
-        assert torch.equal(network(x, t), own(x, t).sample)
+        predicted = own(x, t).sample
+        if prediction == "v_prediction":
+            predicted = velocity_to_noise(predicted, x, make_scheduler().alphas_cumprod[t])
+        assert torch.equal(network(x, t), predicted)
+    assert load_scheduler(tmp_path / "prior").config["prediction_type"] == prediction
     assert not any(p.requires_grad for p in network.parameters())
     assert load_scheduler(tmp_path / "prior").config["beta_schedule"] == "squaredcos_cap_v2"
     half = load_unet(tmp_path / "prior", torch.bfloat16)
@@ -308,6 +334,18 @@ def test_a_checkpoint_of_another_preset_is_refused(store, tmp_path):
         train(config(store, tmp_path, preset="tiny"))
 
 
+def test_a_checkpoint_from_before_velocity_is_one_of_noise(store, tmp_path):
+    """Its settings do not say what it predicts: it predicts noise, and its weights would fit without a complaint."""
+    train(config(store, tmp_path, max_train_steps=2, prediction_type="epsilon"))
+    path = tmp_path / "checkpoint-2" / checkpoints.CONFIG_FILE
+    settings = json.loads(path.read_text())
+    del settings["prediction_type"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"--prediction-type epsilon \(now v_prediction\)"):
+        train(config(store, tmp_path, prediction_type="v_prediction"))
+    train(config(store, tmp_path, max_train_steps=3, prediction_type="epsilon"))
+
+
 def test_a_store_without_held_out_scenes_is_refused(store, tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "a").symlink_to(store / "a")
@@ -332,7 +370,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         checkpoints.save_checkpoint(tmp_path, 2, {"model": torch.ones(3)}, {"preset": "tiny"}, limit=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    loaded, _ = checkpoints.load_checkpoint(tmp_path / "checkpoint-1", {"preset": "tiny"}, ("preset",))
+    loaded, _ = checkpoints.load_checkpoint(tmp_path / "checkpoint-1", {"preset": "tiny"}, {"preset": None})
     assert torch.equal(loaded["model"], torch.ones(3))
 
 
@@ -352,7 +390,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     content = (path / "state.pt").read_bytes()
     (path / "state.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="checkpoint-5 is not a readable checkpoint"):
-        checkpoints.load_checkpoint(path, {}, ())
+        checkpoints.load_checkpoint(path, {}, {})
 
 
 def test_resume_choices(tmp_path):
@@ -423,9 +461,9 @@ def test_pickled_truncated_or_missing_weights_are_refused(damaged):
         load_unet(damaged / "nowhere")
 
 
-def test_a_scheduler_that_does_not_predict_noise_is_refused(damaged):
-    edit(damaged / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    with pytest.raises(InputError, match="predicts 'epsilon'"):
+def test_a_scheduler_that_predicts_neither_noise_nor_velocity_is_refused(damaged):
+    edit(damaged / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(InputError, match="predicts epsilon or v_prediction"):
         load_scheduler(damaged)
 
 

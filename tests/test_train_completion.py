@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from ddm_training import completion, membrane, patches
+from ddm_training import completion, membrane
 from ddm_training.checkpoints import save_checkpoint
+from ddm_training.colors import adjust_colors
 from ddm_training.completion import CompletionSpec, DepthCompleter, completion_loss, load_completer, save_completer
-from ddm_training.completion_data import (
-    CompletionSampler,
-    batch_generator,
-    change_colors,
-    fill_from_nearby,
-    make_samples,
-)
+from ddm_training.completion_data import CompletionSampler, batch_generator, change_colors, make_samples
 from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter, open_store
-from ddm_training.patches import Stream
+from ddm_training.patches import PatchConfig, PatchSampler, Stream
+from ddm_training.resampling import fill_from_nearby
 from ddm_training.train_completion import CompletionTask, TrainCompletionConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,12 +196,15 @@ def test_invalid_depth_is_filled_with_a_valid_one_from_nearby() -> None:
     assert float((filled[0] - z[0]).abs().median()) < 3 / 45
 
 
-def test_colours_change_as_those_of_the_denoiser_do() -> None:
-    """Moments over many draws, of `patches.change_color` and of the batched one."""
-    g, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+def test_colours_change_as_those_of_the_denoiser_do(store) -> None:
+    """Moments over many draws, here and of the changes that patches are drawn with."""
+    g = torch.Generator().manual_seed(0)
     rgb = torch.rand(3, 6, 8, generator=g)
     ours = change_colors(g, rgb.expand(3000, 3, 6, 8))
-    theirs = torch.from_numpy(np.stack([patches.change_color(rgb.numpy(), rng) for _ in range(3000)]))
+    sampler = PatchSampler([open_store(store)], PatchConfig(patch_size=8, focal_range=(80.0, 80.0)))
+    change = sampler.windows(seed=0, stream=Stream.TRAIN, step=0, first=0, count=3000)["change"]
+    factors = {"gain": change[:, 1:4], "gamma": change[:, 4], "saturation": change[:, 5]}
+    theirs = adjust_colors(rgb.expand(3000, 3, 6, 8), **factors)
     grey = (ours.std(dim=1).amax(dim=(1, 2)) < 0.05).float().mean()
     assert 0.03 < float(grey) < 0.08
     assert float((ours.mean(dim=0) - theirs.mean(dim=0)).abs().max()) < 0.015
