@@ -18,13 +18,10 @@ from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
 from diffusionerf_ns.pipeline import DiffusioNeRFPipelineConfig
 
 
-def _optimizers(steps: int) -> dict:
+def _optimizers() -> dict:
     """Adam from 1e-2 to 1e-3 over the run (the paper's), after a short warm-up."""
     return {
-        name: {
-            "optimizer": FusedAdamConfig(lr=1e-2),
-            "scheduler": ExponentialDecayConfig(lr_final=1e-3, warmup_steps=steps // 100, max_steps=steps),
-        }
+        name: {"optimizer": FusedAdamConfig(lr=1e-2), "scheduler": ExponentialDecayConfig(lr_final=1e-3)}
         for name in ("proposal_networks", "fields")
     }
 
@@ -52,9 +49,9 @@ diffusionerf = MethodSpecification(
             datamanager=DiffusioNeRFDataManagerConfig(
                 dataparser=FewViewDataParserConfig(), train_num_rays_per_batch=1024, eval_num_rays_per_batch=1024
             ),
-            model=DiffusioNeRFModelConfig(proposal_warmup=_FULL_STEPS // 2, eval_num_rays_per_chunk=1 << 14),
+            model=DiffusioNeRFModelConfig(eval_num_rays_per_chunk=1 << 14),
         ),
-        optimizers=_optimizers(_FULL_STEPS),
+        optimizers=_optimizers(),
         viewer=_viewer(1 << 14),
         vis="viewer+tensorboard",
     ),
@@ -84,7 +81,6 @@ diffusionerf_tiny = MethodSpecification(
                 proposal_net_args_list=[
                     {"hidden_dim": 16, "log2_hashmap_size": 15, "num_levels": 5, "max_res": 128, "use_linear": False}
                 ],
-                proposal_warmup=500,
                 implementation="torch",
                 patch_size=24,
                 # In runs of hundreds of steps the score costs more than it gives, images and time (docs/results.md):
@@ -93,7 +89,7 @@ diffusionerf_tiny = MethodSpecification(
                 eval_num_rays_per_chunk=1 << 12,
             ),
         ),
-        optimizers=_optimizers(_TINY_STEPS),
+        optimizers=_optimizers(),
         viewer=_viewer(1 << 12),
     ),
     description="DiffusioNeRF with small tables and few samples: laptops, CI, a first look in minutes without a GPU.",

@@ -71,8 +71,9 @@ class DiffusioNeRFModel(NerfactoModel):
         self.inspection_panel = InspectionPanel(self)
 
     def _adapt_backbone(self) -> None:
-        """Changes to nerfacto's fields; see `backbone`."""
+        """Changes to nerfacto's fields, see `backbone`, and to when its proposal networks are updated."""
         c = self.config
+        self.proposal_sampler.update_sched = self.proposal_interval
         if c.center_grid and not c.disable_scene_contraction:
             contraction = backbone.ContentContraction(
                 self._stereo.get("centre", (0.0, 0.0, 0.0)), self._stereo.get("radius", 1.0) * c.grid_margin
@@ -124,6 +125,12 @@ class DiffusioNeRFModel(NerfactoModel):
         c = self.config
         x = schedules.fraction(self.step, self.total_steps)
         return schedules.linear(x, 0.0, c.levels_until, c.levels_start * c.num_levels, float(c.num_levels))
+
+    def proposal_interval(self, step: int) -> float:
+        """Steps between two updates of the proposal networks: nerfacto's, but the warm-up may follow the run."""
+        c = self.config
+        warmup, every = float(c.proposal_warmup_steps(self.total_steps)), float(c.proposal_update_every)
+        return min(max(schedules.linear(float(step), 0.0, warmup, 0.0, every), 1.0), every)
 
     def patch_request(self) -> PatchRequest | None:
         """Which patches the next step needs; None while the prior is off."""

@@ -156,6 +156,9 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """Off: patches at new poses have no image, and three images do not tell appearance from geometry."""
     average_init_density: float = 0.01
     """As nerfstudio's own nerfacto preset has it."""
+    proposal_warmup: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # nerfacto's is a number
+    """Steps over which the updates of the proposal networks become rarer, from each step to one of
+    `proposal_update_every`. None: half of the run."""
 
     def __post_init__(self) -> None:
         for name in ("completed_depth_margin", "confirmed_depth_margin"):
@@ -168,6 +171,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
                     f"--pipeline.model.{name.replace('_', '-')} must be positive, found {value}; `inf` leaves the "
                     "network's own expectation out."
                 )
+
+    def proposal_warmup_steps(self, run_steps: int) -> int:
+        """`proposal_warmup` in a run of ``run_steps`` steps."""
+        return round(0.5 * run_steps) if self.proposal_warmup is None else self.proposal_warmup
 
     def ray_bounds(self, near: float | None, far: float | None, found: Mapping[str, float]) -> tuple[float, float]:
         """Where rays begin and end, scene units; see `near_margin`.

@@ -4,10 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
+from diffusionerf_ns.optimizers import follow_run
 
 
 @dataclass
@@ -33,6 +35,15 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             named["completion_revision"] = getattr(model, "prior_revision", None)
             config = replace(config, datamanager=replace(manager, **named))
         super().__init__(config, *args, **kwargs)
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """nerfstudio's; the learning rates learn the run's length here, where a checkpoint is loaded already."""
+        optimizers, trainer = training_callback_attributes.optimizers, training_callback_attributes.trainer
+        if optimizers is not None and trainer is not None:
+            follow_run(optimizers, trainer.config.max_num_iterations)
+        return super().get_training_callbacks(training_callback_attributes)
 
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False

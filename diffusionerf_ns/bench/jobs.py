@@ -137,11 +137,9 @@ def configure(job: Job, folder: Path) -> "TrainerConfig":
     """nerfstudio's configuration of a job that writes into ``folder``.
 
     Raises:
-        InputError: unknown method, variant or override.
+        InputError: unknown method, variant or override, or a number of steps below 1.
     """
-    config = variants.base_config(job.method)
-    if job.steps is not None:
-        variants.set_steps(config, job.steps)
+    config = variants.base_config(job.method, job.steps)
     variant = variants.find_variant(job.variant)
     variants.override(config, job.overrides)  # before the variant: nerfacto takes its sizes and rays from ours
     variants.apply(config, variant)

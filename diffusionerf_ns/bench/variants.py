@@ -116,11 +116,17 @@ def find_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def base_config(method: str) -> "TrainerConfig":
+def base_config(method: str, steps: int | None = None) -> "TrainerConfig":
     """A copy of a method's configuration, shared with nothing.
 
+    What follows the run's length stands there as numbers: for results to tell, and for nerfacto, which knows no other.
+
+    Args:
+        method: its name.
+        steps: length of the run; None: the method's.
+
     Raises:
-        InputError: no method of ours has that name.
+        InputError: no method of ours has that name, or a run cannot have that length.
     """
     from nerfstudio.plugins.types import MethodSpecification
 
@@ -130,7 +136,17 @@ def base_config(method: str) -> "TrainerConfig":
     methods = {specification.config.method_name: specification.config for specification in specifications}
     if method not in methods:
         raise InputError(f"method {method!r} is unknown; known are {', '.join(map(str, methods))}.")
-    return copy.deepcopy(methods[method])
+    config = copy.deepcopy(methods[method])
+    if steps is not None:
+        if steps < 1:
+            raise InputError(f"steps must be at least 1, found {steps}.")
+        config.max_num_iterations = steps
+    model: Any = config.pipeline.model
+    model.proposal_warmup = model.proposal_warmup_steps(config.max_num_iterations)
+    for group in config.optimizers.values():
+        scheduler = group["scheduler"]
+        scheduler.warmup_steps, scheduler.max_steps = scheduler.corners(config.max_num_iterations)
+    return config
 
 
 def apply(config: "TrainerConfig", variant: Variant) -> None:
@@ -157,21 +173,6 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
         if isinstance(current, tuple) and isinstance(value, list):  # JSON has no tuples
             value = tuple(value)
         setattr(owner, name, value)
-
-
-def set_steps(config: "TrainerConfig", steps: int) -> None:
-    """Make the run ``steps`` long, with every schedule that is counted in steps, in place."""
-    if steps < 1:
-        raise InputError(f"steps must be at least 1, found {steps}.")
-    ratio = steps / config.max_num_iterations
-    config.max_num_iterations = steps
-    model: Any = config.pipeline.model
-    model.proposal_warmup = max(1, round(model.proposal_warmup * ratio))
-    for group in config.optimizers.values():
-        scheduler = group["scheduler"]
-        if scheduler is not None:
-            scheduler.max_steps = max(1, round(scheduler.max_steps * ratio))
-            scheduler.warmup_steps = round(scheduler.warmup_steps * ratio)
 
 
 def _use_nerfacto(config: "TrainerConfig") -> None:
