@@ -122,7 +122,8 @@ class PatchValidation:
         from ddm_training.sheets import patch_sheet
         from ddm_training.train import LEVELS
 
-        model = NoisePredictor(average, self.config.prediction_type, bf16=self.config.mixed_precision == "bf16").eval()
+        bf16 = self.config.mixed_precision == "bf16"
+        model = NoisePredictor(average, self.config.prediction_type, bf16=bf16).to(self.device).eval()
         losses = noise_losses(model, self.x, self.mask, self.noise, levels=LEVELS, abar=self.abar)
         spec = RgbdSpec(steps=step, **self._spec)
         count, sheet = self.config.num_validation_samples, None
