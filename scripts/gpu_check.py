@@ -237,6 +237,45 @@ class Checks:
             passed=error <= MAX_LOSS_ERROR and whole and 0.01 < share < 0.99,
         )
 
+    def denoiser(self) -> Check:
+        """`ddm train` with its validation, and its patches against the CPU's."""
+        from ddm_training.frames import open_store
+        from ddm_training.patches import PatchConfig, PatchSampler, Stream, make_patches
+        from ddm_training.rooms import RoomsConfig
+        from ddm_training.train import TrainConfig, train
+        from ddm_training.unet import load_unet
+
+        store = self.folder / "store"
+        RoomsConfig(folder=store, seed=7, num_rooms=2, num_views=2, val_every=2, width=128).main()
+        sampler = PatchSampler([open_store(store)], PatchConfig(focal_range=(70.0, 130.0)))
+        windows = sampler.windows(seed=0, stream=Stream.STATISTICS, step=0, first=0, count=192)
+        on_device = to_device(windows, self.device)
+        expected, found = make_patches(windows, 48), make_patches(on_device, 48)
+        error = max(compare(expected, found).values())
+        seconds = timed(lambda: make_patches(on_device, 48), self.device, 5)
+        train(
+            TrainConfig(
+                data=(store,),
+                output_dir=self.folder / "denoiser",
+                focal=88.0,
+                focal_range=(70.0, 130.0),
+                max_train_steps=4,
+                train_batch_size=8,
+                validation_patches=4,
+                num_validation_samples=2,
+                validation_steps=2,
+                device="cpu" if self.device == "cpu" else "auto",
+            )
+        )
+        whole = all(bool(p.isfinite().all()) for p in load_unet(self.folder / "denoiser" / "prior").parameters())
+        return Check(
+            what="ddm train: 192 patches; 4 steps with validation and export",
+            against="CPU",
+            error=f"{error:.1e}",
+            time=f"{1e3 * seconds:.1f} ms",
+            passed=error <= MAX_LOSS_ERROR and whole,
+        )
+
 
 def losses_and_gradients(model: Any, bundle: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weighted loss terms, and the gradient of their sum with respect to each parameter, on the CPU."""
@@ -309,6 +348,7 @@ def run_checks(config: GpuCheckConfig, device: str, folder: Path) -> list[Check]
     todo: list[tuple[str, Callable[[], Check | list[Check]]]] = [
         ("prior", checks.prior),
         ("completion", checks.completion),
+        ("denoiser", checks.denoiser),
     ]
     for preset in PRESETS:
         todo.append((f"{preset}: one step", lambda preset=preset: checks.one_step(preset)))

@@ -53,12 +53,17 @@ def test_a_check_that_raises_is_a_failed_line_and_the_others_go_on(
 
     passing = gpu_check.Check(what="fine")
     stand_in = SimpleNamespace(
-        prior=lambda: [passing], completion=lambda: passing, one_step=fail, step_times=lambda _: passing, training=fail
+        prior=lambda: [passing],
+        completion=lambda: passing,
+        denoiser=lambda: passing,
+        one_step=fail,
+        step_times=lambda _: passing,
+        training=fail,
     )
     monkeypatch.setattr(gpu_check, "Checks", lambda *_: stand_in)
     lines = gpu_check.run_checks(gpu_check.GpuCheckConfig(), "cpu", tmp_path)
-    assert [line.passed for line in lines] == [True, True, False, True, False, False, True, False]
-    assert "no kernel image" in lines[2].error
+    assert [line.passed for line in lines] == [True, True, True, False, True, False, False, True, False]
+    assert "no kernel image" in lines[3].error
     assert "no kernel image" in (tmp_path / "log.txt").read_text()
 
 
@@ -73,6 +78,7 @@ def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, 
         checks.step_times("diffusionerf-tiny"),
         *checks.prior(),
         checks.completion(),
+        checks.denoiser(),
     ]
     # Not zero: with several threads the hash grid's gradients are summed in another order each time.
     errors = [float(number) for number in re.findall(r"\d\.\de[+-]\d\d", lines[0].error)]
