@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from ddm_training.frames import Split
-from ddm_training.sample import Start
 from ddm_training.unet import add_noise, predict_clean
 
 if TYPE_CHECKING:
@@ -86,9 +85,7 @@ class EvalConfig:
     num_samples: int = 64
     """Unconditional samples for the comparison with data; 0 leaves it out."""
     num_inference_steps: int = 100
-    """DDPM steps of a sample, from unit noise on."""
-    start: Start = "depth"
-    """Samples begin with noise and a mean depth as the training data has it ("depth"), or with unit noise ("noise")."""
+    """DDPM steps of a sample."""
     batch_size: int = 32
     """Patches at a time."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -227,16 +224,15 @@ def compare_samples(
     )  # fmt: skip
     from ddm_training.sample import sample_prior
 
-    samples, began = sample_prior(
+    samples = sample_prior(
         network,
         scheduler,
-        spec,
+        spec.patch_size,
         config.num_samples,
         device=device,
         seed=config.seed,
         batch_size=config.batch_size,
         steps=config.num_inference_steps,
-        start=config.start,
     )
     drawn_as = PatchConfig(
         patch_size=spec.patch_size, focal_range=spec.focal_range, depth_scale_jitter=spec.depth_scale_jitter
@@ -259,7 +255,6 @@ def compare_samples(
 
     measured = {
         "count": config.num_samples,
-        "start": began,
         "plausible": share,
         "plausible_data": share_data,
         "plausible_by_statistic": dict(zip(STATISTICS, each.tolist())),
@@ -293,7 +288,6 @@ def tables(result: dict[str, Any]) -> str:
             lines += [
                 "",
                 f"{name}: {found['plausible']:.0%} of {found['count']} samples have plausible statistics "
-                f"(other data patches: {found['plausible_data']:.0%}); their mean depth is "
-                f"{'drawn as the training data has it' if found['start'] == 'depth' else 'their own'}.",
+                f"(other data patches: {found['plausible_data']:.0%}).",
             ]
     return "\n".join(lines)

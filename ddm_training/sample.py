@@ -1,6 +1,5 @@
 """`ddm sample`: unconditional samples of a prior, as a sheet of colour and depth."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,6 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 SamplerName = Literal["ddim", "ddpm"]
-Start = Literal["depth", "noise"]
-START = 849  # timestep at which samples with a given mean depth begin
-
-
-def draw_depth_means(spec: rgbd.RgbdSpec, count: int, generator: torch.Generator) -> Float[Tensor, " n"] | None:
-    """Means of the depth channel, as patches of the training data have them; None where the prior does not tell.
-
-    Inverse depth is log-normal with the quartiles of the training data.
-    """
-    quartiles = [spec.disparity_quantiles.get(name, 0.0) for name in ("0.25", "0.50", "0.75")]
-    if min(quartiles) <= 0.0:
-        return None
-    low, middle, high = (math.log(q) for q in quartiles)
-    inverse = torch.exp(middle + (high - low) / 1.349 * torch.randn(count, generator=generator))  # 1.349: of a normal
-    return rgbd.encode_depth(1.0 / inverse, spec.near)
 
 
 @torch.no_grad()
@@ -43,12 +27,8 @@ def draw_samples(
     sampler: SamplerName = "ddpm",
     steps: int = 100,
     generator: torch.Generator | None = None,
-    depth_means: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "n 4 h w"]:
-    """Patches drawn from a prior, starting from unit noise, or at `START` from noise and a mean depth.
-
-    The second is a truncated diffusion (Zheng et al. 2023): a small network misjudges the mean depth while there is
-    next to nothing of it in the noise, and what it made up it goes on with (docs/findings.md, ninth round).
+    """Patches drawn from a prior, starting from unit noise.
 
     Args:
         denoise: (x_t, t [n]) -> noise.
@@ -56,9 +36,8 @@ def draw_samples(
         noise: start, standard normal.
         sampler: "ddpm" (ancestral: the noise added on the way corrects earlier errors, which small networks need) or
             "ddim" (deterministic).
-        steps: number of network evaluations from unit noise on; from `START` on 15 % fewer.
+        steps: number of network evaluations.
         generator: source of the noise that DDPM adds.
-        depth_means: of the depth channel, see `draw_depth_means`; None starts from unit noise.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -66,13 +45,8 @@ def draw_samples(
     kind: Any = DDIMScheduler if sampler == "ddim" else DDPMScheduler
     stepper = kind.from_config(scheduler.config, timestep_spacing="trailing", prediction_type="epsilon")
     stepper.set_timesteps(steps)
-    x, timesteps = noise, stepper.timesteps
-    if depth_means is not None and bool((timesteps <= START).any()):
-        timesteps = timesteps[timesteps <= START]
-        abar = float(scheduler.alphas_cumprod[timesteps[0]])
-        x = math.sqrt(1.0 - abar) * noise
-        x[:, 3] += math.sqrt(abar) * depth_means.to(x)[:, None, None]
-    for t in timesteps:
+    x = noise
+    for t in stepper.timesteps:
         predicted = denoise(x, t.to(x.device).expand(len(x)))
         x = stepper.step(predicted, int(t), x, generator=generator).prev_sample
     return x
@@ -81,7 +55,7 @@ def draw_samples(
 def sample_prior(
     denoise: Callable[[Tensor, Tensor], Tensor],
     scheduler: "DDPMScheduler",
-    spec: rgbd.RgbdSpec,
+    patch_size: int,
     count: int,
     *,
     device: torch.device,
@@ -89,30 +63,25 @@ def sample_prior(
     batch_size: int,
     steps: int,
     sampler: SamplerName = "ddpm",
-    start: Start = "depth",
-) -> tuple[Float[Tensor, "n 4 h w"], Start]:
-    """``count`` patches of a prior, drawn ``batch_size`` at a time, see `draw_samples`; noise and mean depths are drawn
-    on the CPU, so that all devices begin with the same.
+) -> Float[Tensor, "n 4 h w"]:
+    """``count`` patches of a prior, on the CPU, drawn ``batch_size`` at a time, see `draw_samples`.
 
-    Returns:
-        The patches, on the CPU, and how they began: with unit noise also where the prior tells nothing of depth.
+    Noise is drawn on the CPU, so that all devices begin with the same.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, 4, spec.patch_size, spec.patch_size, generator=generator)
-    means = draw_depth_means(spec, count, generator) if start == "depth" else None
+    noise = torch.randn(count, 4, patch_size, patch_size, generator=generator)
     batches = [
         draw_samples(
             denoise,
             scheduler,
-            noise[part].to(device),
+            part.to(device),
             sampler=sampler,
             steps=steps,
             generator=torch.Generator(device).manual_seed(seed + index),
-            depth_means=None if means is None else means[part],
         ).cpu()
-        for index, part in enumerate(torch.arange(count).split(batch_size))
+        for index, part in enumerate(noise.split(batch_size))
     ]
-    return torch.cat(batches), "noise" if means is None else "depth"
+    return torch.cat(batches)
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -139,9 +108,7 @@ class SampleConfig:
     sampler: SamplerName = "ddpm"
     """DDPM (ancestral) or DDIM (deterministic)."""
     num_inference_steps: int = 100
-    """Network evaluations per patch, from unit noise on."""
-    start: Start = "depth"
-    """depth: from noise and a mean depth as the training data has it; noise: from unit noise."""
+    """Network evaluations per patch."""
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 32
@@ -162,17 +129,16 @@ class SampleConfig:
         spec = rgbd.RgbdSpec.load(self.prior)
         device = choose_device(self.device)
         network, scheduler = load_unet(self.prior).to(device), load_scheduler(self.prior)
-        samples, _ = sample_prior(
+        samples = sample_prior(
             network,
             scheduler,
-            spec,
+            spec.patch_size,
             self.num_samples,
             device=device,
             seed=self.seed,
             batch_size=self.batch_size,
             steps=self.num_inference_steps,
             sampler=self.sampler,
-            start=self.start,
         )
         self.output.parent.mkdir(parents=True, exist_ok=True)
         save_picture(self.output, patch_sheet(samples, near=spec.near))

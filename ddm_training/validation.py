@@ -128,10 +128,10 @@ class PatchValidation:
         spec = RgbdSpec(steps=step, **self._spec)
         count, sheet = self.config.num_validation_samples, None
         if count:
-            drawn, _ = sample_prior(
+            drawn = sample_prior(
                 model,
                 self.scheduler,
-                spec,
+                spec.patch_size,
                 count,
                 device=self.device,
                 seed=self.config.seed,

@@ -12,7 +12,7 @@ from ddm_training.errors import InputError
 from ddm_training.export import export_prior, model_card, parameter_count
 from ddm_training.frames import SceneWriter
 from ddm_training.rgbd import RgbdSpec, encode_depth
-from ddm_training.sample import START, SampleConfig, draw_depth_means, draw_samples
+from ddm_training.sample import SampleConfig, draw_samples
 from ddm_training.unet import make_scheduler, make_unet
 from ddm_training.validation import noise_losses
 
@@ -135,39 +135,6 @@ def test_sampling_follows_the_score_of_a_known_distribution(sampler, steps, pred
     x = draw_samples(denoise, scheduler, noise, sampler=sampler, steps=steps, generator=generator)
     assert x.mean().item() == pytest.approx(m, abs=0.02)
     assert x.std().item() == pytest.approx(s, rel=0.15)
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_samples_that_begin_with_a_mean_depth_keep_it(sampler):
-    seen = []
-
-    def denoise(x_t, t):  # of data without any contrast, whose means can be anything
-        seen.append(int(t[0]))
-        abar = ABAR[t][:, None, None, None]
-        return (x_t - x_t.mean(dim=(2, 3), keepdim=True)) / (1 - abar).sqrt()
-
-    generator = torch.Generator().manual_seed(0)
-    means = torch.linspace(-0.9, 0.9, 6)
-    noise = torch.randn(6, 4, 48, 48, generator=generator)
-    before = noise.clone()
-    x = draw_samples(
-        denoise, make_scheduler(), noise, sampler=sampler, steps=50, generator=generator, depth_means=means
-    )
-    assert torch.equal(noise, before)
-    assert max(seen) == START - (START + 1) % 20
-    assert len(seen) == 42
-    assert (x[:, 3].mean(dim=(1, 2)) - means).abs().max() < 0.3  # noise of 48 x 48 pixels: deviation .09
-    assert x[:, :3].mean(dim=(2, 3)).abs().max() < 0.4
-
-
-def test_mean_depths_are_drawn_as_the_training_data_has_them():
-    spec = RgbdSpec(disparity_quantiles={"0.25": 0.277, "0.50": 0.39, "0.75": 0.559})
-    means = draw_depth_means(spec, 20_000, torch.Generator().manual_seed(0))
-    assert means is not None
-    inverse = (means + 1) / 2 / spec.near
-    for q, expected in ((0.25, 0.277), (0.5, 0.39), (0.75, 0.559)):
-        assert inverse.quantile(q).item() == pytest.approx(expected, rel=0.03)
-    assert draw_depth_means(RgbdSpec(), 3, torch.Generator()) is None
 
 
 def test_gradient_size_of_a_ramp():
