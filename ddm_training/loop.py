@@ -5,101 +5,22 @@ The state of a training is tensors and one integer: samples, noise and learning 
 """
 
 import copy
-import json
 import math
 import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ddm_training.errors import InputError
+from ddm_training.loop_config import LoopConfig, settings
 from ddm_training.objective import learning_rate, update_average
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Settings that every training has."""
-
-    data: tuple[Path, ...]
-    """Frame stores, as `ddm rooms`, `ddm frames` and `ddm hypersim prepare` write them."""
-    data_weights: tuple[float, ...] | None = None
-    """Share of samples from each store; by default every frame is equally likely."""
-    output_dir: Path
-    """Checkpoints, log.jsonl, TensorBoard, and what is exported go here."""
-
-    train_batch_size: int = 32
-    """Samples per step and process."""
-    max_train_steps: int = 20_000
-    """Optimiser steps in all. May be raised to train a finished run further."""
-    max_train_minutes: float | None = None
-    """Stop with a checkpoint after this time; the same command goes on."""
-    learning_rate: float = 5e-4
-    """Peak learning rate; 1e-4 in the authors' code, whose batch is the same but whose run is 650,000 steps."""
-    lr_scheduler: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to zero at the last step, or constant."""
-    lr_warmup_steps: int = 200
-    """Steps of linear warm-up."""
-    adam_beta1: float = 0.9
-    """AdamW."""
-    adam_beta2: float = 0.99
-    """AdamW; .99 in the authors' code."""
-    adam_weight_decay: float = 0.0
-    """AdamW; none in the authors' code."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    ema_decay: float = 0.999
-    """Decay per step of the weights' moving average, reached by (1 + n) / (10 + n)."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Precision inside the network; noise, target and data are always fp32."""
-    torch_compile: bool = False
-    """Compile the network (a minute at the start)."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator where there is one."""
-    dataloader_num_workers: int = 1
-    """Processes that prepare samples; 0 prepares them in the loop. The samples do not depend on it."""
-    seed: int = 0
-    """Seed of weights, samples and noise."""
-
-    checkpointing_steps: int = 1000
-    """Steps between checkpoints."""
-    checkpoints_total_limit: int = 2
-    """Checkpoints kept; an old one goes only when the new one is whole."""
-    resume_from_checkpoint: str = "latest"
-    """latest (also right for a first run), none, or a checkpoint's name or path."""
-    validation_steps: int = 1000
-    """Steps between validations, each of which renews what is exported."""
-    logging_steps: int = 50
-    """Steps between lines of log.jsonl."""
-    export_dtype: Literal["fp16", "fp32"] = "fp16"
-    """Precision of the exported weights."""
-    license: str = "unknown"
-    """Licence of the weights, written to the model card."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-                     "validation_steps", "logging_steps"):  # fmt: skip
-            self.require_at_least(name, 1)
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"--learning-rate must be positive, found {self.learning_rate}.")
-
-    def require_at_least(self, name: str, low: int) -> None:
-        """Refuse a setting that is too small.
-
-        Raises:
-            InputError: names the flag.
-        """
-        if getattr(self, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(self, name)}.")
 
 
 @runtime_checkable
@@ -207,11 +128,6 @@ class StopRequest:
         """Give the signals back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def settings(config: LoopConfig) -> dict[str, Any]:
-    """The config as plain JSON values."""
-    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[Any]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddm_training.loop import LoopConfig, StopRequest
+    from ddm_training.loop import StopRequest
+    from ddm_training.loop_config import LoopConfig
 
 LOG_FILE = "log.jsonl"
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ddm_training.errors import InputError
-from ddm_training.loop import LoopConfig, run_loop
+from ddm_training.loop import run_loop
+from ddm_training.loop_config import LoopConfig
 from ddm_training.objective import LossType, masked_loss
 from ddm_training.unet import Prediction, Preset
 

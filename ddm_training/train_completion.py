@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ddm_training import completion
 from ddm_training.completion import FOLDER, CompletionSpec, DepthCompleter, completion_loss
 from ddm_training.errors import InputError
-from ddm_training.loop import LoopConfig, run_loop
+from ddm_training.loop import run_loop
+from ddm_training.loop_config import LoopConfig
 from ddm_training.patches import Stream
 
 if TYPE_CHECKING:
