@@ -81,6 +81,7 @@ class DiffusioNeRFModel(NerfactoModel):
             backbone.use_contraction([self.field, *self.proposal_networks], contraction)
         backbone.limit_view_dependence(self.field, c.view_degrees)
         self.level_mask = backbone.insert_level_mask(self.field, c, c.implementation)
+        backbone.draw_weights([self.field])
         if not c.predict_normals:
             speed_up_hash_grids(self)
 
@@ -298,6 +299,8 @@ class DiffusioNeRFModel(NerfactoModel):
         )
         losses = {"rgb_loss": self.rgb_loss(image, rgb)}
         if self.training:
+            if self.config.chroma_weight > 0.0:
+                losses["chroma_loss"] = self.config.chroma_weight * regularizers.chroma(rgb - image)
             losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
                 outputs["weights_list"], outputs["ray_samples_list"]
             )

@@ -100,6 +100,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     distortion_loss_mult: float = 0.0
     """nerfacto's own distortion term, off: `distortion_weight` takes its place."""
 
+    chroma_weight: float = 4.0
+    """Weight of errors of hue and saturation, which the photometric term counts already: brightness varies more and is
+    learnt first, and a short run ends before the colours are. Not in the paper."""
+
     stereo_depth_weight: float = 0.1
     """Weight of what lies before or behind the depth that stereo of the training images knows, by the logarithm of
     the distance ratio. Not in the paper."""

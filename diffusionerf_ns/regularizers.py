@@ -52,6 +52,11 @@ def weigh_score(
     return torch.cat([rgb_weight * rgb, depth], dim=1)
 
 
+def chroma(difference: Float[Tensor, "rays 3"]) -> Float[Tensor, ""]:
+    """Mean square of what is not grey in the difference of rendered and true colours."""
+    return (difference - difference.mean(dim=-1, keepdim=True)).square().mean()
+
+
 def foreground(w: Float[Tensor, "rays samples"]) -> Float[Tensor, ""]:
     """Mean over rays of (1 - sum_i w_i)^2: every ray must meet a surface (paper eq. 4)."""
     return (1.0 - w.sum(-1)).square().mean()

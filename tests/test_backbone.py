@@ -1,5 +1,6 @@
 """The changes to nerfacto's fields do what they say and nothing else."""
 
+import pytest
 import torch
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.field_components.spatial_distortions import SceneContraction
@@ -61,3 +62,30 @@ def test_colour_cannot_see_higher_harmonics_than_allowed() -> None:
         torch.testing.assert_close(limited[:, : degrees**2], full[:, : degrees**2])
         assert float(limited[:, degrees**2 :].abs().max()) == 0.0
         assert float(full[:, degrees**2 :].abs().max()) > 0.1
+
+
+def test_networks_are_drawn_as_tinycudann_draws_its_own() -> None:
+    """Uniform in +- sqrt(6 / (in + out)), without biases."""
+    field = make_field()
+    backbone.draw_weights([field])
+    layers = [module for module in field.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(layers) == 5
+    for layer in layers:
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound
+        assert float(layer.weight.std()) == pytest.approx(bound / 3**0.5, rel=0.15)
+        assert not layer.bias.any()
+
+
+def test_more_hue_comes_out_of_networks_that_are_drawn_so() -> None:
+    """The deviation over points of what is not grey in a colour, at the start."""
+
+    def hue(field: NerfactoField) -> float:
+        x = torch.randn(2000, field.mlp_head.layers[0].in_features, generator=torch.Generator().manual_seed(1))
+        rgb = field.mlp_head(x)
+        return float((rgb - rgb.mean(dim=1, keepdim=True)).std(dim=0).mean())
+
+    field = make_field()
+    before = hue(field)
+    backbone.draw_weights([field])
+    assert hue(field) > 4 * before

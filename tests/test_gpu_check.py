@@ -84,5 +84,5 @@ def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, 
     errors = [float(number) for number in re.findall(r"\d\.\de[+-]\d\d", lines[0].error)]
     assert len(errors) == 2
     assert max(errors) < 1e-4
-    assert "7 terms" in lines[0].what  # photometric, interlevel, frustum, foreground, both stereo terms and the prior
+    assert "8 terms" in lines[0].what  # photometric, chroma, interlevel, frustum, foreground, stereo twice, the prior
     assert all(line.passed for line in lines)

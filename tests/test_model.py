@@ -27,6 +27,7 @@ from diffusionerf_ns.refine import ViewRefiner
 
 RAYS, P = 32, 16
 TERMS_OFF: dict[str, float] = {
+    "chroma_weight": 0.0,
     "score_weight": 0.0,
     "frustum_weight": 0.0,
     "foreground_weight": 0.0,
@@ -256,6 +257,7 @@ def test_the_noise_level_and_the_weight_follow_their_schedules(folders):
 def test_terms_that_are_off_are_not_computed_and_their_rays_not_drawn(folders, monkeypatch):
     pipeline = build(folders, share=1.0, **TERMS_OFF)
     for name in (
+        "chroma",
         "foreground",
         "frustum",
         "distortion",

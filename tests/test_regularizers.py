@@ -84,6 +84,15 @@ def test_without_a_norm_the_colour_score_is_only_weighted():
     assert torch.equal(weighted[:, :3], 0.5 * score[:, :3])
 
 
+def test_chroma_counts_what_the_squared_error_counts_beside_brightness():
+    """Errors of brightness cost nothing; mean square = that of the mean over channels + chroma."""
+    difference = torch.rand(50, 3) - 0.5
+    brightness = difference.mean(dim=1, keepdim=True)
+    assert float(regularizers.chroma(brightness.expand(50, 3))) == pytest.approx(0.0, abs=1e-12)
+    whole = difference.square().mean()
+    torch.testing.assert_close(brightness.square().mean() + regularizers.chroma(difference), whole)
+
+
 def test_foreground_is_zero_on_opaque_rays_one_on_empty_ones_and_the_mean_of_squares_between():
     assert regularizers.foreground(torch.full((5, 4), 0.25)) == 0.0
     assert regularizers.foreground(torch.zeros(5, 4)) == 1.0

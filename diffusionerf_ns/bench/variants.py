@@ -28,6 +28,7 @@ NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,
     "pipeline.model.distortion_weight": 0.0,
+    "pipeline.model.chroma_weight": 0.0,
     **NO_STEREO,
     "pipeline.model.levels_start": 1.0,
     "pipeline.model.view_degrees": 4,
