@@ -122,7 +122,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from ddm_training.sample import choose_device
     from ddm_training.sheets import save_picture
     from ddm_training.train import LEVELS
-    from ddm_training.unet import NoisePredictor, load_scheduler, load_unet
+    from ddm_training.unet import Predictor, load_scheduler, load_unet
     from ddm_training.validation import noise_losses
 
     specs = [RgbdSpec.load(folder) for folder in config.prior]
@@ -145,7 +145,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     names = unique_names(config.prior)
     for name, folder, its in zip(names, config.prior, specs):
-        network = NoisePredictor(load_unet(folder), bf16=config.mixed_precision == "bf16").to(device).eval()
+        network = Predictor(load_unet(folder), bf16=config.mixed_precision == "bf16").to(device).eval()
         scheduler = load_scheduler(folder)
         abar = scheduler.alphas_cumprod.to(device)
         stores = {}

@@ -147,7 +147,7 @@ def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[An
             batch_size=None,
             sampler=range(start, config.max_train_steps),
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=2 if workers else None,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available() and config.device == "auto",
         )

@@ -185,7 +185,8 @@ class PatchSampler:
     def windows(
         self, *, seed: int, stream: Stream, step: int, first: int, count: int, bias: float = 0.0
     ) -> dict[str, Tensor]:
-        """What samples first ... first + count - 1 of a step are made of, see `make_patches`.
+        """What samples first ... first + count - 1 of a step are made of, see `make_patches`; ``bias`` as of
+        `draw_timestep`.
 
         Returns:
             "color" [b, h, w, 3] uint8, "depth" [b, h, w] float16 in metres, 0 where there is none, "extent" [b, 2] of

@@ -86,8 +86,8 @@ def resample_depth(
 def fill_from_nearby(z: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
     """Invalid depth replaced by a valid one from nearby, in few steps for a whole batch.
 
-    That of a neighbour, twice, as the fattening of matches reaches so far; else one of the smallest block of 2, 4, 8,
-    ... pixels of a side that has any.
+    That of a neighbour, twice, which is what made-up matches with their fattened borders need; else one of the smallest
+    block of 2, 4, 8, ... pixels of a side that has any.
     """
     z = torch.where(valid, z, 0.0)
     for _ in range(2):

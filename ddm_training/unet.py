@@ -143,14 +143,14 @@ class Predictor(nn.Module):
 
 
 class NoisePredictor(Predictor):
-    """A network as a function (x_t, t) -> eps, whatever it predicts."""
+    """A network as a function (x_t, t) -> eps, whatever it predicts by its scheduler."""
 
     abar: Tensor | None
 
-    def __init__(self, unet: nn.Module, prediction: Prediction = "epsilon", *, bf16: bool = False) -> None:
+    def __init__(self, unet: nn.Module, scheduler: "DDPMScheduler", *, bf16: bool = False) -> None:
         super().__init__(unet, bf16=bf16)
-        abar = make_scheduler().alphas_cumprod if prediction == "v_prediction" else None
-        self.register_buffer("abar", abar, persistent=False)
+        velocity = scheduler.config["prediction_type"] == "v_prediction"
+        self.register_buffer("abar", scheduler.alphas_cumprod if velocity else None, persistent=False)
 
     def forward(self, x_t: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
         predicted = super().forward(x_t, t)
@@ -193,15 +193,13 @@ def load_weights(folder: Path, config: dict[str, Any]) -> "UNet2DModel":
     return unet
 
 
-def _load_diffusers(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _load_diffusers(folder: Path, config: dict[str, Any]) -> nn.Module:
     if config.get("in_channels") != 4 or config.get("out_channels") != 4:
         raise InputError(
             f"{folder} predicts {config.get('out_channels')} from {config.get('in_channels')} channels; "
             "an RGBD prior needs 4 and 4."
         )
-    prediction: Prediction = load_scheduler(folder.parent).config["prediction_type"]
-    unet = read_input_precisely(load_weights(folder, config))
-    return NoisePredictor(nn.Module.to(unet, dtype), prediction)  # diffusers' own `to` warns of what is not our case
+    return read_input_precisely(load_weights(folder, config))
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -221,14 +219,15 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{unet}/config.json cannot be read ({error}): expected a prior folder.") from error
     if name == "UNet2DModel":
-        network = _load_diffusers(unet, config, dtype)
+        network = _load_diffusers(unet, config)
     elif name == "RgbdPatchUNet":
         from ddm_training.authors_unet import RgbdPatchUNet  # pyright: ignore[reportMissingImports]
 
-        network = RgbdPatchUNet.load(unet).to(dtype)
+        network = RgbdPatchUNet.load(unet)
     else:
         raise InputError(f"{unet}/config.json names network {name!r}; known are 'UNet2DModel' and 'RgbdPatchUNet'.")
-    return network.eval().requires_grad_(False)
+    nn.Module.to(network, dtype)  # diffusers' own `to` warns of what is not our case
+    return NoisePredictor(network, load_scheduler(folder)).eval().requires_grad_(False)
 
 
 def load_scheduler(folder: Path) -> "DDPMScheduler":

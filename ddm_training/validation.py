@@ -123,7 +123,7 @@ class PatchValidation:
         from ddm_training.train import LEVELS
 
         bf16 = self.config.mixed_precision == "bf16"
-        model = NoisePredictor(average, self.config.prediction_type, bf16=bf16).to(self.device).eval()
+        model = NoisePredictor(average, self.scheduler, bf16=bf16).to(self.device).eval()
         losses = noise_losses(model, self.x, self.mask, self.noise, levels=LEVELS, abar=self.abar)
         spec = RgbdSpec(steps=step, **self._spec)
         count, sheet = self.config.num_validation_samples, None

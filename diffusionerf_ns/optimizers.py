@@ -98,7 +98,7 @@ def follow_run(optimizers: Optimizers, steps: int) -> None:
         group = optimizers.config[name]
         config = group["scheduler"]
         if isinstance(config, ExponentialDecayConfig) and config.max_steps is None:
-            multiplier = config.multiplier(group["optimizer"].lr, scheduler.last_epoch + steps)
+            multiplier = config.multiplier(scheduler.base_lrs[0], scheduler.last_epoch + steps)
             scheduler.lr_lambdas = [multiplier] * len(scheduler.base_lrs)
             for parameters, lr in zip(optimizers.optimizers[name].param_groups, scheduler.base_lrs):
                 parameters["lr"] = lr * multiplier(scheduler.last_epoch)

@@ -46,6 +46,7 @@ CPU_RESOLUTION = 128
 nerfstudio's 512 takes half a minute there."""
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])
 TERMS = {
+    "chroma_weight": "Chroma",
     "frustum_weight": "Frustum",
     "foreground_weight": "Foreground",
     "distortion_weight": "Distortion",

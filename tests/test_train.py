@@ -20,8 +20,8 @@ from ddm_training.progress import truncate_log
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.train import PatchTask, TrainConfig, train
 from ddm_training.unet import (
-    NoisePredictor,
     Prediction,
+    Predictor,
     Preset,
     add_noise,
     load_scheduler,
@@ -193,7 +193,7 @@ def test_presets_have_the_sizes_that_they_promise(preset: Preset, low: float, hi
 
 def test_bf16_does_not_round_the_input_of_the_network():
     """The first convolution is the same to the bit under autocast; the output is fp32."""
-    network = NoisePredictor(make_unet("prototype", patch_size=16), bf16=True)
+    network = Predictor(make_unet("prototype", patch_size=16), bf16=True)
     x, t = torch.rand(1, 4, 16, 16), torch.tensor([3])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         first = network.unet.conv_in(x)
@@ -248,6 +248,18 @@ def test_the_exported_network_is_the_average_and_predicts_the_same_noise(store, 
     assert load_scheduler(tmp_path / "prior").config["beta_schedule"] == "squaredcos_cap_v2"
     half = load_unet(tmp_path / "prior", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_velocity_becomes_noise_by_the_schedule_of_its_own_folder(store, tmp_path):
+    train(config(store, tmp_path, export_dtype="fp32", prediction_type="v_prediction"))
+    edit(tmp_path / "prior" / "scheduler" / "scheduler_config.json", beta_schedule="linear")
+    network = load_unet(tmp_path / "prior")
+    x, t = torch.randn(1, 4, 16, 16), torch.tensor([99])
+    with torch.no_grad():
+        expected = velocity_to_noise(network.unet(x, t).sample, x, load_scheduler(tmp_path / "prior").alphas_cumprod[t])
+        assert torch.equal(network(x, t), expected)
+        wrong = velocity_to_noise(network.unet(x, t).sample, x, make_scheduler().alphas_cumprod[t])
+    assert (wrong - expected).abs().max() > 0.1
 
 
 def test_stopping_and_running_again_ends_with_the_same_weights_to_the_bit(store, tmp_path):

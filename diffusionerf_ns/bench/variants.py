@@ -23,7 +23,8 @@ NO_STEREO = {
     "pipeline.model.completed_depth_weight": 0.0,
     "pipeline.datamanager.stereo_rays_per_batch": 0,
 }
-# Nothing that this project adds to the photometric loss, nor to nerfacto's fields.
+# Nothing that this project adds to the photometric loss, nor to nerfacto's fields but for where the grid lies and how
+# the weights of torch networks are drawn.
 NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,
@@ -63,7 +64,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             name="paper-geometric",
             title="the paper's geometric terms, no stereo",
-            overrides=NO_PRIOR | NO_STEREO,
+            overrides=NO_PRIOR | NO_STEREO | {"pipeline.model.chroma_weight": 0.0},
             ablation="DiffusioNeRF, geometric baseline",
         ),
         Variant(name="geometric", title="geometric baseline", overrides=NO_PRIOR),
