@@ -165,6 +165,15 @@ def test_overrides_are_read_as_json_or_text_and_unknown_ones_are_refused(tmp_pat
         parse_overrides(("score",))
     with pytest.raises(InputError, match="no such field"):
         configure(make_job(tmp_path, overrides={"pipeline.model.scroe_weight": 1}), tmp_path)
+    with pytest.raises(InputError, match="give --steps instead"):
+        configure(make_job(tmp_path, overrides={"max_num_iterations": 100}), tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["photometric", "paper-geometric"])
+def test_variants_of_the_paper_have_no_term_of_ours(tmp_path: Path, variant: str) -> None:
+    model: Any = configure(make_job(tmp_path, variant=variant), tmp_path).pipeline.model
+    ours = (model.chroma_weight, model.stereo_depth_weight, model.completed_depth_weight, model.refine_tau)
+    assert ours == (0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_job_is_done_when_its_result_is_whole_and_of_its_hash(tmp_path: Path) -> None:

@@ -137,8 +137,10 @@ def configure(job: Job, folder: Path) -> "TrainerConfig":
     """nerfstudio's configuration of a job that writes into ``folder``.
 
     Raises:
-        InputError: unknown method, variant or override, or a number of steps below 1.
+        InputError: unknown method, variant or override, a number of steps below 1 or one given as an override.
     """
+    if "max_num_iterations" in job.overrides:
+        raise InputError("override 'max_num_iterations' would leave the schedules as they are: give --steps instead.")
     config = variants.base_config(job.method, job.steps)
     variant = variants.find_variant(job.variant)
     variants.override(config, job.overrides)  # before the variant: nerfacto takes its sizes and rays from ours
