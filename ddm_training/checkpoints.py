@@ -109,13 +109,13 @@ def load_checkpoint(
         saved = json.loads((path / CONFIG_FILE).read_text())
         state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True, mmap=False)
         assert isinstance(saved, dict)
-        saved = {**{key: value for key, value in identity.items() if value is not None}, **saved}
         assert isinstance(state, dict)
     except (OSError, ValueError, RuntimeError, EOFError, AssertionError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before, or give "
             "--resume-from-checkpoint another folder."
         ) from error
+    saved = {key: value for key, value in identity.items() if value is not None} | saved
     differing = {key: (saved.get(key), value) for key, value in config.items() if saved.get(key) != value}
     if wrong := [key for key in identity if key in differing and key in saved]:
         said = ", ".join(f"--{key.replace('_', '-')} {differing[key][0]} (now {differing[key][1]})" for key in wrong)

@@ -321,6 +321,6 @@ def open_sampler(
 def disparity_quantiles(sampler: PatchSampler, *, seed: int = 0, patches: int = 512) -> dict[str, float]:
     """Quantiles of 1/z in 1/metres over augmented training patches, measured pixels only; keys "0.05" to "0.95"."""
     drawn = sampler.patches(seed=seed, stream=Stream.STATISTICS, step=0, first=0, count=patches)
-    inverse = (drawn["x"][:, 3][drawn["mask"]] + 1.0) / (2.0 * rgbd.NEAR)
+    inverse = 1.0 / rgbd.decode_depth(drawn["x"][:, 3][drawn["mask"]])
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     return {f"{q:.2f}": float(v) for q, v in zip(levels, np.quantile(inverse[::7].numpy(), levels))}  # plenty

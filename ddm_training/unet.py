@@ -149,8 +149,8 @@ class NoisePredictor(Predictor):
 
     def __init__(self, unet: nn.Module, scheduler: "DDPMScheduler", *, bf16: bool = False) -> None:
         super().__init__(unet, bf16=bf16)
-        velocity = scheduler.config["prediction_type"] == "v_prediction"
-        self.register_buffer("abar", scheduler.alphas_cumprod if velocity else None, persistent=False)
+        gives_velocity = scheduler.config["prediction_type"] == "v_prediction"
+        self.register_buffer("abar", scheduler.alphas_cumprod if gives_velocity else None, persistent=False)
 
     def forward(self, x_t: Float[Tensor, "b 4 h w"], t: Int[Tensor, " b"]) -> Float[Tensor, "b 4 h w"]:
         predicted = super().forward(x_t, t)

@@ -6,7 +6,7 @@ Notation
     a       number of hash levels switched on, not whole while one is fading in
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -118,17 +118,16 @@ def insert_level_mask(field: NerfactoField, config: Any, implementation: str) ->
 
 
 @torch.no_grad()
-def draw_weights(networks: Iterable[nn.Module]) -> None:
-    """Draw the weights of plain torch networks as tinycudann draws its own: uniform as by Glorot and Bengio, no biases.
+def draw_weights(field: nn.Module) -> None:
+    """Draw the weights of a field's plain torch networks as tinycudann draws its own: Glorot and Bengio's, no biases.
 
     PyTorch's are smaller, from layer to layer more so: after five layers next to nothing of a colour's hue is left, and
     a run of a thousand steps ends with what is red or green still grey. tinycudann's own networks are left as they are.
     """
-    for network in networks:
-        for layer in network.modules():
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+    for layer in field.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def limit_view_dependence(field: NerfactoField, degrees: int) -> None:

@@ -81,7 +81,7 @@ class DiffusioNeRFModel(NerfactoModel):
             backbone.use_contraction([self.field, *self.proposal_networks], contraction)
         backbone.limit_view_dependence(self.field, c.view_degrees)
         self.level_mask = backbone.insert_level_mask(self.field, c, c.implementation)
-        backbone.draw_weights([self.field])
+        backbone.draw_weights(self.field)
         if not c.predict_normals:
             speed_up_hash_grids(self)
 

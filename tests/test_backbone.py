@@ -67,7 +67,7 @@ def test_colour_cannot_see_higher_harmonics_than_allowed() -> None:
 def test_networks_are_drawn_as_tinycudann_draws_its_own() -> None:
     """Uniform in +- sqrt(6 / (in + out)), without biases."""
     field = make_field()
-    backbone.draw_weights([field])
+    backbone.draw_weights(field)
     layers = [module for module in field.modules() if isinstance(module, torch.nn.Linear)]
     assert len(layers) == 5
     for layer in layers:
@@ -87,5 +87,5 @@ def test_more_hue_comes_out_of_networks_that_are_drawn_so() -> None:
 
     field = make_field()
     before = hue(field)
-    backbone.draw_weights([field])
+    backbone.draw_weights(field)
     assert hue(field) > 4 * before
