@@ -55,6 +55,25 @@ def test_tables_put_published_numbers_beside_ours_and_name_what_is_missing(tmp_p
         assert [row["seconds_train"] for row in csv.DictReader(file)] == ["5.0"] * 3
 
 
+def test_the_ablation_is_over_the_scenes_that_all_of_its_rows_have(tmp_path: Path) -> None:
+    jobs = make_jobs(
+        [Path("fern"), Path("room")], views=[3], seeds=[0], variant_names=["photometric", "full", "tau-zero"]
+    )
+    psnr = {"photometric": 15.0, "full": 20.0, "tau-zero": 18.0}
+    missing = next(job for job in jobs if (job.scene, job.variant) == ("room", "tau-zero"))
+
+    def value(job: Job) -> float | None:
+        return None if job == missing else psnr[job.variant] + (10.0 if job.scene == "room" else 0.0)
+
+    root = folder_of_results(tmp_path, jobs, value)
+    text = table.write_tables(root, root)
+    ablation = text[text.index("Ablation, means over fern (") :]
+    assert "| photometric only | 15.00 | 0.500 | DiffusioNeRF, photometric only | 0.210 |" in ablation
+    assert "| tau = 0 throughout | 18.00 | 0.500 | DiffusioNeRF, tau = 0 | 0.137 |" in ablation
+    alone = folder_of_results(tmp_path / "alone", jobs[:1], value)
+    assert "Ablation" not in table.write_tables(alone, alone)
+
+
 def test_published_numbers_stand_only_beside_their_own_protocol() -> None:
     job = Job(scene="fern", data="fern", views=3, variant="full")
     setting = next(iter(table.summarise_runs([fake_result(job, "h", psnr=1.0, ssim=0.5)])))

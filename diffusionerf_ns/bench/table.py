@@ -217,7 +217,9 @@ def _markdown(
             f"{setting.steps:,} steps. Means over scenes of equal weight; +- is the deviation over seeds.",
             "",
         ]
-        lines += [*_summary_table(setting, rows, _peers_of(setting, peers)), "", *_scene_table(rows), ""]
+        published = _peers_of(setting, peers)
+        lines += [*_summary_table(setting, rows, published), "", *_scene_table(rows), ""]
+        lines += _ablation_table(rows, published)
     lines += _notes(entries, results)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -275,6 +277,32 @@ def _scene_table(rows: list[Row]) -> list[str]:
         ]
         lines.append(f"| {row.title} | {' | '.join(figures)} |")
     return lines
+
+
+def _ablation_table(rows: list[Row], published: list[Peer]) -> list[str]:
+    """What each part is worth, in the shape of the paper's ablation: over the scenes that all its rows have.
+
+    Empty without at least two variants that have a row there, or without a scene that all of them have.
+    """
+    theirs = {peer.method: peer.metrics["average"] for peer in published if "average" in peer.metrics}
+    names_there = {v.name: v.ablation for v in VARIANTS.values() if v.ablation in theirs}
+    rows = [row for row in rows if row.variant in names_there or row.variant == "default"]
+    scenes = sorted(set.intersection(*(set(row.scenes) for row in rows))) if rows else []
+    if sum(row.variant in names_there for row in rows) < 2 or not scenes:
+        return []
+    names = [n for n in ("psnr", "ssim", "lpips_alex", "average_alex") if all(n in row.means for row in rows)]
+    cells = [["", *(METRICS[n][0] for n in names), "the paper's row", "its Average"]]
+    cells.append(["---", *("---:" for _ in names), "---", "---:"])
+    for row in rows:
+        figures = [f"{mean(row.by_scene[s][n] for s in scenes):.{METRICS[n][1]}f}" for n in names]
+        name = names_there.get(row.variant) or ""
+        cells.append([row.title, *figures, name, f"{theirs[name]:.3f}" if name else ""])
+    return [
+        f"Ablation, means over {', '.join(scenes)} (the paper's over all scenes, with LPIPS-VGG):",
+        "",
+        *(f"| {' | '.join(line)} |" for line in cells),
+        "",
+    ]
 
 
 def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[str]:
