@@ -74,7 +74,7 @@ diffusionerf_tiny = MethodSpecification(
             model=replace(
                 diffusionerf.config.pipeline.model,
                 num_levels=12,
-                log2_hashmap_size=15,
+                log2_hashmap_size=17,
                 num_proposal_iterations=1,
                 num_proposal_samples_per_ray=(64,),
                 num_nerf_samples_per_ray=32,
