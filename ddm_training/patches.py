@@ -33,7 +33,7 @@ from ddm_training import rgbd
 from ddm_training.colors import BALANCE, EXPOSURE, GAMMA, GREY, SATURATION, adjust_colors
 from ddm_training.errors import InputError
 from ddm_training.frames import Scene, Split, open_store
-from ddm_training.resampling import area_weights, fill_from_nearby, resample_color, resample_depth
+from ddm_training.resampling import area_weights, fill_from_nearby, resample_color, resample_depth, window_pixels
 
 PORTION = 64  # patches made at a time outside of a training
 MAX_DRAWS = 30  # windows tried for one sample before the most valid of them is taken
@@ -131,6 +131,7 @@ class PatchSampler:
             counts = np.bincount(owner, minlength=len(stores))
             share = np.asarray(weights, float)[owner] / counts[owner]
         self._cumulative = np.cumsum(share) / share.sum()
+        self.canvas = self._largest_window()
 
     def __len__(self) -> int:
         """Number of frames in use."""
@@ -140,6 +141,19 @@ class PatchSampler:
         """Smallest focal length whose window still fits into each frame."""
         fx, fy = np.asarray(scene.info.intrinsics)[:, :2].T
         return self.config.patch_size * np.maximum(fx / scene.info.width, fy / scene.info.height)
+
+    def _largest_window(self) -> tuple[int, int]:
+        """Height and width, stored pixels, that no window exceeds."""
+        size, largest = self.config.patch_size, (0, 0)
+        for index in np.unique(self._scene):
+            info = self.scenes[index].info
+            fx, fy = np.asarray(info.intrinsics)[:, :2].T
+            low = np.maximum(self._lowest_focal(self.scenes[index]), self.config.focal_range[0])
+            # A window begins up to 2 pixels before its patch and ends up to 2 behind it.
+            sizes = ((int(size * np.max(f / low)) + 4, side) for f, side in ((fy, info.height), (fx, info.width)))
+            height, width = (min(pair) for pair in sizes)
+            largest = (max(largest[0], height), max(largest[1], width))
+        return largest
 
     def _window(self, rng: np.random.Generator) -> "Window":
         """One window of one frame."""
@@ -189,10 +203,11 @@ class PatchSampler:
         `draw_timestep`.
 
         Returns:
-            "color" [b, h, w, 3] uint8, "depth" [b, h, w] float16 in metres, 0 where there is none, "extent" [b, 2] of
-            each window in rows and columns, "start" and "scale" [b, 2] of its patch in stored pixels, "change" [b, 7]:
-            factors of depth and the three colours, gamma, saturation, and 1 or -1 for a mirrored patch; and "noise"
-            [b, 4, P, P] and "t" [b] int64, that belong to the samples.
+            "color" [n, 3] uint8 and "depth" [n] float16 in metres, 0 where there is none: the pixels of all windows,
+            row by row, one window after the other; "extent" [b, 2] of each in rows and columns, "start" and "scale"
+            [b, 2] of its patch in stored pixels, "change" [b, 7]: factors of depth and the three colours, gamma,
+            saturation, and 1 or -1 for a mirrored patch; and "noise" [b, 4, P, P] and "t" [b] int64, that belong to
+            the samples.
         """
         size, augment = self.config.patch_size, self.config.augment
         noise, change = np.empty((count, 4, size, size), np.float32), np.ones((count, 7), np.float32)
@@ -211,17 +226,10 @@ class PatchSampler:
             rng.standard_normal(dtype=np.float32, out=noise[i])
             t[i] = draw_timestep(rng, bias)
 
-        extent = np.array([window.color.shape[:2] for window in drawn])
-        height, width = extent.max(axis=0)
-        color, depth = np.zeros((count, height, width, 3), np.uint8), np.zeros((count, height, width), np.float16)
-        for i, window in enumerate(drawn):
-            rows, columns = extent[i]
-            color[i, :rows, :columns] = window.color
-            depth[i, :rows, :columns] = window.depth * window.mask
         arrays = {
-            "color": color,
-            "depth": depth,
-            "extent": extent,
+            "color": np.concatenate([window.color.reshape(-1, 3) for window in drawn]),
+            "depth": np.concatenate([(window.depth * window.mask).ravel() for window in drawn]),
+            "extent": np.array([window.color.shape[:2] for window in drawn]),
             "start": np.array([window.start for window in drawn], np.float32),
             "scale": np.array([window.scale for window in drawn], np.float32),
             "change": change,
@@ -268,26 +276,30 @@ class Window:
 
 
 @torch.no_grad()
-def make_patches(windows: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+def make_patches(windows: dict[str, Tensor], size: int, canvas: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Resample, augment and encode, on the device of the windows.
 
     Args:
         windows: of `PatchSampler.windows`.
         size: P.
+        canvas: that of the sampler is known beforehand, so that a GPU need not be waited for; None: the largest of
+            these windows.
 
     Returns:
         x [b, 4, P, P] float32, mask [b, P, P] bool, noise [b, 4, P, P] float32, t [b] int64.
     """
-    color, extent, start, scale, change = (windows[name] for name in ("color", "extent", "start", "scale", "change"))
-    wy, wx = (
-        area_weights(start[:, axis], scale[:, axis], size, color.shape[1 + axis], extent[:, axis]) for axis in (0, 1)
-    )
+    extent, start, scale, change = (windows[name] for name in ("extent", "start", "scale", "change"))
+    if canvas is None:
+        height, width = extent.amax(dim=0).tolist()
+        canvas = height, width
+    pixels = window_pixels(extent, canvas)
+    wy, wx = (area_weights(start[:, axis], scale[:, axis], size, canvas[axis], extent[:, axis]) for axis in (0, 1))
     steps = torch.arange(size, device=start.device) + 0.5
     y, x = (start[:, axis, None] + scale[:, axis, None] * steps for axis in (0, 1))
-    z = resample_depth(windows["depth"].float(), y, x, extent)
+    z = resample_depth(windows["depth"][pixels].float(), y, x, extent)
     mask = z > 0
     z = change[:, 0, None, None] * fill_from_nearby(z, mask)
-    rgb = resample_color(color, wy, wx)
+    rgb = resample_color(windows["color"][pixels], wy, wx)
     rgb = adjust_colors(rgb, gain=change[:, 1:4], gamma=change[:, 4], saturation=change[:, 5])
     patch = rgbd.encode(rgb, z)
     mirrored = change[:, 6] < 0

@@ -1,7 +1,7 @@
 """Windows of stored frames to patches, for whole batches on the device of a training.
 
 Notation
-    h, w    stored pixels of the largest window of a batch; smaller ones fill the top left
+    h, w    stored pixels, at least those of the largest window; smaller ones fill the top left
     P       side of a patch in pixels
     a       where a window's patch begins in it, stored pixels
     s       stored pixels per patch pixel
@@ -14,6 +14,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CONTINUOUS = 1.1  # ratio of inverse depths of neighbouring pixels below which they are taken for one surface
+
+
+def window_pixels(extent: Int[Tensor, "b 2"], canvas: tuple[int, int]) -> Int[Tensor, "b h w"]:
+    """Where each pixel of each window is, in windows that lie row by row and one after the other.
+
+    Args:
+        extent: rows and columns of each window.
+        canvas: h and w; what is outside of a window repeats its border.
+    """
+    area = extent.prod(dim=1)
+    first = area.cumsum(0) - area
+    rows, columns = (
+        torch.arange(n, device=extent.device).minimum(extent[:, i, None] - 1) for i, n in enumerate(canvas)
+    )
+    return first[:, None, None] + rows[:, :, None] * extent[:, 1, None, None] + columns[:, None, :]
 
 
 def area_weights(

@@ -137,7 +137,8 @@ class PatchTask:
         """Patches of the windows."""
         from ddm_training.patches import make_patches
 
-        return make_patches(batch, self.config.patch_size)
+        canvas = self.sampler.canvas if batch["t"].is_cuda else None
+        return make_patches(batch, self.config.patch_size, canvas)
 
     def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         """Of the predicted noise or velocity."""

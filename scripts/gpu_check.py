@@ -250,9 +250,9 @@ class Checks:
         sampler = PatchSampler([open_store(store)], PatchConfig(focal_range=(70.0, 130.0)))
         windows = sampler.windows(seed=0, stream=Stream.STATISTICS, step=0, first=0, count=192)
         on_device = to_device(windows, self.device)
-        expected, found = make_patches(windows, 48), make_patches(on_device, 48)
+        expected, found = make_patches(windows, 48, sampler.canvas), make_patches(on_device, 48, sampler.canvas)
         error = max(compare(expected, found).values())
-        seconds = timed(lambda: make_patches(on_device, 48), self.device, 5)
+        seconds = timed(lambda: make_patches(on_device, 48, sampler.canvas), self.device, 5)
         train(
             TrainConfig(
                 data=(store,),

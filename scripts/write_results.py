@@ -24,12 +24,12 @@ METRICS = {"psnr": ("PSNR", 2), "ssim": ("SSIM", 3), "lpips": ("LPIPS-Alex", 3),
 Runs = dict[str, dict[tuple[str, int], dict[str, Any]]]
 
 
-def read_runs(folder: Path) -> Runs:
-    """Variant -> (scene, seed) -> result, of the jobs of 3 views that are done."""
+def read_runs(folder: Path, views: int | str = VIEWS) -> Runs:
+    """Variant -> (scene, seed) -> result, of the jobs of so many views that are done."""
     runs: Runs = {}
     for entry in read_entries(folder):
         result = entry.result()
-        if result is not None and entry.job.views == VIEWS:
+        if result is not None and entry.job.views == views:
             metrics = result["metrics"]
             if "lpips" not in metrics and "lpips_alex" in metrics:
                 metrics["lpips"] = metrics["lpips_alex"]
@@ -44,13 +44,14 @@ def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | 
     return over_scenes(found) if found else None
 
 
-def summary(runs: Runs) -> str:
+def summary(runs: Runs, views: int | str = VIEWS) -> str:
     """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step."""
     scenes = {scene for found in runs.values() for scene, _ in found}
     steps = next(iter(next(iter(runs.values())).values()))["steps"]
     lines = [
-        f"{len(scenes)} scenes, 3 views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same sizes; +- "
-        "is the deviation over the seeds that have all scenes. Variants that were not run on all scenes are left out.",
+        f"{len(scenes)} scenes, {views} views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same "
+        "sizes; +- is the deviation over the seeds that have all scenes. Variants that were not run on all scenes are "
+        "left out.",
         "",
         f"| | {' | '.join(title for title, _ in METRICS.values())} | a step, s | seeds |",
         f"|---|{'---:|' * (len(METRICS) + 2)}",
@@ -116,10 +117,10 @@ def targets(runs: Runs) -> str:
 
 
 def sheets(folder: Path) -> list[str]:
-    """The contact sheets of seed 0, made small enough for the repository; returns lines that show them."""
+    """The contact sheets of 3 views and seed 0, made small enough for the repository; returns lines that show them."""
     target = ROOT / "docs" / "figures"
     lines = []
-    for path in sorted((folder / "plots").glob("sheet-*-seed-0.png")):
+    for path in sorted((folder / "plots").glob(f"sheet-*-{VIEWS}-views-seed-0.png")):
         with Image.open(path) as image:
             image = image.convert("RGB")
             height = round(image.height * SHEET_WIDTH / image.width)
@@ -137,6 +138,8 @@ def main() -> None:
     if not runs.keys() & set(OURS):
         sys.exit(f"{folder} has no runs of {' or '.join(OURS)}, which the targets are about; it has {', '.join(runs)}.")
     short = summary(runs) + "".join(f"\n{note}\n" for note in sys.argv[2:])
+    others = sorted({entry.job.views for entry in read_entries(folder)} - {VIEWS}, key=str)
+    more = [summary(found, views) for views in others if (found := read_runs(folder, views))]
     (ROOT / "docs" / "figures" / "bench.md").write_text(short)
     tables = (folder / "table.md").read_text().removeprefix("# Results\n").strip()
     text = [
@@ -148,6 +151,7 @@ def main() -> None:
         "What was aimed at for 3 views, and what came out (scenes and seeds that both variants have):",
         "",
         targets(runs),
+        *more,
         "Levers, failures and what they mean are in [findings.md](findings.md).",
         "",
         tables,

@@ -131,7 +131,7 @@ def test_a_sample_depends_on_seed_step_and_index_alone(tmp_path):
     sampler = open_sampler([textured(tmp_path)], "train", PatchConfig(patch_size=24, focal_range=(80.0, 160.0)))
 
     def draw(**place: int) -> dict[str, torch.Tensor]:
-        return make_patches(sampler.windows(seed=3, stream=Stream.TRAIN, bias=0.5, **place), 24)
+        return make_patches(sampler.windows(seed=3, stream=Stream.TRAIN, bias=0.5, **place), 24, sampler.canvas)
 
     whole = StepBatches(draw, steps=9, batch_size=4)
     halves = [StepBatches(draw, steps=9, batch_size=2, rank=rank) for rank in (0, 1)]
@@ -142,6 +142,23 @@ def test_a_sample_depends_on_seed_step_and_index_alone(tmp_path):
             assert torch.equal(value, torch.cat([half[step][key] for half in halves]))
     assert not torch.equal(whole[5]["x"], whole[6]["x"])
     assert not torch.equal(whole[5]["noise"][0], whole[5]["noise"][1])
+
+
+def test_patches_do_not_depend_on_the_canvas(tmp_path):
+    sampler = open_sampler([textured(tmp_path)], "train", PatchConfig(patch_size=24, focal_range=(80.0, 160.0)))
+    windows = sampler.windows(seed=0, stream=Stream.TRAIN, step=0, first=0, count=8)
+    own, larger = make_patches(windows, 24), make_patches(windows, 24, (H + 9, W + 5))
+    assert all(torch.equal(own[name], larger[name]) for name in own)
+
+
+def test_no_window_exceeds_the_canvas(tmp_path):
+    write_scene(tmp_path, np.full((H, W), 2.0, np.float32))
+    for focal in ((80.0, 80.0), (57.0, 160.0), (10.0, 60.0)):
+        sampler = open_sampler([tmp_path], "train", PatchConfig(patch_size=24, focal_range=focal))
+        extent = sampler.windows(seed=0, stream=Stream.TRAIN, step=0, first=0, count=400)["extent"]
+        slack = torch.tensor(sampler.canvas) - extent.amax(dim=0)
+        assert int(slack.min()) >= 0
+        assert int(slack.max()) <= 4
 
 
 def test_depth_jitter_scales_depth_by_one_factor_per_patch_within_its_range(tmp_path):
