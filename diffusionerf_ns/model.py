@@ -304,11 +304,11 @@ class DiffusioNeRFModel(NerfactoModel):
             losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(
                 outputs["weights_list"], outputs["ray_samples_list"]
             )
-            losses.update(self._geometric_losses(outputs, count, log))
+            patches: PatchBatch | None = batch.get("patches")
+            losses.update(self._geometric_losses(outputs, count, log, patch_rays=patches is not None))
             stereo: StereoBatch | None = batch.get("stereo")
             if stereo is not None:
                 losses.update(self._stereo_losses(outputs, stereo, log))
-            patches: PatchBatch | None = batch.get("patches")
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)
             self._find_metric_scale(outputs)
@@ -317,8 +317,10 @@ class DiffusioNeRFModel(NerfactoModel):
         check_finite(losses, self.step)
         return losses
 
-    def _geometric_losses(self, outputs: dict[str, Any], pixel_rays: int, log: dict[str, Any]) -> dict[str, Tensor]:
-        """Frustum, foreground and distortion terms on all rays; a term whose weight is 0 is not computed."""
+    def _geometric_losses(
+        self, outputs: dict[str, Any], pixel_rays: int, log: dict[str, Any], *, patch_rays: bool
+    ) -> dict[str, Tensor]:
+        """Frustum, foreground and distortion terms on all rays; a term that costs nothing anyhow is not computed."""
         c = self.config
         weights, edges = _weights_and_edges(outputs)
         losses: dict[str, Tensor] = {}
@@ -326,8 +328,8 @@ class DiffusioNeRFModel(NerfactoModel):
         frustum_weight = c.frustum_weight * schedules.boost(
             self.step, steps=c.frustum_boost_steps, after=c.frustum_after
         )
-        if frustum_weight > 0.0 and self.frusta is not None:
-            required = torch.full((weights.shape[0],), min(2, len(self.frusta)), device=weights.device)
+        if frustum_weight > 0.0 and self.frusta is not None and (patch_rays or c.frustum_views > 1):
+            required = torch.full((weights.shape[0],), min(c.frustum_views, len(self.frusta)), device=weights.device)
             required[pixel_rays:] = 1
             samples: RaySamples = outputs["ray_samples_list"][-1]
             seen = self.frusta.count(samples.frustums.get_positions().detach())

@@ -66,6 +66,7 @@ def test_variants_change_what_their_names_say_and_nothing_of_the_preset(tmp_path
     assert managers["default"].completion == managers["full"].completion == "prior"
     assert models["paper-geometric"].stereo_depth_weight == models["paper-geometric"].completed_depth_weight == 0.0
     assert models["paper-geometric"].frustum_weight == models["geometric"].frustum_weight > 0.0
+    assert (models["paper-geometric"].frustum_views, models["geometric"].frustum_views) == (2, 1)
     assert (models["tau-zero"].tau_start, models["tau-zero"].tau_end) == (0.0, 0.0)
     assert describe(diffusionerf_tiny.config) == before
 

@@ -296,13 +296,22 @@ def test_distortion_is_computed_from_its_start_on(folders):
     assert values == pytest.approx({29: 0.0, 55: 0.25, 80: 0.5})
 
 
-def test_pixel_rays_need_two_frusta_and_patch_rays_one(folders, monkeypatch):
-    pipeline = build(folders, metric_scale=1.0, **TERMS_OFF | {"frustum_weight": 1.0, "score_weight": 1.0})
+@pytest.mark.parametrize("views", [1, 2])
+def test_pixel_rays_need_as_many_frusta_as_configured_and_patch_rays_one(folders, monkeypatch, views):
+    on = TERMS_OFF | {"frustum_weight": 1.0, "score_weight": 1.0}
+    pipeline = build(folders, metric_scale=1.0, frustum_views=views, **on)
     asked = []
     plain = regularizers.frustum
     monkeypatch.setattr(regularizers, "frustum", lambda w, n, required: asked.append(required) or plain(w, n, required))
     rays, _ = step(pipeline)[:2]
-    assert asked[0].tolist() == [2] * RAYS + [1] * (len(rays["rgb"]) - RAYS)
+    assert asked[0].tolist() == [views] * RAYS + [1] * (len(rays["rgb"]) - RAYS)
+
+
+@pytest.mark.parametrize(("views", "computed"), [(1, False), (2, True)])
+def test_without_patches_one_frustum_is_no_term_as_each_ray_has_its_own(folders, views, computed):
+    pipeline = build(folders, metric_scale=1.0, frustum_views=views, **TERMS_OFF | {"frustum_weight": 1.0})
+    _, _, losses, _ = step(pipeline)
+    assert ("frustum_loss" in losses) == computed
 
 
 def test_an_evaluation_batch_has_the_photometric_loss_alone(folders):

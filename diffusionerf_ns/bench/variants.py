@@ -64,7 +64,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             name="paper-geometric",
             title="the paper's geometric terms, no stereo",
-            overrides=NO_PRIOR | NO_STEREO | {"pipeline.model.chroma_weight": 0.0},
+            overrides=NO_PRIOR | NO_STEREO | {"pipeline.model.chroma_weight": 0.0, "pipeline.model.frustum_views": 2},
             ablation="DiffusioNeRF, geometric baseline",
         ),
         Variant(name="geometric", title="geometric baseline", overrides=NO_PRIOR),
