@@ -132,6 +132,7 @@ class PatchSampler:
             share = np.asarray(weights, float)[owner] / counts[owner]
         self._cumulative = np.cumsum(share) / share.sum()
         self.canvas = self._largest_window()
+        """Height and width, stored pixels, that no window exceeds."""
 
     def __len__(self) -> int:
         """Number of frames in use."""
@@ -146,9 +147,9 @@ class PatchSampler:
         """Height and width, stored pixels, that no window exceeds."""
         size, largest = self.config.patch_size, (0, 0)
         for index in np.unique(self._scene):
-            info = self.scenes[index].info
-            fx, fy = np.asarray(info.intrinsics)[:, :2].T
-            low = np.maximum(self._lowest_focal(self.scenes[index]), self.config.focal_range[0])
+            info, frames = self.scenes[index].info, self._frame[self._scene == index]
+            fx, fy = np.asarray(info.intrinsics)[frames, :2].T
+            low = np.maximum(self._lowest_focal(self.scenes[index])[frames], self.config.focal_range[0])
             # A window begins up to 2 pixels before its patch and ends up to 2 behind it.
             sizes = ((int(size * np.max(f / low)) + 4, side) for f, side in ((fy, info.height), (fx, info.width)))
             height, width = (min(pair) for pair in sizes)
@@ -282,8 +283,8 @@ def make_patches(windows: dict[str, Tensor], size: int, canvas: tuple[int, int] 
     Args:
         windows: of `PatchSampler.windows`.
         size: P.
-        canvas: that of the sampler is known beforehand, so that a GPU need not be waited for; None: the largest of
-            these windows.
+        canvas: height and width that none of the windows exceeds, as `PatchSampler.canvas`, with which a GPU need not
+            be waited for; None: those of the largest of these windows.
 
     Returns:
         x [b, 4, P, P] float32, mask [b, P, P] bool, noise [b, 4, P, P] float32, t [b] int64.

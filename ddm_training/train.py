@@ -137,6 +137,7 @@ class PatchTask:
         """Patches of the windows."""
         from ddm_training.patches import make_patches
 
+        # On a CPU there is nothing to wait for, and the largest window of the batch is less work.
         canvas = self.sampler.canvas if batch["t"].is_cuda else None
         return make_patches(batch, self.config.patch_size, canvas)
 

@@ -305,7 +305,7 @@ class DiffusioNeRFModel(NerfactoModel):
                 outputs["weights_list"], outputs["ray_samples_list"]
             )
             patches: PatchBatch | None = batch.get("patches")
-            losses.update(self._geometric_losses(outputs, count, log, patch_rays=patches is not None))
+            losses.update(self._geometric_losses(outputs, count, None if patches is None else patches.first_ray, log))
             stereo: StereoBatch | None = batch.get("stereo")
             if stereo is not None:
                 losses.update(self._stereo_losses(outputs, stereo, log))
@@ -318,9 +318,12 @@ class DiffusioNeRFModel(NerfactoModel):
         return losses
 
     def _geometric_losses(
-        self, outputs: dict[str, Any], pixel_rays: int, log: dict[str, Any], *, patch_rays: bool
+        self, outputs: dict[str, Any], pixel_rays: int, first_patch_ray: int | None, log: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """Frustum, foreground and distortion terms on all rays; a term that costs nothing anyhow is not computed."""
+        """Frustum, foreground and distortion terms on all rays.
+
+        A term whose weight is 0 is not computed, nor is the frustum term where it asks for nothing.
+        """
         c = self.config
         weights, edges = _weights_and_edges(outputs)
         losses: dict[str, Tensor] = {}
@@ -328,9 +331,12 @@ class DiffusioNeRFModel(NerfactoModel):
         frustum_weight = c.frustum_weight * schedules.boost(
             self.step, steps=c.frustum_boost_steps, after=c.frustum_after
         )
-        if frustum_weight > 0.0 and self.frusta is not None and (patch_rays or c.frustum_views > 1):
-            required = torch.full((weights.shape[0],), min(c.frustum_views, len(self.frusta)), device=weights.device)
-            required[pixel_rays:] = 1
+        views = 0 if self.frusta is None else min(c.frustum_views, len(self.frusta))
+        if frustum_weight > 0.0 and self.frusta is not None and (views > 1 or first_patch_ray is not None):
+            required = torch.zeros(weights.shape[0], dtype=torch.int64, device=weights.device)
+            required[:pixel_rays] = views if views > 1 else 0
+            if first_patch_ray is not None:
+                required[first_patch_ray:] = 1
             samples: RaySamples = outputs["ray_samples_list"][-1]
             seen = self.frusta.count(samples.frustums.get_positions().detach())
             log["frustum"] = regularizers.frustum(weights, seen, required)

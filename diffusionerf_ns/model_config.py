@@ -82,11 +82,12 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
 
     # The geometric terms
     frustum_weight: float = 0.01
-    """Weight of density that fewer than `frustum_views` training views see (patch rays: none), in the first steps. The
-    paper's 1e-5 x 1024."""
+    """Weight, in the first steps, of density that no training view sees on patch rays, and that fewer than
+    `frustum_views` see on pixel rays. The paper's 1e-5 x 1024."""
     frustum_views: int = 1
-    """See `frustum_weight`. 1 leaves training rays out, as each lies in its own frustum; the paper's 2 moves what one
-    view alone shows to where others look as well, which is before the scene (docs/findings.md, eleventh round)."""
+    """Training views that must see density on pixel rays. 1 asks nothing of them: their own view does, and without
+    patches there is no frustum term. The paper's 2 moves what one view alone shows to where others look as well, which
+    is before the scene (docs/findings.md, eleventh round)."""
     frustum_boost_steps: int = 100
     """Steps with the full frustum weight. The authors' value."""
     frustum_after: float = 1.0

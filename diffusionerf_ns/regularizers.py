@@ -67,8 +67,8 @@ def frustum(
 ) -> Float[Tensor, ""]:
     """Mean over rays of sum_i w_i max(required - n_i, 0): density that too few training views see costs.
 
-    Authors' code: ``required`` is 2 on the pixel rays of training views and 1 on patch rays, which look elsewhere. The
-    paper's text (eq. 3) has the indicator n <= 1 instead of the difference.
+    Authors' code: ``required`` is 2 on the pixel rays of training views (here as configured) and 1 on patch rays, which
+    look elsewhere. The paper's text (eq. 3) has the indicator n <= 1 instead of the difference.
     """
     need = required[:, None] if isinstance(required, Tensor) else required
     return (w * (need - n).clamp_min(0).to(w.dtype)).sum(-1).mean()

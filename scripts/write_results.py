@@ -45,7 +45,10 @@ def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | 
 
 
 def summary(runs: Runs, views: int | str = VIEWS) -> str:
-    """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step."""
+    """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step.
+
+    ``runs`` are those of so many ``views``.
+    """
     scenes = {scene for found in runs.values() for scene, _ in found}
     steps = next(iter(next(iter(runs.values())).values()))["steps"]
     lines = [
@@ -138,8 +141,12 @@ def main() -> None:
     if not runs.keys() & set(OURS):
         sys.exit(f"{folder} has no runs of {' or '.join(OURS)}, which the targets are about; it has {', '.join(runs)}.")
     short = summary(runs) + "".join(f"\n{note}\n" for note in sys.argv[2:])
-    others = sorted({entry.job.views for entry in read_entries(folder)} - {VIEWS}, key=str)
+    others = sorted(
+        {entry.job.views for entry in read_entries(folder)} - {VIEWS}, key=lambda v: (isinstance(v, str), v)
+    )
     more = [summary(found, views) for views in others if (found := read_runs(folder, views))]
+    if more:
+        more = ["Other numbers of views:", "", *more]
     (ROOT / "docs" / "figures" / "bench.md").write_text(short)
     tables = (folder / "table.md").read_text().removeprefix("# Results\n").strip()
     text = [

@@ -56,20 +56,32 @@ def test_tables_put_published_numbers_beside_ours_and_name_what_is_missing(tmp_p
 
 
 def test_the_ablation_is_over_the_scenes_that_all_of_its_rows_have(tmp_path: Path) -> None:
-    jobs = make_jobs(
-        [Path("fern"), Path("room")], views=[3], seeds=[0], variant_names=["photometric", "full", "tau-zero"]
-    )
-    psnr = {"photometric": 15.0, "full": 20.0, "tau-zero": 18.0}
-    missing = next(job for job in jobs if (job.scene, job.variant) == ("room", "tau-zero"))
+    names = ["photometric", "full", "tau-zero", "default", "nerfacto"]
+    jobs = make_jobs([Path("fern"), Path("room")], views=[3], seeds=[0, 1], variant_names=names)
+    psnr = {"photometric": 15.0, "full": 20.0, "tau-zero": 18.0, "default": 21.0, "nerfacto": 1.0}
+    left_out = {("room", "tau-zero"), ("fern", "default")}
 
     def value(job: Job) -> float | None:
-        return None if job == missing else psnr[job.variant] + (10.0 if job.scene == "room" else 0.0)
+        if (job.scene, job.variant) in left_out or (job.seed == 1 and job.variant != "full"):
+            return None
+        return psnr[job.variant] + (10.0 if job.scene == "room" else 0.0) + 2.0 * job.seed
 
     root = folder_of_results(tmp_path, jobs, value)
     text = table.write_tables(root, root)
-    ablation = text[text.index("Ablation, means over fern (") :]
-    assert "| photometric only | 15.00 | 0.500 | DiffusioNeRF, photometric only | 0.210 |" in ablation
-    assert "| tau = 0 throughout | 18.00 | 0.500 | DiffusioNeRF, tau = 0 | 0.137 |" in ablation
+    ablation = text[text.index("Ablation, means over fern (") : text.index("Notes:")].splitlines()
+    assert ablation[2] == "|  | PSNR | SSIM | LPIPS-VGG | seeds | the paper's row | its Average |"
+    assert ablation[4:7] == [
+        "| photometric only | 15.00 | 0.500 | 0.300 | 1 | DiffusioNeRF, photometric only | 0.210 |",
+        "| full: score in training as well | 21.00 | 0.500 | 0.300 | 2 | DiffusioNeRF | 0.127 |",
+        "| tau = 0 throughout | 18.00 | 0.500 | 0.300 | 1 | DiffusioNeRF, tau = 0 | 0.137 |",
+    ]
+    left_out.discard(("fern", "default"))
+    root = folder_of_results(tmp_path / "with the preset", jobs, value)
+    assert "| as the preset has it | 21.00 | 0.500 | 0.300 | 1 |  |  |" in table.write_tables(root, root)
+    left_out |= {("fern", "full"), ("fern", "photometric")}
+    root = folder_of_results(tmp_path / "none in common", jobs, value)
+    assert "Ablation" not in table.write_tables(root, root)
+    left_out.clear()
     alone = folder_of_results(tmp_path / "alone", jobs[:1], value)
     assert "Ablation" not in table.write_tables(alone, alone)
 

@@ -296,19 +296,22 @@ def test_distortion_is_computed_from_its_start_on(folders):
     assert values == pytest.approx({29: 0.0, 55: 0.25, 80: 0.5})
 
 
-@pytest.mark.parametrize("views", [1, 2])
-def test_pixel_rays_need_as_many_frusta_as_configured_and_patch_rays_one(folders, monkeypatch, views):
-    on = TERMS_OFF | {"frustum_weight": 1.0, "score_weight": 1.0}
+@pytest.mark.parametrize(("views", "asked"), [(1, 0), (2, 2)])
+def test_pixel_rays_need_as_many_frusta_as_configured_and_patch_rays_one(folders, monkeypatch, views, asked):
+    """Of one frustum nothing is asked of pixel rays: it would be their own."""
+    on = TERMS_OFF | {"frustum_weight": 1.0, "score_weight": 1.0, "stereo_depth_weight": 0.1}
     pipeline = build(folders, metric_scale=1.0, frustum_views=views, **on)
-    asked = []
+    required = []
     plain = regularizers.frustum
-    monkeypatch.setattr(regularizers, "frustum", lambda w, n, required: asked.append(required) or plain(w, n, required))
-    rays, _ = step(pipeline)[:2]
-    assert asked[0].tolist() == [views] * RAYS + [1] * (len(rays["rgb"]) - RAYS)
+    monkeypatch.setattr(regularizers, "frustum", lambda w, n, r: required.append(r) or plain(w, n, r))
+    rays, batch = step(pipeline)[:2]
+    between = batch["patches"].first_ray - RAYS  # rays through matched pixels
+    patch_rays = len(rays["rgb"]) - RAYS - between
+    assert required[0].tolist() == [asked] * RAYS + [0] * between + [1] * patch_rays
 
 
 @pytest.mark.parametrize(("views", "computed"), [(1, False), (2, True)])
-def test_without_patches_one_frustum_is_no_term_as_each_ray_has_its_own(folders, views, computed):
+def test_without_patches_the_frustum_term_needs_two_frusta(folders, views, computed):
     pipeline = build(folders, metric_scale=1.0, frustum_views=views, **TERMS_OFF | {"frustum_weight": 1.0})
     _, _, losses, _ = step(pipeline)
     assert ("frustum_loss" in losses) == computed

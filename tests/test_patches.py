@@ -79,11 +79,20 @@ def test_area_weights_average_when_shrinking_and_interpolate_when_enlarging():
 
 @pytest.mark.parametrize("scale", [0.6, 1.7])
 def test_what_lies_beyond_a_window_has_no_weight(scale):
-    """In a batch smaller windows are padded: their weights are those of the window alone."""
+    """In a batch all have the canvas of the largest: the weights of smaller ones are those of the window alone."""
     alone = weights(0.2, scale, 4, 7)
-    padded = weights(0.2, scale, 4, 11, extent=7)
-    assert torch.equal(padded[:, :7], alone)
-    assert not padded[:, 7:].any()
+    larger = weights(0.2, scale, 4, 11, extent=7)
+    assert torch.equal(larger[:, :7], alone)
+    assert not larger[:, 7:].any()
+
+
+def test_windows_that_lie_one_after_the_other_are_found_and_repeat_their_borders():
+    images = [torch.arange(6).reshape(2, 3), 6 + torch.arange(4).reshape(4, 1)]
+    flat, extent = torch.cat([image.flatten() for image in images]), torch.tensor([[2, 3], [4, 1]])
+    found = flat[resampling.window_pixels(extent, (5, 4))]
+    for canvas, image in zip(found, images):
+        rows, columns = (torch.arange(n).clamp_max(last - 1) for n, last in zip((5, 4), image.shape))
+        assert torch.equal(canvas, image[rows][:, columns])
 
 
 def test_color_resampling_agrees_with_a_plain_double_loop():
@@ -131,7 +140,7 @@ def test_a_sample_depends_on_seed_step_and_index_alone(tmp_path):
     sampler = open_sampler([textured(tmp_path)], "train", PatchConfig(patch_size=24, focal_range=(80.0, 160.0)))
 
     def draw(**place: int) -> dict[str, torch.Tensor]:
-        return make_patches(sampler.windows(seed=3, stream=Stream.TRAIN, bias=0.5, **place), 24, sampler.canvas)
+        return make_patches(sampler.windows(seed=3, stream=Stream.TRAIN, bias=0.5, **place), 24)
 
     whole = StepBatches(draw, steps=9, batch_size=4)
     halves = [StepBatches(draw, steps=9, batch_size=2, rank=rank) for rank in (0, 1)]

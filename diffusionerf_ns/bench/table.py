@@ -282,21 +282,25 @@ def _scene_table(rows: list[Row]) -> list[str]:
 def _ablation_table(rows: list[Row], published: list[Peer]) -> list[str]:
     """What each part is worth, in the shape of the paper's ablation: over the scenes that all its rows have.
 
-    Empty without at least two variants that have a row there, or without a scene that all of them have.
+    Empty without at least two variants that have a row there, or without a scene that all of these have.
     """
     theirs = {peer.method: peer.metrics["average"] for peer in published if "average" in peer.metrics}
     names_there = {v.name: v.ablation for v in VARIANTS.values() if v.ablation in theirs}
     rows = [row for row in rows if row.variant in names_there or row.variant == "default"]
-    scenes = sorted(set.intersection(*(set(row.scenes) for row in rows))) if rows else []
-    if sum(row.variant in names_there for row in rows) < 2 or not scenes:
+    parts = [set(row.scenes) for row in rows if row.variant in names_there]
+    scenes = sorted(set.intersection(*parts)) if len(parts) > 1 else []
+    if not scenes:
         return []
-    names = [n for n in ("psnr", "ssim", "lpips_alex", "average_alex") if all(n in row.means for row in rows)]
-    cells = [["", *(METRICS[n][0] for n in names), "the paper's row", "its Average"]]
-    cells.append(["---", *("---:" for _ in names), "---", "---:"])
+    rows = [row for row in rows if set(scenes) <= set(row.scenes)]  # the preset, where it was run on them
+    shown = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "average", "average_alex")
+    names = [n for n in shown if all(n in row.means for row in rows)]
+    cells = [["", *(METRICS[n][0] for n in names), "seeds", "the paper's row", "its Average"]]
+    cells.append(["---", *("---:" for _ in names), "---:", "---", "---:"])
     for row in rows:
         figures = [f"{mean(row.by_scene[s][n] for s in scenes):.{METRICS[n][1]}f}" for n in names]
         name = names_there.get(row.variant) or ""
-        cells.append([row.title, *figures, name, f"{theirs[name]:.3f}" if name else ""])
+        seeds = str(len(row.seeds))
+        cells.append([row.title, *figures, seeds, name, f"{theirs[name]:.3f}" if name else ""])
     return [
         f"Ablation, means over {', '.join(scenes)} (the paper's over all scenes, with LPIPS-VGG):",
         "",
