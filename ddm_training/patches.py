@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ddm_training import rgbd
@@ -107,8 +107,12 @@ class PatchSampler:
 
         scene_of_frame, frame_of_scene, store_of_frame = [], [], []
         total = 0
+        self.canvas = (0, 0)
+        """Height and width, stored pixels, that no window exceeds."""
         for index, scene in enumerate(self.scenes):
-            usable = np.flatnonzero(self._lowest_focal(scene) <= config.focal_range[1])
+            lowest = self._lowest_focal(scene)
+            usable = np.flatnonzero(lowest <= config.focal_range[1])
+            self.canvas = self._canvas_with(scene, usable, lowest[usable])
             total += len(scene)
             scene_of_frame.append(np.full(len(usable), index, np.int32))
             frame_of_scene.append(usable.astype(np.int32))
@@ -131,8 +135,6 @@ class PatchSampler:
             counts = np.bincount(owner, minlength=len(stores))
             share = np.asarray(weights, float)[owner] / counts[owner]
         self._cumulative = np.cumsum(share) / share.sum()
-        self.canvas = self._largest_window()
-        """Height and width, stored pixels, that no window exceeds."""
 
     def __len__(self) -> int:
         """Number of frames in use."""
@@ -143,18 +145,17 @@ class PatchSampler:
         fx, fy = np.asarray(scene.info.intrinsics)[:, :2].T
         return self.config.patch_size * np.maximum(fx / scene.info.width, fy / scene.info.height)
 
-    def _largest_window(self) -> tuple[int, int]:
-        """Height and width, stored pixels, that no window exceeds."""
-        size, largest = self.config.patch_size, (0, 0)
-        for index in np.unique(self._scene):
-            info, frames = self.scenes[index].info, self._frame[self._scene == index]
-            fx, fy = np.asarray(info.intrinsics)[frames, :2].T
-            low = np.maximum(self._lowest_focal(self.scenes[index])[frames], self.config.focal_range[0])
-            # A window begins up to 2 pixels before its patch and ends up to 2 behind it.
-            sizes = ((int(size * np.max(f / low)) + 4, side) for f, side in ((fy, info.height), (fx, info.width)))
-            height, width = (min(pair) for pair in sizes)
-            largest = (max(largest[0], height), max(largest[1], width))
-        return largest
+    def _canvas_with(
+        self, scene: Scene, frames: Int[np.ndarray, " n"], lowest: Float[np.ndarray, " n"]
+    ) -> tuple[int, int]:
+        """The canvas, enlarged to hold the windows of some frames of a scene as well."""
+        if not len(frames):
+            return self.canvas
+        fx, fy = np.asarray(scene.info.intrinsics)[frames, :2].T
+        low = np.maximum(lowest, self.config.focal_range[0])
+        # A window begins up to 2 pixels before its patch and ends up to 2 behind it.
+        height, width = (int(self.config.patch_size * np.max(f / low)) + 4 for f in (fy, fx))
+        return max(self.canvas[0], min(height, scene.info.height)), max(self.canvas[1], min(width, scene.info.width))
 
     def _window(self, rng: np.random.Generator) -> "Window":
         """One window of one frame."""

@@ -44,13 +44,11 @@ def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | 
     return over_scenes(found) if found else None
 
 
-def summary(runs: Runs, views: int | str = VIEWS) -> str:
-    """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step.
-
-    ``runs`` are those of so many ``views``.
-    """
+def summary(runs: Runs) -> str:
+    """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step."""
     scenes = {scene for found in runs.values() for scene, _ in found}
-    steps = next(iter(next(iter(runs.values())).values()))["steps"]
+    first = next(iter(next(iter(runs.values())).values()))
+    views, steps = first["job"]["views"], first["steps"]
     lines = [
         f"{len(scenes)} scenes, {views} views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same "
         "sizes; +- is the deviation over the seeds that have all scenes. Variants that were not run on all scenes are "
@@ -144,7 +142,7 @@ def main() -> None:
     others = sorted(
         {entry.job.views for entry in read_entries(folder)} - {VIEWS}, key=lambda v: (isinstance(v, str), v)
     )
-    more = [summary(found, views) for views in others if (found := read_runs(folder, views))]
+    more = [summary(found) for views in others if (found := read_runs(folder, views))]
     if more:
         more = ["Other numbers of views:", "", *more]
     (ROOT / "docs" / "figures" / "bench.md").write_text(short)

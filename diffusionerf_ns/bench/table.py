@@ -241,7 +241,7 @@ def _summary_table(setting: Setting, rows: list[Row], published: list[Peer]) -> 
     for peer in published:
         figures = [f"{peer.metrics[n]:.{METRICS[n][1]}f}" if n in peer.metrics else "" for n in names]
         cells.append([f"{peer.method} (published)", *figures, "", ""])
-    lines = [f"| {' | '.join(line)} |" for line in cells]
+    lines = _markdown_rows(cells)
     if published:
         scenes = PEER_SCENES[setting.dataset][0]
         lines += ["", f"Published rows are means over {scenes}; ours over the scenes below. Their sources:"]
@@ -251,6 +251,10 @@ def _summary_table(setting: Setting, rows: list[Row], published: list[Peer]) -> 
             by_method.setdefault(line.split(": ")[0], line)
         lines += ["; ".join(by_method.values()) + "."]
     return lines
+
+
+def _markdown_rows(cells: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 def _cell(value: Mean | None, decimals: int) -> str:
@@ -304,7 +308,7 @@ def _ablation_table(rows: list[Row], published: list[Peer]) -> list[str]:
     return [
         f"Ablation, means over {', '.join(scenes)} (the paper's over all scenes, with LPIPS-VGG):",
         "",
-        *(f"| {' | '.join(line)} |" for line in cells),
+        *_markdown_rows(cells),
         "",
     ]
 
