@@ -10,6 +10,8 @@ STEPS ?=
 NUM_VIEWS ?= 3
 METHOD ?= diffusionerf-tiny
 OUTPUT ?= demo
+# Gigabytes of disk that the environment takes while it is made.
+ROOM := 10
 # Test processes. One thread each: more would wait on each other.
 JOBS ?= 2
 
@@ -32,6 +34,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 $(BIN)/python:
+	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1024 ^ 2) }'); [ "$$free" -ge $(ROOM) ] || \
+		echo "only $$free GB are free here; the environment (torch with CUDA) takes $(ROOM) GB while it is made." >&2
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
