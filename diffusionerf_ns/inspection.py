@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from ddm_training import rgbd
 from ddm_training.errors import InputError
+from diffusionerf_ns import unseen
 from diffusionerf_ns.patches import image_patch_focal
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.tiles import over_tiles
@@ -38,6 +39,7 @@ PICTURES = (
     "PlanarDepth",
     "Disparity",
     "TrainingCameras",
+    "Unseen",
     "PriorScoreColour",
     "PriorScoreDepth",
     "PriorCleanDepth",
@@ -134,8 +136,10 @@ class ViewContext:
     tau: float
     """Noise level for the prior's verdict."""
     refined: Callable[[Float[Tensor, "h w 3"], Float[Tensor, "h w"], Cameras], Float[Tensor, "h w 3"]] | None = None
-    """Colours of a view as they are shown, from those rendered, planar depth in metres and the camera; None: as they
+    """Colours of a view without their grain, from those rendered, planar depth in metres and the camera; None: as they
     are rendered."""
+    shown: Callable[[Float[Tensor, "n 3"]], Bool[Tensor, " n"]] | None = None
+    """Whether a training image shows a point, for pixels without to be filled; None fills none."""
 
 
 def in_viewer() -> bool:
@@ -173,9 +177,11 @@ def view_outputs(ready: dict[str, Tensor], camera: Cameras, context: ViewContext
         "PriorScoreDepth": lambda: score_picture(view.score()[3:], view.sigma()),
         "PriorCleanDepth": lambda: view.depth_picture(view.clean_z()[..., None], context.metric_scale),
     }
-    refined = context.refined
-    if refined is not None and is_perspective(camera):
-        on_demand["rgb"] = lambda: refined(view.rgb, view.z, camera)
+    if context.refined is not None or context.shown is not None:
+        on_demand["rgb"] = view.colours
+    if context.shown is not None:
+        on_demand["unseen"] = lambda: view.unseen()[..., None].float()
+        on_demand["Unseen"] = lambda: unseen_picture(view.rgb, view.unseen())
     if context.count is not None:
         on_demand["training_cameras"] = lambda: view.training_cameras()[..., None].float()
         on_demand["TrainingCameras"] = lambda: count_picture(view.training_cameras())
@@ -223,16 +229,28 @@ class _View:
         x = self.x()[3] + self.sigma() ** 2 * self.score()[3]
         return rgbd.decode_depth(x, self._context.spec().near)
 
-    def training_cameras(self) -> Int[Tensor, "h w"]:
-        return self._once("cameras", self._training_cameras)
+    def colours(self) -> Float[Tensor, "h w 3"]:
+        """As they are shown: without grain where the prior can judge the view, and filled where nothing was seen."""
+        rgb, refined = self.rgb, self._context.refined
+        if refined is not None and is_perspective(self._camera):
+            rgb = refined(rgb, self.z, self._camera)
+        return rgb if self._context.shown is None else unseen.fill(rgb, self.unseen())
 
-    def _training_cameras(self) -> Int[Tensor, "h w"]:
+    def training_cameras(self) -> Int[Tensor, "h w"]:
         count = self._context.count
         assert count is not None
+        return self._once("cameras", lambda: self._of_surfaces(self.ready["depth"], count))
+
+    def unseen(self) -> Bool[Tensor, "h w"]:
+        shown = self._context.shown
+        assert shown is not None
+        return self._once("unseen", lambda: ~self._of_surfaces(self.ready["expected_depth"], shown))
+
+    def _of_surfaces(self, depth: Float[Tensor, "h w 1"], judge: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is said of the points at that distance along the rays, [h, w]."""
         rays = self._camera.flatten()[0].generate_rays(camera_indices=0, keep_shape=True)
-        points = (rays.origins + rays.directions * self.ready["depth"].to(rays.origins)).reshape(-1, 3)
-        parts = [count(chunk) for chunk in points.split(_POINTS_PER_CHUNK)]
-        return torch.cat(parts).reshape(self.z.shape)
+        points = (rays.origins + rays.directions * depth.to(rays.origins)).reshape(-1, 3)
+        return torch.cat([judge(chunk) for chunk in points.split(_POINTS_PER_CHUNK)]).reshape(self.z.shape)
 
     def depth_picture(self, depth: Float[Tensor, "h w 1"], unit: float) -> Float[Tensor, "h w 3"]:
         """Depth in scene units times ``unit``, in the colours of the range; white where nothing is."""
@@ -289,6 +307,12 @@ def count_picture(count: Int[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
     if height >= 48 and width >= 128:
         picture[:16, : 24 * len(COUNT_COLOURS)] = _legend().to(picture)
     return picture
+
+
+def unseen_picture(rgb: Float[Tensor, "h w 3"], hidden: Bool[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
+    """The view in dark grey, and in the colour of "no camera" where no training image shows it."""
+    grey = 0.6 * rgb.mean(dim=-1, keepdim=True).expand_as(rgb)
+    return torch.where(hidden[..., None], torch.tensor(COUNT_COLOURS[0], device=rgb.device) * 2.0, grey).clamp(0.0, 1.0)
 
 
 def _legend() -> Float[Tensor, "h w 3"]:

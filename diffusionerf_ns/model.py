@@ -21,7 +21,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
-from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules
+from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules, unseen
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch, StereoRequest
 from diffusionerf_ns.errors import check_finite
@@ -57,6 +57,8 @@ class DiffusioNeRFModel(NerfactoModel):
         self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
+        self._surfaces: unseen.ShownSurfaces | None = None
+        self.register_load_state_dict_post_hook(lambda *_: self._forget_surfaces())
         self.total_steps = 1
         self._in_training_run = False
         scale = self.config.metric_scale
@@ -172,7 +174,9 @@ class DiffusioNeRFModel(NerfactoModel):
             z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
             values |= metrics.evaluate_depth(z, batch["depth_image"][..., 0].to(z))
         if "rgb_rendered" in outputs:
-            values["refined"] = float(not torch.equal(outputs["rgb_rendered"], pred))
+            hidden = outputs.get("unseen", torch.zeros_like(pred[..., :1]))[..., 0] > 0.0
+            values["refined"] = float(not torch.equal(outputs["rgb_rendered"][~hidden], pred[~hidden]))
+            values["unseen"] = float(hidden.float().mean())
         self.image_metrics.append(dict(values))
         images = {
             "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
@@ -183,7 +187,8 @@ class DiffusioNeRFModel(NerfactoModel):
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> inspection.ViewOutputs:
         """nerfacto's outputs of a view, and on demand those of `inspection`.
 
-        `rgb` is refined by the prior (`refine_tau`), `rgb_rendered` as it was rendered.
+        `rgb` is refined by the prior (`refine_tau`) and filled where no training image shows anything (`fill_unseen`),
+        `rgb_rendered` as it was rendered.
         """
         outputs = super().get_outputs_for_camera(camera, obb_box)
         near, far = self.depth_colour_range(outputs)
@@ -199,8 +204,30 @@ class DiffusioNeRFModel(NerfactoModel):
             count=None if self.frusta is None else self.frusta.count,
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
+            shown=(lambda points: self.shown_surfaces().show(points)) if self._fills_unseen() else None,
         )
         return inspection.view_outputs(outputs, camera, context)
+
+    def _fills_unseen(self) -> bool:
+        """Whether views are filled where they show nothing known: not while a training waits for its viewer."""
+        if not self.config.fill_unseen or self.frusta is None or len(self.frusta) > unseen.MAX_VIEWS:
+            return False
+        return not (self._in_training_run and inspection.in_viewer())
+
+    @torch.no_grad()
+    def shown_surfaces(self) -> unseen.ShownSurfaces:
+        """What the training images show by the field's own depth, rendered small and kept until the field changes."""
+        if self._surfaces is None:
+            cameras = unseen.small_pinholes(self.metadata["train_cameras"].to(self.device))
+            views = [
+                super(DiffusioNeRFModel, self).get_outputs_for_camera(cameras[i : i + 1]) for i in range(len(cameras))
+            ]
+            scale = torch.nan_to_num(self.metric_scale, nan=1.0)
+            self._surfaces = unseen.ShownSurfaces(cameras, [view["planar_depth"][..., 0] / scale for view in views])
+        return self._surfaces
+
+    def _forget_surfaces(self) -> None:
+        self._surfaces = None
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
@@ -235,6 +262,7 @@ class DiffusioNeRFModel(NerfactoModel):
 
         def set_step(step: int) -> None:
             self.step = step
+            self._forget_surfaces()
             self.level_mask.set_active(self.active_levels)
 
         if self.config.score_weight != 0.0:

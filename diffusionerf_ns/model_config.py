@@ -80,6 +80,11 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     noise level, one pass of its network, takes the place of its colours as far as needed; 0 leaves them as rendered.
     Not in the paper."""
 
+    fill_unseen: bool = True
+    """Pixels of a view whose surface no training image shows, by the field's own depth, get the smoothest colours that
+    go on from those around; what the field has there is chance. Not with more than 32 training images. Not in the
+    paper."""
+
     # The geometric terms
     frustum_weight: float = 0.01
     """Weight, in the first steps, of density that no training view sees on patch rays, and that fewer than

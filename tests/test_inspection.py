@@ -51,15 +51,16 @@ def rendered(height: int, width: int, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def context(shown: CountingPrior, **changes) -> inspection.ViewContext:
+def context(known: CountingPrior, **changes) -> inspection.ViewContext:
     """Metric scale 2, depth coloured from 1 to 3 units."""
     values = {
         "near": 1.0,
         "far": 3.0,
         "metric_scale": 2.0,
-        "spec": lambda: shown.prior.spec,
-        "prior": lambda: shown.prior,
+        "spec": lambda: known.prior.spec,
+        "prior": lambda: known.prior,
         "count": lambda points: (points[:, 0] > 0).long() * 2,
+        "shown": lambda points: points[:, 1] > -0.2,
         "tau": 0.1,
     }
     return inspection.ViewContext(**(values | changes))
@@ -219,6 +220,34 @@ def test_without_training_cameras_there_is_no_count():
     assert "training_cameras" not in outputs
 
 
+def test_colours_are_filled_after_they_are_refined_where_no_image_shows_the_surface():
+    def left(points: torch.Tensor) -> torch.Tensor:
+        return points[:, 0] < 0.0
+
+    outputs, _, ready = view(refined=lambda rgb, z, view: 0.5 * rgb, shown=left)
+    torch.testing.assert_close(outputs["rgb"][:, :15], 0.5 * ready["rgb"][:, :15])
+    assert outputs["rgb"][:, 15:].max() <= outputs["rgb"][:, :15].max(), "spread from what is refined"
+    assert (outputs["rgb"][:, 15:].diff(dim=1).abs() < 0.2).all(), "and smooth"
+    assert torch.equal(outputs["rgb_rendered"], ready["rgb"])
+    assert torch.equal(outputs["unseen"][..., 0], (torch.arange(30) >= 15).float().expand(20, 30))
+    red = outputs["Unseen"][..., 0] > 2.0 * outputs["Unseen"][..., 1]
+    assert torch.equal(red, outputs["unseen"][..., 0] > 0)
+
+
+def test_other_cameras_are_filled_but_not_refined():
+    cam = camera(20, 30)
+    cam.camera_type[:] = CameraType.FISHEYE.value
+    outputs, _, ready = view(cam=cam, refined=lambda rgb, z, view: 0.5 * rgb, shown=lambda points: points[:, 0] < 0.0)
+    assert torch.equal(outputs["rgb"][:, :15], ready["rgb"][:, :15])
+    assert not torch.equal(outputs["rgb"][:, 15:], ready["rgb"][:, 15:])
+
+
+def test_without_training_views_nothing_is_filled():
+    outputs, _, ready = view(shown=None)
+    assert outputs["rgb"] is ready["rgb"]
+    assert not {"unseen", "Unseen"} & set(outputs)
+
+
 def gone():
     raise InputError("no prior 'lost'")
 
@@ -227,7 +256,7 @@ def test_evaluation_goes_on_without_the_prior_and_leaves_its_picture_out(capsys)
     outputs, _, _ = view(spec=gone, prior=gone)
     pictures = inspection.cheap_pictures(outputs)
     assert "Disparity" not in pictures
-    assert {"MedianDepth", "ExpectedDepth", "PlanarDepth", "TrainingCameras"} == set(pictures)
+    assert {"MedianDepth", "ExpectedDepth", "PlanarDepth", "TrainingCameras", "Unseen"} == set(pictures)
     with pytest.raises(InputError, match="lost"):
         outputs["PriorCleanDepth"]
 

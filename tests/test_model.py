@@ -18,7 +18,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from ddm_training import rgbd
 from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
 from ddm_training.unet import make_scheduler
-from diffusionerf_ns import inspection, regularizers
+from diffusionerf_ns import inspection, regularizers, unseen
 from diffusionerf_ns.datamanager import StereoBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
@@ -520,7 +520,7 @@ def view(pipeline: VanillaPipeline) -> dict[str, torch.Tensor]:
 
 
 def test_the_colours_of_a_view_are_the_priors_clean_estimate(folders):
-    pipeline, known = with_known_prior(folders, refine_tau=0.07)
+    pipeline, known = with_known_prior(folders, refine_tau=0.07, fill_unseen=False)
     # photographs without any detail: all that a view has is grain
     pipeline.model.refine_view = ViewRefiner(lambda: known.prior, [(1.0, 0.0)])
     shown = view(pipeline)
@@ -533,17 +533,56 @@ def test_the_colours_of_a_view_are_the_priors_clean_estimate(folders):
 
 
 def test_views_are_left_as_rendered_where_refinement_is_off_or_the_prior_is_missing(folders, capsys):
-    pipeline, known = with_known_prior(folders, refine_tau=0.0)
+    pipeline, known = with_known_prior(folders, refine_tau=0.0, fill_unseen=False)
     shown = view(pipeline)
     assert known.calls == 0
     assert torch.equal(shown["rgb"], shown["rgb_rendered"])
 
-    pipeline = build(folders, metric_scale=1.0, score_weight=0.0, refine_tau=0.07)
+    pipeline = build(folders, metric_scale=1.0, score_weight=0.0, refine_tau=0.07, fill_unseen=False)
     pipeline.model.config.prior = "no-such-prior"
     for _ in range(2):
         shown = view(pipeline)
         assert torch.equal(shown["rgb"], shown["rgb_rendered"])
     assert capsys.readouterr().out.count("left as rendered") == 1
+
+
+def test_a_view_is_filled_where_the_training_views_end_by_their_own_depth(folders):
+    pipeline = build(folders, score_weight=0.0, refine_tau=0.0)
+    pipeline.eval()
+    model, train = pipeline.model, pipeline.datamanager.train_dataset.cameras
+    away = train[:1].to("cpu")
+    away.camera_to_worlds = away.camera_to_worlds.clone()
+    away.camera_to_worlds[:, :, [0, 2]] *= -1.0  # half a turn about the upright axis
+    assert model.get_outputs_for_camera(train[:1])["unseen"].mean() < 0.02
+    outputs = model.get_outputs_for_camera(away)
+    assert outputs["unseen"].min() == 1.0
+    assert torch.equal(outputs["rgb"], outputs["rgb_rendered"]), "there is nothing to go on from"
+
+
+def test_what_the_training_views_show_is_found_once_until_the_field_changes(folders):
+    pipeline = build(folders, score_weight=0.0, refine_tau=0.0)
+    model, state = pipeline.eval().model, pipeline.state_dict()
+    first = model.shown_surfaces()
+    view(pipeline)["rgb"]
+    assert model.shown_surfaces() is first
+    for callback in callbacks(pipeline):
+        callback.run_callback_at_location(3, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+    second = model.shown_surfaces()
+    assert second is not first
+    pipeline.load_pipeline(state, 3)
+    assert model.shown_surfaces() is not second
+
+
+@pytest.mark.parametrize("reason", ["switched off", "many views", "a viewer beside a training"])
+def test_views_are_not_filled(folders, monkeypatch, reason):
+    pipeline = build(folders, score_weight=0.0, refine_tau=0.0, fill_unseen=reason != "switched off")
+    if reason == "many views":
+        monkeypatch.setattr(unseen, "MAX_VIEWS", 1)
+    if reason == "a viewer beside a training":
+        callbacks(pipeline)
+        assert "unseen" in view(pipeline), "an evaluation beside a training is filled"
+        monkeypatch.setattr(inspection, "in_viewer", lambda: True)
+    assert "unseen" not in view(pipeline)
 
 
 def test_a_prior_that_is_missing_is_refused_before_the_first_step_whatever_it_is_for(folders):

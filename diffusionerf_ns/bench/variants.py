@@ -34,6 +34,7 @@ NO_GEOMETRY = {
     "pipeline.model.levels_start": 1.0,
     "pipeline.model.view_degrees": 4,
     "pipeline.model.eval_samples_factor": 1,
+    "pipeline.model.fill_unseen": False,
 }
 
 

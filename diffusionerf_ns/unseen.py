@@ -1,0 +1,112 @@
+"""What no training image shows of a view: found by the depth of the training views, and filled from around.
+
+Where the field was never looked at, its colours are chance, as loud as they come. The smoothest colours that go on from
+what is known around are wrong by less, and do not catch the eye.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_VIEWS = 32  # more training views leave little unseen, and their depth would take long
+WIDTH = 128  # pixels of the training views' depth, at most
+BEHIND = 0.05  # relative difference of depth from which a point is hidden
+MAX_PIXELS = 320 * 240  # of a view that is filled as it is; larger ones are filled as if they were that large
+
+
+def small_pinholes(cameras: Cameras) -> Cameras:
+    """The same views at most `WIDTH` pixels wide, lens distortion left out."""
+    scale = (WIDTH / cameras.width.float()).clamp_max(1.0)
+    return Cameras(
+        cameras.camera_to_worlds,
+        *(getattr(cameras, name) * scale for name in ("fx", "fy", "cx", "cy")),
+        *((length * scale).round().long().clamp_min(1) for length in (cameras.width, cameras.height)),
+    )
+
+
+@dataclass(frozen=True)
+class ShownSurfaces:
+    """The surfaces that the training images show."""
+
+    cameras: Cameras
+    """Of the training images, pinholes."""
+    depth: Sequence[Float[Tensor, "_h _w"]]
+    """Planar depth of each of these views, scene units."""
+
+    @torch.no_grad()
+    def show(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
+        """Whether at least one training image shows a point: it is within the image, and nothing is before it.
+
+        Nothing is where the depth of the 3 x 3 pixels about it ends before the point; `BEHIND` is let pass.
+        """
+        shown = torch.zeros(points.shape[0], dtype=torch.bool, device=points.device)
+        intrinsics = torch.cat([getattr(self.cameras, name).float() for name in ("fx", "fy", "cx", "cy")], -1)
+        for pose, (fx, fy, cx, cy), depth in zip(self.cameras.camera_to_worlds, intrinsics.tolist(), self.depth):
+            local = (points - pose[:, 3]) @ pose[:, :3]
+            z = -local[:, 2]
+            ahead = z.clamp_min(1e-6)
+            height, width = depth.shape
+            column, row = (local[:, 0] / ahead * fx + cx).floor(), (cy - local[:, 1] / ahead * fy).floor()
+            inside = (z > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            farthest = F.max_pool2d(depth[None, None], 3, stride=1, padding=1)[0, 0]
+            there = farthest[row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()]
+            shown |= inside & (z < there * (1.0 + BEHIND))
+        return shown
+
+
+def fill(rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
+    """Colours of a view with those of unseen pixels spread from the pixels around; as they are if all are unseen."""
+    if not bool(unseen.any()) or bool(unseen.all()):
+        return rgb
+    colours, hole = rgb.permute(2, 0, 1)[None], unseen[None, None].to(rgb)
+    scale = (MAX_PIXELS / unseen.numel()) ** 0.5
+    if scale < 1.0:
+        size = tuple(max(round(length * scale), 1) for length in unseen.shape)
+        known = F.interpolate(1.0 - hole, size=size, mode="area")
+        small = F.interpolate(colours * (1.0 - hole), size=size, mode="area") / known.clamp_min(1e-6)
+        small_hole = known[0, 0] <= 0.0
+    else:
+        small, small_hole = colours, unseen
+    values = spread(small[0].permute(1, 2, 0).cpu().numpy().astype(np.float64), small_hole.cpu().numpy())
+    filled = torch.from_numpy(values).to(rgb)
+    if scale < 1.0:
+        large = F.interpolate(filled.permute(2, 0, 1)[None], size=tuple(unseen.shape), mode="bilinear")
+        filled = large[0].permute(1, 2, 0)
+    return torch.where(unseen[..., None], filled, rgb)
+
+
+def spread(x: Float[np.ndarray, "h w c"], hole: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w c"]:
+    """``x`` with its hole filled by the solution of Laplace's equation: each pixel is the mean of its neighbours.
+
+    Args:
+        x: values; those in the hole are ignored.
+        hole: some pixels, not all.
+    """
+    from scipy.sparse import coo_matrix, diags  # here: nerfstudio loads this module in each of its commands
+    from scipy.sparse.linalg import spsolve
+
+    if not hole.any():
+        return x
+    values, unknown = x.reshape(-1, x.shape[-1]).copy(), hole.ravel()
+    count = int(unknown.sum())
+    place = np.cumsum(unknown) - 1  # of an unknown pixel among the equations
+    grid = np.arange(hole.size).reshape(hole.shape)
+    links = np.concatenate(
+        [np.stack([a.ravel(), b.ravel()]) for a, b in ((grid[:, :-1], grid[:, 1:]), (grid[:-1], grid[1:]))], axis=1
+    )
+    pixel, neighbour = np.concatenate([links, links[::-1]], axis=1)
+    pixel, neighbour = pixel[unknown[pixel]], neighbour[unknown[pixel]]
+    row, free = place[pixel], unknown[neighbour]
+    between = coo_matrix((np.ones(free.sum()), (row[free], place[neighbour[free]])), shape=(count, count))
+    known = coo_matrix((np.ones((~free).sum()), (row[~free], neighbour[~free])), shape=(count, hole.size))
+    matrix = diags(np.bincount(row, minlength=count).astype(np.float64)) - between
+    values[unknown] = spsolve(matrix.tocsc(), known.tocsr() @ np.where(unknown[:, None], 0.0, values)).reshape(
+        count, -1
+    )
+    return values.reshape(x.shape)
