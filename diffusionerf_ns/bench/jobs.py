@@ -33,7 +33,7 @@ _NOT_HASHED = (
     "pipeline.model.eval_num_rays_per_chunk",
 )
 # What changes views only, not the weights that training gives.
-_AFTER_TRAINING = ("pipeline.model.refine_tau", "pipeline.model.eval_samples_factor")
+_AFTER_TRAINING = tuple(f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen"))
 
 
 @dataclass(frozen=True, kw_only=True)
