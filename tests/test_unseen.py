@@ -9,8 +9,7 @@ from diffusionerf_ns import unseen
 
 
 def pixel_centres(camera: Pinhole) -> tuple[np.ndarray, np.ndarray]:
-    u, v = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
-    return u, v
+    return np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
 
 
 def surface(camera: Pinhole, pillar: bool = False) -> np.ndarray:
