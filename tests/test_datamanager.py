@@ -1,7 +1,6 @@
 """One step is one ray bundle: pixel rays, rays whose depth stereo knows, patches; what is off is not drawn."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,32 +235,6 @@ def test_rays_through_matched_pixels_are_made_only_where_they_are_wanted(manager
     assert len(rays[batch["stereo"].rays]) == len(batch["stereo"].distance) == 0
     assert batch["stereo"].completed.shape == (RAYS,)
     assert batch["patches"].first_ray == RAYS
-
-
-@pytest.fixture(scope="module")
-def darker(capture, tmp_path_factory) -> Path:
-    """The capture with image 4, the third of those that train, in .8 of its light."""
-    folder = tmp_path_factory.mktemp("darker") / "box"
-    shutil.copytree(capture, folder)
-    file = folder / "images" / "004.png"
-    Image.fromarray(np.rint(0.8 * np.asarray(Image.open(file), dtype=float)).astype(np.uint8)).save(file)
-    return folder
-
-
-def test_pixel_rays_carry_the_exposure_of_their_image_where_exposures_differ(make, darker, capsys):
-    manager = make(darker, train_num_rays_per_batch=200)
-    assert "exposures differ, from -1" in capsys.readouterr().out
-    _, batch = manager.next_train(0)
-    gain, image = batch["gain"], batch["indices"][:, 0]
-    assert gain.shape == (200, 3)
-    dark, others = gain[image == 2].unique(dim=0), gain[image != 2]
-    assert len(dark) == 1
-    assert float((dark / others - 0.8).abs().max()) < 0.02
-    assert "gain" not in make(darker, even_exposures=False).next_train(0)[1]
-
-
-def test_equal_exposures_are_left_alone(manager):
-    assert "gain" not in manager.next_train(0)[1]
 
 
 def test_the_model_is_told_how_deep_the_scene_lies(manager):

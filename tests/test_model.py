@@ -325,22 +325,6 @@ def test_an_evaluation_batch_has_the_photometric_loss_alone(folders):
     assert losses.keys() == {"rgb_loss"}
 
 
-def test_colours_are_compared_at_the_exposure_of_each_rays_image(folders):
-    pipeline = build(folders, **TERMS_OFF | {"chroma_weight": 2.0})
-    rays, batch = pipeline.datamanager.next_train(0)
-    outputs, model = pipeline.model(rays), pipeline.model
-    assert "gain" not in batch
-    image = batch["image"]
-    batch["gain"] = 0.5 + torch.rand_like(image)
-    rendered = outputs["rgb"][: len(image)] * batch["gain"]
-    metrics = model.get_metrics_dict(outputs, batch)
-    losses = model.get_loss_dict(outputs, batch, metrics)
-    error = rendered - image
-    torch.testing.assert_close(losses["rgb_loss"], error.square().mean())
-    torch.testing.assert_close(losses["chroma_loss"], model.config.chroma_weight * regularizers.chroma(error))
-    torch.testing.assert_close(metrics["psnr"], -10.0 * error.square().mean().log10(), atol=1e-3, rtol=0.0)
-
-
 # What a checkpoint holds
 
 
