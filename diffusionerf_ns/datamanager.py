@@ -18,7 +18,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import completion, exposure, patches, refine, stereo
+from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 
@@ -101,9 +101,6 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Prior whose network that is; None: the model's."""
     completion_revision: str | None = None
     """Revision of a hub id."""
-    even_exposures: bool = True
-    """Where stereo finds that the training images' exposures or white balances differ by more than 5 %, render the
-    mean one and compare it with each image at that image's own. Not in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,7 +142,6 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             for i in range(len(self.train_dataset))
         )
         self._matched: stereo.MatchedDepth | None = None
-        self._gains: Tensor | None = None
         if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
             self._match_images()
 
@@ -179,13 +175,6 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {by} between "
             f"them, in {seconds:.1f} s."
         )
-        if self.config.even_exposures and exposure.differ(matched.exposures):
-            self._gains = matched.exposures.exp().to(self.device)
-            low, high = (100.0 * (float(gain) - 1.0) for gain in self._gains.aminmax())
-            CONSOLE.print(
-                f"The training images' exposures differ, from {low:+.0f} % to {high:+.0f} % about their mean, which is "
-                "what is rendered."
-            )
         self._matched = matched
         self._completed = matched.completed.to(self.device)
         self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1).to(self.device)
@@ -242,12 +231,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:
         """Pixel rays, coloured by ``batch["image"]``; patch rays behind them, described by ``batch["patches"]``.
 
-        The batch's "image" and "indices" have one row a pixel ray, fewer than the bundle has rays; so has "gain" where
-        exposures differ: image = gain x what is rendered.
+        The batch's "image" and "indices" have one row a pixel ray, fewer than the bundle has rays.
         """
         rays, batch = super().next_train(step)
-        if self._gains is not None:
-            batch["gain"] = self._gains[batch["indices"][:, 0].to(self.device)]
         bundles = [rays]
         wanted = None if self._matched is None else self._stereo_request()
         if self._matched is not None and wanted is not None:

@@ -307,7 +307,7 @@ class DiffusioNeRFModel(NerfactoModel):
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """PSNR of the pixel rays; `get_loss_dict` adds the unweighted terms in training."""
         image = self.renderer_rgb.blend_background(batch["image"].to(self.device))
-        values = {"psnr": self.psnr(_as_photographed(outputs["rgb"][: image.shape[0]], batch), image)}
+        values = {"psnr": self.psnr(outputs["rgb"][: image.shape[0]], image)}
         self.camera_optimizer.get_metrics_dict(values)
         return values
 
@@ -325,7 +325,6 @@ class DiffusioNeRFModel(NerfactoModel):
         rgb, image = self.renderer_rgb.blend_background_for_loss_computation(
             pred_image=outputs["rgb"][:count], pred_accumulation=outputs["accumulation"][:count], gt_image=image
         )
-        rgb = _as_photographed(rgb, batch)
         losses = {"rgb_loss": self.rgb_loss(image, rgb)}
         if self.training:
             if self.config.chroma_weight > 0.0:
@@ -445,11 +444,6 @@ class DiffusioNeRFModel(NerfactoModel):
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
             self.metric_scale.fill_(metric_scale_from_disparity(disparity, self._prior_spec()))
             CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
-
-
-def _as_photographed(rgb: Float[Tensor, "rays 3"], batch: dict[str, Any]) -> Float[Tensor, "rays 3"]:
-    """Rendered colours at the exposure of the image that each ray belongs to, where exposures differ."""
-    return rgb if "gain" not in batch else rgb * batch["gain"]
 
 
 def _weights_and_edges(outputs: dict[str, Any]) -> tuple[Float[Tensor, "rays samples"], Float[Tensor, "rays edges"]]:

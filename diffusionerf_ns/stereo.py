@@ -21,7 +21,7 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusionerf_ns import completion, exposure, semi_global
+from diffusionerf_ns import completion, semi_global
 
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
@@ -75,8 +75,6 @@ class MatchedDepth:
     """Continuous (u, v) in the image, the centre of its first pixel at (0.5, 0.5)."""
     depth: Float[Tensor, " n"]
     """Planar depth, scene units."""
-    exposures: Float[Tensor, "images 3"]
-    """Of the images, see `exposure`."""
     completed: completion.DepthMaps | None = None
     """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
     image contradicts it, outside masks, and in images of which nothing is matched."""
@@ -132,9 +130,7 @@ def match(
     centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
     distance = torch.cdist(centres, centres)
     baseline = float(distance.max())
-    nothing = MatchedDepth(
-        torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0), torch.zeros(len(images), 3)
-    )
+    nothing = MatchedDepth(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
     if baseline <= 0.0:
         return nothing
     nearest = [[j for j in row.argsort().tolist() if row[j] > SAME_PLACE * baseline][:NEIGHBOURS] for row in distance]
@@ -161,8 +157,7 @@ def match(
     completed = [_inside(depth, mask) for (depth, _), mask in zip(pairs, masks)]
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
     maps = completion.DepthMaps.of(*cross_checked(fine, nearest, completed), [error for _, error in pairs])
-    exposures = exposure.from_pairs(len(images), _same_surfaces(fine, nearest, depths, images))
-    return MatchedDepth(view, pixel, z, exposures, maps)
+    return MatchedDepth(view, pixel, z, maps)
 
 
 def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> Float[Tensor, "h w"]:
@@ -179,30 +174,9 @@ def _complete(
     """Depth of all pixels of an image and its error; 0 throughout where none is known."""
     if not bool((depth > 0).any()):
         return depth, torch.full_like(depth, torch.inf)
-    return complete(_small(image, depth)[0].permute(1, 2, 0), depth)
-
-
-def _small(image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"]) -> Float[Tensor, "1 3 h w"]:
-    """Colours in [0, 1] in the size of the depth map."""
     rgb = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
-    return F.interpolate(rgb, size=depth.shape, mode="area")
-
-
-def _same_surfaces(
-    views: list[View],
-    nearest: list[list[int]],
-    depths: list[Float[Tensor, "_h _w"]],
-    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
-) -> Iterator[exposure.Pair]:
-    """Colours of the matched surfaces in a view and in each of the others that found them in the same place."""
-    colours = [_small(image, depth) for image, depth in zip(images, depths)]
-    for index, others in enumerate(nearest):
-        points = views[index].position + views[index].directions() * depths[index][..., None]
-        for other, (z, seen) in zip(others, _seen(index, views, others, depths)):
-            same = (depths[index] > 0) & (seen > 0) & ((seen - z).abs() < TOLERANCE * z)
-            grid, _ = views[other].project(points[same])
-            there = F.grid_sample(colours[other], grid[None, None], align_corners=False)[0, :, 0]
-            yield index, other, colours[index][0, :, same].T, there.T
+    small = F.interpolate(rgb, size=depth.shape, mode="area")[0].permute(1, 2, 0)
+    return complete(small, depth)
 
 
 def cross_checked(

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 
@@ -52,21 +50,6 @@ def cameras(count: int, **options: float) -> list[Pinhole]:
         Pinhole(c2w=look_at((s, -0.9 + 0.1 * (i % 2), 0.15 * (i % 3)), (1.2 + 0.3 * s, 1.5, -0.4)), **options)
         for i, s in enumerate(shifts)
     ]
-
-
-def ns_cameras(pinholes: list[Pinhole], **options: torch.Tensor) -> Cameras:
-    """The same as nerfstudio has them."""
-    first = pinholes[0]
-    return Cameras(
-        torch.tensor(np.stack([p.c2w for p in pinholes]), dtype=torch.float32),
-        fx=first.focal,
-        fy=first.focal,
-        cx=first.width / 2,
-        cy=first.height / 2,
-        width=first.width,
-        height=first.height,
-        **options,
-    )
 
 
 def planar_depth(camera: Pinhole, u: np.ndarray, v: np.ndarray) -> np.ndarray:

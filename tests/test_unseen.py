@@ -3,9 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from box_room import HALF, Pinhole, cameras, look_at, ns_cameras, planar_depth
+from box_room import HALF, Pinhole, cameras, look_at, planar_depth
+from nerfstudio.cameras.cameras import Cameras
 
 from diffusionerf_ns import unseen
+
+
+def ns_cameras(pinholes: list[Pinhole], **options: torch.Tensor) -> Cameras:
+    first = pinholes[0]
+    return Cameras(
+        torch.tensor(np.stack([p.c2w for p in pinholes]), dtype=torch.float32),
+        fx=first.focal,
+        fy=first.focal,
+        cx=first.width / 2,
+        cy=first.height / 2,
+        width=first.width,
+        height=first.height,
+        **options,
+    )
 
 
 def pixel_centres(camera: Pinhole) -> tuple[np.ndarray, np.ndarray]:
