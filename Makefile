@@ -34,7 +34,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 $(BIN)/python:
-	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1024 ^ 2) }'); [ "$$free" -ge $(ROOM) ] || \
+	@free=$$(df -Pk $(dir $(abspath $(VENV))) | awk 'NR == 2 { print int($$4 * 1024 / 1e9) }'); \
+		[ "$${free:-$(ROOM)}" -ge $(ROOM) ] || \
 		echo "only $$free GB are free here; the environment (torch with CUDA) takes $(ROOM) GB while it is made." >&2
 	$(PYTHON) -m venv $(VENV)
 

@@ -44,6 +44,8 @@ PICTURES = (
     "PriorScoreDepth",
     "PriorCleanDepth",
 )
+EMPTY = 0.5
+"""Share of the light that is stopped, below which a ray meets nothing."""
 _POINTS_PER_CHUNK = 1 << 18
 
 
@@ -138,8 +140,10 @@ class ViewContext:
     refined: Callable[[Float[Tensor, "h w 3"], Float[Tensor, "h w"], Cameras], Float[Tensor, "h w 3"]] | None = None
     """Colours of a view without their grain, from those rendered, planar depth in metres and the camera; None: as they
     are rendered."""
-    shown: Callable[[Float[Tensor, "n 3"]], Bool[Tensor, " n"]] | None = None
-    """Whether a training image shows a point, for pixels without to be filled; None fills none."""
+    hidden: Callable[[Float[Tensor, "n 3"]], Bool[Tensor, " n"]] | None = None
+    """Whether no training image shows a point, for such pixels to be filled; None fills none."""
+    fill_empty: bool = True
+    """Whether that goes for rays that meet nothing too; not where there is a background that shall be seen."""
 
 
 def in_viewer() -> bool:
@@ -177,9 +181,9 @@ def view_outputs(ready: dict[str, Tensor], camera: Cameras, context: ViewContext
         "PriorScoreDepth": lambda: score_picture(view.score()[3:], view.sigma()),
         "PriorCleanDepth": lambda: view.depth_picture(view.clean_z()[..., None], context.metric_scale),
     }
-    if context.refined is not None or context.shown is not None:
+    if context.refined is not None or context.hidden is not None:
         on_demand["rgb"] = view.colours
-    if context.shown is not None:
+    if context.hidden is not None:
         on_demand["unseen"] = lambda: view.unseen()[..., None].float()
         on_demand["Unseen"] = lambda: unseen_picture(view.rgb, view.unseen())
     if context.count is not None:
@@ -234,7 +238,7 @@ class _View:
         rgb, refined = self.rgb, self._context.refined
         if refined is not None and is_perspective(self._camera):
             rgb = refined(rgb, self.z, self._camera)
-        return rgb if self._context.shown is None else unseen.fill(rgb, self.unseen())
+        return rgb if self._context.hidden is None else unseen.fill(rgb, self.unseen())
 
     def training_cameras(self) -> Int[Tensor, "h w"]:
         count = self._context.count
@@ -242,9 +246,13 @@ class _View:
         return self._once("cameras", lambda: self._of_surfaces(self.ready["depth"], count))
 
     def unseen(self) -> Bool[Tensor, "h w"]:
-        shown = self._context.shown
-        assert shown is not None
-        return self._once("unseen", lambda: ~self._of_surfaces(self.ready["expected_depth"], shown))
+        return self._once("unseen", self._unseen)
+
+    def _unseen(self) -> Bool[Tensor, "h w"]:
+        hidden = self._context.hidden
+        assert hidden is not None
+        nowhere = self._of_surfaces(self.ready["expected_depth"], hidden)
+        return nowhere if self._context.fill_empty else nowhere & (self.accumulation[..., 0] > EMPTY).to(nowhere.device)
 
     def _of_surfaces(self, depth: Float[Tensor, "h w 1"], judge: Callable[[Tensor], Tensor]) -> Tensor:
         """What is said of the points at that distance along the rays, [h, w]."""

@@ -9,8 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from jaxtyping import Float
-from nerfstudio.cameras.cameras import Cameras
+from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
@@ -204,7 +204,8 @@ class DiffusioNeRFModel(NerfactoModel):
             count=None if self.frusta is None else self.frusta.count,
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
-            shown=(lambda points: self.shown_surfaces().show(points)) if self._fills_unseen() else None,
+            hidden=self._hidden if self._fills_unseen() else None,
+            fill_empty=obb_box is None and self.config.background_color == "last_sample",
         )
         return inspection.view_outputs(outputs, camera, context)
 
@@ -212,19 +213,37 @@ class DiffusioNeRFModel(NerfactoModel):
         """Whether views are filled where they show nothing known: not while a training waits for its viewer."""
         if not self.config.fill_unseen or self.frusta is None or len(self.frusta) > unseen.MAX_VIEWS:
             return False
+        cameras = self.metadata["train_cameras"]
+        if not bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all()):
+            return False
         return not (self._in_training_run and inspection.in_viewer())
+
+    def _hidden(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
+        return self.shown_surfaces().hide(points.to(self.device)).to(points.device)
 
     @torch.no_grad()
     def shown_surfaces(self) -> unseen.ShownSurfaces:
         """What the training images show by the field's own depth, rendered small and kept until the field changes."""
         if self._surfaces is None:
-            cameras = unseen.small_pinholes(self.metadata["train_cameras"].to(self.device))
-            views = [
-                super(DiffusioNeRFModel, self).get_outputs_for_camera(cameras[i : i + 1]) for i in range(len(cameras))
-            ]
-            scale = torch.nan_to_num(self.metric_scale, nan=1.0)
-            self._surfaces = unseen.ShownSurfaces(cameras, [view["planar_depth"][..., 0] / scale for view in views])
+            cameras = unseen.small_cameras(self.metadata["train_cameras"].to(self.device))
+            training = self.training
+            self.eval()
+            try:
+                self._surfaces = unseen.ShownSurfaces(
+                    cameras, [self._depth_of(cameras[i : i + 1]) for i in range(len(cameras))]
+                )
+            finally:
+                self.train(training)
         return self._surfaces
+
+    def _depth_of(self, camera: Cameras) -> Float[Tensor, "h w"]:
+        """Planar depth of a training view, scene units; infinite where it meets nothing before the rays' end."""
+        outputs = super().get_outputs_for_camera(camera)
+        empty = (outputs["accumulation"] < inspection.EMPTY) | (
+            outputs["expected_depth"] > unseen.FAR * self.collider.bounds[1]
+        )
+        z = outputs["planar_depth"] / torch.nan_to_num(self.metric_scale, nan=1.0)
+        return torch.where(empty, torch.inf, z)[..., 0]
 
     def _forget_surfaces(self) -> None:
         self._surfaces = None

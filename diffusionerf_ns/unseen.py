@@ -17,16 +17,18 @@ from torch.nn import functional as F
 MAX_VIEWS = 32  # more training views leave little unseen, and their depth would take long
 WIDTH = 128  # pixels of the training views' depth, at most
 BEHIND = 0.05  # relative difference of depth from which a point is hidden
+FAR = 0.9  # of the rays' end, from which a training view shows no surface but what is behind all
 MAX_PIXELS = 320 * 240  # of a view that is filled as it is; larger ones are filled as if they were that large
 
 
-def small_pinholes(cameras: Cameras) -> Cameras:
-    """The same views at most `WIDTH` pixels wide, lens distortion left out."""
+def small_cameras(cameras: Cameras) -> Cameras:
+    """The same views at most `WIDTH` pixels wide."""
     scale = (WIDTH / cameras.width.float()).clamp_max(1.0)
     return Cameras(
         cameras.camera_to_worlds,
         *(getattr(cameras, name) * scale for name in ("fx", "fy", "cx", "cy")),
         *((length * scale).round().long().clamp_min(1) for length in (cameras.width, cameras.height)),
+        distortion_params=cameras.distortion_params,
     )
 
 
@@ -35,29 +37,64 @@ class ShownSurfaces:
     """The surfaces that the training images show."""
 
     cameras: Cameras
-    """Of the training images, pinholes."""
+    """Of the training images, perspective."""
     depth: Sequence[Float[Tensor, "_h _w"]]
-    """Planar depth of each of these views, scene units."""
+    """Planar depth of each of these views, scene units; infinite where they meet nothing."""
 
     @torch.no_grad()
-    def show(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
-        """Whether at least one training image shows a point: it is within the image, and nothing is before it.
+    def hide(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
+        """Whether no training image shows a point; False of points that are not finite.
 
-        Nothing is where the depth of the 3 x 3 pixels about it ends before the point; `BEHIND` is let pass.
+        An image shows a point that is within it and not behind all of the 3 x 3 pixels about it, `BEHIND` let pass.
         """
-        shown = torch.zeros(points.shape[0], dtype=torch.bool, device=points.device)
-        intrinsics = torch.cat([getattr(self.cameras, name).float() for name in ("fx", "fy", "cx", "cy")], -1)
-        for pose, (fx, fy, cx, cy), depth in zip(self.cameras.camera_to_worlds, intrinsics.tolist(), self.depth):
+        finite = points.isfinite().all(dim=-1)
+        points = torch.where(finite[:, None], points, 0.0)
+        shown = torch.zeros_like(finite)
+        for index, depth in enumerate(self.depth):
+            camera = self.cameras[index : index + 1]
+            pose = camera.camera_to_worlds[0]
             local = (points - pose[:, 3]) @ pose[:, :3]
             z = -local[:, 2]
-            ahead = z.clamp_min(1e-6)
+            ahead = z.clamp_min(1e-6)[:, None]
+            slope = torch.stack([local[:, 0], -local[:, 1]], dim=-1) / ahead
+            low, high = _slopes(camera)
+            inside = (z > 0) & ((slope >= low) & (slope <= high)).all(dim=-1)
+            if camera.distortion_params is not None:
+                slope = distort(slope, camera.distortion_params[0])
+            focal, centre = (torch.cat(pair, dim=-1) for pair in ((camera.fx, camera.fy), (camera.cx, camera.cy)))
+            column, row = (slope * focal + centre).floor().unbind(dim=-1)
             height, width = depth.shape
-            column, row = (local[:, 0] / ahead * fx + cx).floor(), (cy - local[:, 1] / ahead * fy).floor()
-            inside = (z > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            inside &= (column >= 0) & (column < width) & (row >= 0) & (row < height)
             farthest = F.max_pool2d(depth[None, None], 3, stride=1, padding=1)[0, 0]
             there = farthest[row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()]
             shown |= inside & (z < there * (1.0 + BEHIND))
-        return shown
+        return finite & ~shown
+
+
+def distort(slope: Float[Tensor, "n 2"], parameters: Float[Tensor, "6"]) -> Float[Tensor, "n 2"]:
+    """x / z and y / z (y down) as the lens bends them: nerfstudio's k1, k2, k3, k4, p1, p2 (OpenCV's model)."""
+    k1, k2, k3, k4, p1, p2 = parameters.tolist()
+    x, y = slope.unbind(dim=-1)
+    square = x.square() + y.square()
+    radial = 1.0 + square * (k1 + square * (k2 + square * (k3 + square * k4)))
+    return torch.stack(
+        [
+            radial * x + 2.0 * p1 * x * y + p2 * (square + 2.0 * x.square()),
+            radial * y + 2.0 * p2 * x * y + p1 * (square + 2.0 * y.square()),
+        ],
+        dim=-1,
+    )
+
+
+def _slopes(camera: Cameras) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
+    """Least and largest x / z and y / z (y down) of a camera's border; beyond, a lens's polynomial means nothing."""
+    steps = torch.linspace(0.0, 1.0, 9)
+    sides = [torch.stack([edge, steps], -1) for edge in (torch.zeros(9), torch.ones(9))]
+    share = torch.cat([*sides, *(side.flip(-1) for side in sides)]).to(camera.device)
+    border = share * torch.cat([camera.height, camera.width], dim=-1)
+    directions = camera.generate_rays(camera_indices=0, coords=border).directions @ camera.camera_to_worlds[0, :, :3]
+    slope = torch.stack([directions[:, 0], -directions[:, 1]], dim=-1) / -directions[:, 2:]
+    return slope.amin(dim=0) - 1e-4, slope.amax(dim=0) + 1e-4
 
 
 def fill(rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:

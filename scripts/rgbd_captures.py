@@ -3,9 +3,10 @@
 python scripts/rgbd_captures.py DATA OUTPUT [COUNT]
 
 DATA holds `rgb`, `depth` (16-bit millimetres), `K.txt`, and `poses.txt` with a camera-to-world matrix a line (OpenCV
-axes, metres). OUTPUT gets folders `capture-1` to `capture-COUNT` (default 4), each with three training images and six
-test images in nerfstudio's format. Geometry alone chooses them, and no frame is in two of them: sharp frames; training
-views that share about .7 of what they see, as those of a person with a plan do; test views of which they show .85.
+axes, metres); all of it is held in memory. OUTPUT gets folders `capture-1` to `capture-COUNT` (default 4), each with
+three training images and six test images in nerfstudio's format. Geometry alone chooses them, and no frame is in two of
+them: sharp frames; training views that share about .7 of what they see, as those of a person with a plan do; test views
+of which they show .85.
 """
 
 import json
@@ -217,7 +218,10 @@ def main() -> None:
         sys.exit(str(error))
     captures = choose(video, count)
     for number, (train, test) in enumerate(captures, start=1):
-        write(video, train, test, output / f"capture-{number}")
+        folder = output / f"capture-{number}"
+        if folder.exists():
+            sys.exit(f"{folder} exists already: delete it, or give another OUTPUT.")
+        write(video, train, test, folder)
         shown = np.mean([video.share_shown(frame, train) for frame in test])
         print(f"capture-{number}: training {[video.names[i] for i in train]}, test {[video.names[i] for i in test]}, "
               f"of which training views show {shown:.2f}")  # fmt: skip

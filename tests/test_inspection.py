@@ -60,7 +60,7 @@ def context(known: CountingPrior, **changes) -> inspection.ViewContext:
         "spec": lambda: known.prior.spec,
         "prior": lambda: known.prior,
         "count": lambda points: (points[:, 0] > 0).long() * 2,
-        "shown": lambda points: points[:, 1] > -0.2,
+        "hidden": lambda points: points[:, 1] < -0.2,
         "tau": 0.1,
     }
     return inspection.ViewContext(**(values | changes))
@@ -220,11 +220,12 @@ def test_without_training_cameras_there_is_no_count():
     assert "training_cameras" not in outputs
 
 
-def test_colours_are_filled_after_they_are_refined_where_no_image_shows_the_surface():
-    def left(points: torch.Tensor) -> torch.Tensor:
-        return points[:, 0] < 0.0
+def right(points: torch.Tensor) -> torch.Tensor:
+    return points[:, 0] > 0.0
 
-    outputs, _, ready = view(refined=lambda rgb, z, view: 0.5 * rgb, shown=left)
+
+def test_colours_are_filled_after_they_are_refined_where_no_image_shows_the_surface():
+    outputs, _, ready = view(refined=lambda rgb, z, view: 0.5 * rgb, hidden=right)
     torch.testing.assert_close(outputs["rgb"][:, :15], 0.5 * ready["rgb"][:, :15])
     assert outputs["rgb"][:, 15:].max() <= outputs["rgb"][:, :15].max(), "spread from what is refined"
     assert (outputs["rgb"][:, 15:].diff(dim=1).abs() < 0.2).all(), "and smooth"
@@ -237,13 +238,24 @@ def test_colours_are_filled_after_they_are_refined_where_no_image_shows_the_surf
 def test_other_cameras_are_filled_but_not_refined():
     cam = camera(20, 30)
     cam.camera_type[:] = CameraType.FISHEYE.value
-    outputs, _, ready = view(cam=cam, refined=lambda rgb, z, view: 0.5 * rgb, shown=lambda points: points[:, 0] < 0.0)
+    outputs, _, ready = view(cam=cam, refined=lambda rgb, z, view: 0.5 * rgb, hidden=right)
     assert torch.equal(outputs["rgb"][:, :15], ready["rgb"][:, :15])
     assert not torch.equal(outputs["rgb"][:, 15:], ready["rgb"][:, 15:])
 
 
+@pytest.mark.parametrize("fill_empty", [True, False])
+def test_a_background_that_shall_be_seen_is_left_alone(fill_empty):
+    ready = rendered(20, 30)
+    ready["accumulation"][:10] = 0.0
+    prior = CountingPrior()
+    outputs = inspection.view_outputs(ready, camera(20, 30), context(prior, hidden=right, fill_empty=fill_empty))
+    assert (outputs["unseen"][10:, 15:] == 1.0).all()
+    assert (outputs["unseen"][:10, 15:] == float(fill_empty)).all()
+    assert torch.equal(outputs["rgb"][:10], ready["rgb"][:10]) != fill_empty
+
+
 def test_without_training_views_nothing_is_filled():
-    outputs, _, ready = view(shown=None)
+    outputs, _, ready = view(hidden=None)
     assert outputs["rgb"] is ready["rgb"]
     assert not {"unseen", "Unseen"} & set(outputs)
 

@@ -11,7 +11,9 @@ import box_room
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 
@@ -546,17 +548,51 @@ def test_views_are_left_as_rendered_where_refinement_is_off_or_the_prior_is_miss
     assert capsys.readouterr().out.count("left as rendered") == 1
 
 
+def turned(cameras: Cameras, angle: float) -> Cameras:
+    """A copy of the first camera, turned about its upright axis."""
+    camera = copy.deepcopy(cameras[:1].to("cpu"))
+    turn = torch.tensor(
+        [[math.cos(angle), 0.0, math.sin(angle)], [0.0, 1.0, 0.0], [-math.sin(angle), 0.0, math.cos(angle)]]
+    )
+    camera.camera_to_worlds[0, :, :3] = camera.camera_to_worlds[0, :, :3] @ turn
+    return camera
+
+
 def test_a_view_is_filled_where_the_training_views_end_by_their_own_depth(folders):
-    pipeline = build(folders, score_weight=0.0, refine_tau=0.0)
-    pipeline.eval()
+    pipeline = build(folders, score_weight=0.0, refine_tau=0.0).eval()
     model, train = pipeline.model, pipeline.datamanager.train_dataset.cameras
-    away = train[:1].to("cpu")
-    away.camera_to_worlds = away.camera_to_worlds.clone()
-    away.camera_to_worlds[:, :, [0, 2]] *= -1.0  # half a turn about the upright axis
     assert model.get_outputs_for_camera(train[:1])["unseen"].mean() < 0.02
-    outputs = model.get_outputs_for_camera(away)
-    assert outputs["unseen"].min() == 1.0
-    assert torch.equal(outputs["rgb"], outputs["rgb_rendered"]), "there is nothing to go on from"
+    outputs = model.get_outputs_for_camera(turned(train, 0.6))
+    hidden = outputs["unseen"][..., 0] > 0.0
+    assert 0.1 < hidden.float().mean() < 0.9
+    assert torch.equal(outputs["rgb"][~hidden], outputs["rgb_rendered"][~hidden])
+    change = (outputs["rgb"] - outputs["rgb_rendered"]).abs().amax(dim=-1)
+    assert (change[hidden] > 0.0).float().mean() > 0.9
+    away = model.get_outputs_for_camera(turned(train, math.pi))
+    assert away["unseen"].min() == 1.0
+    assert torch.equal(away["rgb"], away["rgb_rendered"]), "there is nothing to go on from"
+
+
+def test_what_a_crop_box_leaves_out_is_not_filled(folders):
+    pipeline = build(folders, score_weight=0.0, refine_tau=0.0).eval()
+    camera = turned(pipeline.datamanager.train_dataset.cameras, 0.3)
+    box = OrientedBox.from_params((0.5, 0.0, 0.0), (0.0, 0.0, 0.0), (0.3, 0.3, 0.3))
+    outputs = pipeline.model.get_outputs_for_camera(camera, obb_box=box)
+    empty = ~(outputs["accumulation"][..., 0] > inspection.EMPTY)
+    assert empty.float().mean() > 0.2
+    assert (outputs["unseen"][..., 0][empty] == 0.0).all()
+    torch.testing.assert_close(outputs["rgb"][empty], outputs["rgb_rendered"][empty], equal_nan=True)
+
+
+def test_what_the_training_views_show_is_rendered_as_after_training_and_the_mode_kept(folders, monkeypatch):
+    pipeline = build(folders, score_weight=0.0, refine_tau=0.0).train()
+    model, modes = pipeline.model, []
+    render = model.get_outputs
+    monkeypatch.setattr(model, "get_outputs", lambda rays: modes.append(model.training) or render(rays))
+    model.shown_surfaces()
+    assert modes
+    assert not any(modes)
+    assert model.training
 
 
 def test_what_the_training_views_show_is_found_once_until_the_field_changes(folders):
@@ -573,11 +609,13 @@ def test_what_the_training_views_show_is_found_once_until_the_field_changes(fold
     assert model.shown_surfaces() is not second
 
 
-@pytest.mark.parametrize("reason", ["switched off", "many views", "a viewer beside a training"])
+@pytest.mark.parametrize("reason", ["switched off", "many views", "other cameras", "a viewer beside a training"])
 def test_views_are_not_filled(folders, monkeypatch, reason):
     pipeline = build(folders, score_weight=0.0, refine_tau=0.0, fill_unseen=reason != "switched off")
     if reason == "many views":
         monkeypatch.setattr(unseen, "MAX_VIEWS", 1)
+    if reason == "other cameras":
+        pipeline.model.metadata["train_cameras"].camera_type[:1] = CameraType.FISHEYE.value
     if reason == "a viewer beside a training":
         callbacks(pipeline)
         assert "unseen" in view(pipeline), "an evaluation beside a training is filled"

@@ -67,6 +67,14 @@ def test_training_views_lie_apart_and_show_what_is_tested(video: Path, tmp_path:
     assert np.linalg.norm(test[:, None] - train[None], axis=-1).min() > 0.06
 
 
+def test_a_capture_that_exists_is_not_overwritten(video: Path, tmp_path: Path) -> None:
+    (tmp_path / "capture-1").mkdir()
+    done = run(video, tmp_path, 1)
+    assert done.returncode == 1
+    assert "capture-1 exists already" in done.stderr
+    assert not any((tmp_path / "capture-1").iterdir())
+
+
 def test_too_few_frames_are_said(video: Path, tmp_path: Path) -> None:
     done = run(video, tmp_path, 40)
     assert done.returncode == 1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from box_room import HALF, Pinhole, cameras, look_at, planar_depth
+from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
 from nerfstudio.cameras.cameras import Cameras
 
 from diffusionerf_ns import unseen
@@ -24,7 +25,8 @@ def ns_cameras(pinholes: list[Pinhole], **options: torch.Tensor) -> Cameras:
 
 
 def pixel_centres(camera: Pinhole) -> tuple[np.ndarray, np.ndarray]:
-    return np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+    u, v = np.meshgrid(np.arange(camera.width) + 0.5, np.arange(camera.height) + 0.5)
+    return u, v
 
 
 def surface(camera: Pinhole, pillar: bool = False) -> np.ndarray:
@@ -48,7 +50,7 @@ def shown_by(train: list[Pinhole], pillar: bool = False) -> unseen.ShownSurfaces
 
 def show(shown: unseen.ShownSurfaces, points: np.ndarray) -> np.ndarray:
     flat = torch.tensor(points.reshape(-1, 3), dtype=torch.float32)
-    return shown.show(flat).numpy().reshape(points.shape[:-1])
+    return ~shown.hide(flat).numpy().reshape(points.shape[:-1])
 
 
 def test_a_view_that_trains_shows_all_that_it_shows():
@@ -79,17 +81,45 @@ def test_a_point_a_little_behind_the_surface_is_let_pass():
     np.testing.assert_array_equal(show(shown_by(train), behind), [True, False])
 
 
-def test_small_pinholes_show_what_the_cameras_show_in_fewer_pixels():
-    large = ns_cameras([Pinhole(c2w=camera.c2w, width=960, height=720, focal=660.0) for camera in cameras(2)],
-                       distortion_params=torch.tensor([0.1, 0.0, 0.0, 0.0, 0.0, 0.0]))  # fmt: skip
-    small = unseen.small_pinholes(large)
+def test_nothing_is_behind_a_view_that_meets_nothing_and_no_point_is_none():
+    train = [Pinhole(c2w=look_at((0.0, -0.9, 0.0), (0.0, 1.5, 0.0)))]
+    shown = unseen.ShownSurfaces(ns_cameras(train), [torch.full((72, 96), torch.inf)])
+    assert show(shown, np.array([[0.0, 1e5, 0.0]])).all()
+    assert not show(shown, np.array([[0.0, -1e5, 0.0]])).any()
+    assert not shown.hide(torch.tensor([[torch.nan, 0.0, 0.0], [torch.inf, -5.0, 0.0]])).any()
+
+
+@pytest.mark.parametrize("k1", [-0.1, 0.15])
+def test_a_view_through_a_lens_shows_its_own_pixels_and_nothing_beyond(k1):
+    lens = torch.tensor([[k1, 0.02, 0.0, 0.0, 0.01, -0.01]])
+    cameras = ns_cameras([Pinhole(c2w=look_at((0.0, -0.9, 0.0), (0.0, 1.5, 0.0)))], distortion_params=lens)
+    shown = unseen.ShownSurfaces(cameras, [torch.full((72, 96), torch.inf)])
+    rays = cameras.generate_rays(camera_indices=0)
+    assert not shown.hide((rays.origins + 2.0 * rays.directions).reshape(-1, 3)).any()
+    beyond = torch.tensor([[-3.0, 36.0], [75.0, 48.0], [36.0, -3.0], [36.0, 99.0]])  # rows and columns
+    rays = cameras.generate_rays(camera_indices=0, coords=beyond)
+    assert shown.hide(rays.origins + 2.0 * rays.directions).all()
+
+
+def test_distortion_undoes_what_nerfstudio_undistorts():
+    slope = 0.5 * (2.0 * torch.rand(200, 2) - 1.0)
+    lens = torch.tensor([-0.1, 0.02, 0.01, -0.01, 0.01, -0.02])
+    there = radial_and_tangential_undistort(slope, lens.expand(200, 6), max_iterations=50)
+    torch.testing.assert_close(unseen.distort(there, lens), slope, atol=1e-5, rtol=0.0)
+
+
+def test_small_cameras_show_what_the_cameras_show_in_fewer_pixels():
+    lens = torch.tensor([[0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]).expand(2, 6)
+    large = [Pinhole(c2w=camera.c2w, width=960, height=720, focal=660.0) for camera in cameras(2)]
+    large = ns_cameras(large, distortion_params=lens)
+    small = unseen.small_cameras(large)
     assert small.width.tolist() == [[128], [128]]
     assert small.height.tolist() == [[96], [96]]
-    assert small.distortion_params is None
+    torch.testing.assert_close(small.distortion_params, lens)
     torch.testing.assert_close(small.fx, torch.full((2, 1), 88.0))
     torch.testing.assert_close(small.cx, torch.full((2, 1), 64.0))
     assert large.width.tolist() == [[960], [960]], "the training's own cameras are left alone"
-    as_they_are = unseen.small_pinholes(ns_cameras(cameras(2)))
+    as_they_are = unseen.small_cameras(ns_cameras(cameras(2)))
     assert as_they_are.width.tolist() == [[96], [96]]
 
 
