@@ -82,8 +82,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
 
     fill_unseen: bool = True
     """Pixels of a view whose surface no training image shows, by the field's own depth, get the smoothest colours that
-    go on from those around; what the field has there is chance. Not with more than 32 training images. Not in the
-    paper."""
+    go on from those around; what the field has there is chance. Masks are not looked at. Not with more than 32 training
+    images. Not in the paper."""
 
     # The geometric terms
     frustum_weight: float = 0.01
