@@ -58,7 +58,7 @@ class DiffusioNeRFModel(NerfactoModel):
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
         self._surfaces: unseen.ShownSurfaces | None = None
-        self.register_load_state_dict_post_hook(lambda *_: self._forget_surfaces())
+        self.register_load_state_dict_post_hook(self._forget_surfaces)
         self.total_steps = 1
         self._in_training_run = False
         scale = self.config.metric_scale
@@ -245,7 +245,7 @@ class DiffusioNeRFModel(NerfactoModel):
         z = outputs["planar_depth"] / torch.nan_to_num(self.metric_scale, nan=1.0)
         return torch.where(empty, torch.inf, z)[..., 0]
 
-    def _forget_surfaces(self) -> None:
+    def _forget_surfaces(self, *_: Any) -> None:
         self._surfaces = None
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
