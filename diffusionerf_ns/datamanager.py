@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
-from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
@@ -21,6 +20,7 @@ from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
+from diffusionerf_ns.visibility import are_perspective
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def _match_images(self) -> None:
         """Match the training images; keep the depth that is found, and tell the model where the scene lies."""
         cameras = self.train_dataset.cameras
-        if not bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all()):
+        if not are_perspective(cameras):
             CONSOLE.print("[yellow]Stereo is left out: it is made for perspective cameras.")
             return
         by, completer = self._completer()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
@@ -30,6 +30,7 @@ from diffusionerf_ns import unseen
 from diffusionerf_ns.patches import image_patch_focal
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.tiles import over_tiles
+from diffusionerf_ns.visibility import are_perspective
 
 COUNT_COLOURS = ((0.35, 0.07, 0.10), (0.90, 0.45, 0.10), (0.95, 0.85, 0.25), (0.20, 0.65, 0.35))
 """Colours of 0, 1, 2 and 3 or more training cameras."""
@@ -195,11 +196,6 @@ def view_outputs(ready: dict[str, Tensor], camera: Cameras, context: ViewContext
     return ViewOutputs(ready, on_demand, pictures if live else None)
 
 
-def is_perspective(camera: Cameras) -> bool:
-    """Whether the prior can judge a view of this camera."""
-    return int(camera.camera_type.reshape(-1)[0]) == CameraType.PERSPECTIVE.value
-
-
 class _View:
     """Intermediate results of one view, each computed once."""
 
@@ -220,7 +216,7 @@ class _View:
         return self._once("x", lambda: rgbd.encode(self.rgb.permute(2, 0, 1), self.z, self._context.spec().near))
 
     def score(self) -> Float[Tensor, "4 h w"]:
-        if not is_perspective(self._camera):
+        if not are_perspective(self._camera):
             raise InputError("the prior knows perspective cameras only; choose another camera type, or another output.")
         focal = float(self._camera.fx.reshape(-1)[0])
         return self._once("score", lambda: tiled_score(self.x(), self._context.prior(), self._context.tau, focal))
@@ -236,7 +232,7 @@ class _View:
     def colours(self) -> Float[Tensor, "h w 3"]:
         """As they are shown: without grain where the prior can judge the view, and filled where nothing was seen."""
         rgb, refined = self.rgb, self._context.refined
-        if refined is not None and is_perspective(self._camera):
+        if refined is not None and are_perspective(self._camera):
             rgb = refined(rgb, self.z, self._camera)
         return rgb if self._context.hidden is None else unseen.fill(rgb, self.unseen())
 

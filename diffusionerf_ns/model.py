@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from jaxtyping import Bool, Float
-from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle, RaySamples
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
@@ -30,7 +30,7 @@ from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.viewer import InspectionPanel, LastPatch, draw_small_on_cpu
-from diffusionerf_ns.visibility import TrainingFrusta
+from diffusionerf_ns.visibility import TrainingFrusta, are_perspective
 
 
 class DiffusioNeRFModel(NerfactoModel):
@@ -213,8 +213,7 @@ class DiffusioNeRFModel(NerfactoModel):
         """Whether views are filled where they show nothing known: not while a training waits for its viewer."""
         if not self.config.fill_unseen or self.frusta is None or len(self.frusta) > unseen.MAX_VIEWS:
             return False
-        cameras = self.metadata["train_cameras"]
-        if not bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all()):
+        if not are_perspective(self.metadata["train_cameras"]):
             return False
         return not (self._in_training_run and inspection.in_viewer())
 

@@ -6,6 +6,7 @@ what is known around are wrong by less, and do not catch the eye.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,6 +42,15 @@ class ShownSurfaces:
     depth: Sequence[Float[Tensor, "_h _w"]]
     """Planar depth of each of these views, scene units; infinite where they meet nothing."""
 
+    @cached_property
+    def _farthest(self) -> list[Float[Tensor, "_h _w"]]:
+        """Of the 3 x 3 pixels about each pixel of each view, the largest depth."""
+        return [F.max_pool2d(depth[None, None], 3, stride=1, padding=1)[0, 0] for depth in self.depth]
+
+    @cached_property
+    def _borders(self) -> list[tuple[Float[Tensor, "2"], Float[Tensor, "2"]]]:
+        return [_slopes(self.cameras[index : index + 1]) for index in range(len(self.depth))]
+
     @torch.no_grad()
     def hide(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
         """Whether no training image shows a point; False of points that are not finite.
@@ -50,22 +60,20 @@ class ShownSurfaces:
         finite = points.isfinite().all(dim=-1)
         points = torch.where(finite[:, None], points, 0.0)
         shown = torch.zeros_like(finite)
-        for index, depth in enumerate(self.depth):
+        for index, (farthest, (low, high)) in enumerate(zip(self._farthest, self._borders)):
             camera = self.cameras[index : index + 1]
             pose = camera.camera_to_worlds[0]
             local = (points - pose[:, 3]) @ pose[:, :3]
             z = -local[:, 2]
             ahead = z.clamp_min(1e-6)[:, None]
             slope = torch.stack([local[:, 0], -local[:, 1]], dim=-1) / ahead
-            low, high = _slopes(camera)
             inside = (z > 0) & ((slope >= low) & (slope <= high)).all(dim=-1)
             if camera.distortion_params is not None:
                 slope = distort(slope, camera.distortion_params[0])
             focal, centre = (torch.cat(pair, dim=-1) for pair in ((camera.fx, camera.fy), (camera.cx, camera.cy)))
             column, row = (slope * focal + centre).floor().unbind(dim=-1)
-            height, width = depth.shape
+            height, width = farthest.shape
             inside &= (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            farthest = F.max_pool2d(depth[None, None], 3, stride=1, padding=1)[0, 0]
             there = farthest[row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()]
             shown |= inside & (z < there * (1.0 + BEHIND))
         return finite & ~shown
@@ -101,20 +109,14 @@ def fill(rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"]) -> Float[Tens
     """Colours of a view with those of unseen pixels spread from the pixels around; as they are if all are unseen."""
     if not bool(unseen.any()) or bool(unseen.all()):
         return rgb
-    colours, hole = rgb.permute(2, 0, 1)[None], unseen[None, None].to(rgb)
-    scale = (MAX_PIXELS / unseen.numel()) ** 0.5
-    if scale < 1.0:
-        size = tuple(max(round(length * scale), 1) for length in unseen.shape)
-        known = F.interpolate(1.0 - hole, size=size, mode="area")
-        small = F.interpolate(colours * (1.0 - hole), size=size, mode="area") / known.clamp_min(1e-6)
-        small_hole = known[0, 0] <= 0.0
-    else:
-        small, small_hole = colours, unseen
-    values = spread(small[0].permute(1, 2, 0).cpu().numpy().astype(np.float64), small_hole.cpu().numpy())
-    filled = torch.from_numpy(values).to(rgb)
-    if scale < 1.0:
-        large = F.interpolate(filled.permute(2, 0, 1)[None], size=tuple(unseen.shape), mode="bilinear")
-        filled = large[0].permute(1, 2, 0)
+    scale = min((MAX_PIXELS / unseen.numel()) ** 0.5, 1.0)
+    size = tuple(max(round(length * scale), 1) for length in unseen.shape)
+    seen = (~unseen)[None, None].to(rgb)
+    known = F.interpolate(seen, size=size, mode="area")
+    small = F.interpolate(rgb.permute(2, 0, 1)[None] * seen, size=size, mode="area") / known.clamp_min(1e-6)
+    values = spread(small[0].permute(1, 2, 0).cpu().double().numpy(), (known[0, 0] <= 0.0).cpu().numpy())
+    large = F.interpolate(torch.from_numpy(values).to(rgb).permute(2, 0, 1)[None], size=unseen.shape, mode="bilinear")
+    filled = large[0].permute(1, 2, 0)
     return torch.where(unseen[..., None], filled, rgb)
 
 

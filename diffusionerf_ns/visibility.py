@@ -1,9 +1,14 @@
-"""How many training frusta see a point."""
+"""Cameras and what lies in their views: how many training frusta see a point."""
 
 import torch
 from jaxtyping import Float, Int
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor, nn
+
+
+def are_perspective(cameras: Cameras) -> bool:
+    """Whether all cameras are of nerfstudio's perspective type."""
+    return bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all())
 
 
 class TrainingFrusta(nn.Module):

@@ -9,7 +9,6 @@ them: sharp frames; training views that share about .7 of what they see, as thos
 of which they show .85.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image
 from scipy.ndimage import laplace
 
 from ddm_training.errors import InputError
 from ddm_training.rgbd_folder import image_size, list_pairs, read_intrinsics, read_pair
+from ddm_training.transforms import write_views
 
 NUM_TEST = 6
 SHARED = (0.4, 0.7, 0.9)  # what a training view shows of another's surfaces: at least, at best, at most
@@ -175,36 +174,11 @@ def choose(video: Video, count: int) -> list[tuple[tuple[int, int, int], list[in
 
 
 def write(video: Video, train: Sequence[int], test: Sequence[int], folder: Path) -> None:
-    """A capture in nerfstudio's format; images in their own size, depth in millimetres."""
-    frames, lists = [], {"train": [], "test": []}
-    for kind, chosen in (("train", train), ("test", test)):
-        for frame in chosen:
-            name = f"{kind}_{video.names[frame]}.png"
-            for part, content in (
-                ("images", video.color[frame]),
-                ("depth", np.rint(1000.0 * video.depth[frame]).astype(np.uint16)),
-            ):
-                (folder / part).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(content).save(folder / part / name)
-            frames.append(
-                {
-                    "file_path": f"images/{name}",
-                    "depth_file_path": f"depth/{name}",
-                    "transform_matrix": (video.poses[frame] @ OPENGL).tolist(),
-                }
-            )
-            lists[kind].append(f"images/{name}")
+    """A capture in nerfstudio's format; images in their own size."""
     height, width = video.depth[0].shape
-    content = dict(zip(("fl_x", "fl_y", "cx", "cy"), video.intrinsics)) | {
-        "camera_model": "OPENCV",
-        "w": width,
-        "h": height,
-        "train_filenames": lists["train"],
-        "val_filenames": lists["test"],
-        "test_filenames": lists["test"],
-        "frames": frames,
-    }
-    (folder / "transforms.json").write_text(json.dumps(content, indent=2) + "\n")
+    chosen = [("train", frame) for frame in train] + [("test", frame) for frame in test]
+    views = ((kind, video.names[i], video.color[i], video.depth[i], video.poses[i] @ OPENGL) for kind, i in chosen)
+    write_views(folder, views, video.intrinsics, (width, height), {})
 
 
 def main() -> None:

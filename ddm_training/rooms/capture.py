@@ -1,18 +1,11 @@
-"""A room as a few-view capture: `transforms.json` as nerfstudio reads it, images, and true depth.
-
-Poses are camera-to-world in OpenGL axes (right, up, backward), metres, z up. Depth files are 16-bit PNG in millimetres
-of planar z (nerfstudio's default unit), 0 where there is none (the sky). Intrinsics count the centre of the first pixel
-as (0.5, 0.5).
-"""
+"""A room as a few-view capture, see `transforms`: z is up, and the sky has no depth."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from ddm_training.errors import InputError
 from ddm_training.rooms.cameras import capture_cameras, exposure, room_with_views
@@ -20,8 +13,8 @@ from ddm_training.rooms.render import Camera
 from ddm_training.rooms.scene import Room
 from ddm_training.rooms.shading import render
 from ddm_training.rooms.store import View, develop
+from ddm_training.transforms import FILE, CaptureView, write_views
 
-FILE = "transforms.json"
 GENERATOR = "ddm rooms"
 
 
@@ -94,39 +87,12 @@ def write_capture(job: CaptureJob) -> int:
     for sub in ("images", "depth"):
         if (job.folder / sub).exists():
             shutil.rmtree(job.folder / sub)
-        (job.folder / sub).mkdir(parents=True)
-    frames, lists = [], {"train": [], "test": []}
-    for kind, cameras in (("train", train), ("test", test)):
-        for number, camera in enumerate(cameras):
-            name = f"{kind}_{number:03d}.png"
-            linear, depth, _ = render(room.scene, room.shadows, camera)
-            Image.fromarray(develop(linear, gain)).save(job.folder / "images" / name)
-            millimetres = np.rint(np.where(np.isfinite(depth), 1000.0 * depth, 0.0)).clip(0, 65535).astype(np.uint16)
-            Image.fromarray(millimetres).save(job.folder / "depth" / name)
-            frames.append(
-                {
-                    "file_path": f"images/{name}",
-                    "depth_file_path": f"depth/{name}",
-                    "transform_matrix": camera.camera_to_world.tolist(),
-                }
-            )
-            lists[kind].append(f"images/{name}")
-    fx, fy, cx, cy = train[0].intrinsics
-    content = {
-        "camera_model": "OPENCV",
-        "fl_x": fx,
-        "fl_y": fy,
-        "cx": cx,
-        "cy": cy,
-        "w": size.width,
-        "h": size.height,
-        "made_by": {k: v for k, v in job.options.items() if k not in ("w", "h", "fl_x")},
-        "train_filenames": lists["train"],
-        "val_filenames": lists["test"],
-        "test_filenames": lists["test"],
-        "frames": frames,
-    }
-    part = job.folder / f"{FILE}.part"
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.rename(job.folder / FILE)
-    return len(frames)
+
+    def views() -> Iterator[CaptureView]:
+        for kind, cameras in (("train", train), ("test", test)):
+            for number, camera in enumerate(cameras):
+                linear, depth, _ = render(room.scene, room.shadows, camera)
+                yield kind, f"{number:03d}", develop(linear, gain), depth, camera.camera_to_world
+
+    made_by = {k: v for k, v in job.options.items() if k not in ("w", "h", "fl_x")}
+    return write_views(job.folder, views(), train[0].intrinsics, (size.width, size.height), {"made_by": made_by})
