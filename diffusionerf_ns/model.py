@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.cameras.rays import RayBundle, RaySamples
+from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.losses import interlevel_loss
@@ -25,6 +25,7 @@ from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers,
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch, StereoRequest
 from diffusionerf_ns.errors import check_finite
+from diffusionerf_ns.geometric_losses import geometric_losses, stereo_losses
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
@@ -351,71 +352,28 @@ class DiffusioNeRFModel(NerfactoModel):
                 outputs["weights_list"], outputs["ray_samples_list"]
             )
             patches: PatchBatch | None = batch.get("patches")
-            losses.update(self._geometric_losses(outputs, count, None if patches is None else patches.first_ray, log))
+            losses.update(
+                geometric_losses(
+                    self.config,
+                    outputs,
+                    step=self.step,
+                    total_steps=self.total_steps,
+                    far=float(self.collider.bounds[1]),
+                    frusta=self.frusta,
+                    pixel_rays=count,
+                    first_patch_ray=None if patches is None else patches.first_ray,
+                    log=log,
+                )
+            )
             stereo: StereoBatch | None = batch.get("stereo")
             if stereo is not None:
-                losses.update(self._stereo_losses(outputs, stereo, log))
+                losses.update(stereo_losses(self.config, outputs, stereo, log))
             if patches is not None:
                 losses["score_loss"] = self._score_loss(outputs, patches, log)
             self._find_metric_scale(outputs)
             log |= inspection.depth_quantiles(outputs["depth"][:count, 0])
             self.camera_optimizer.get_loss_dict(losses)
         check_finite(losses, self.step)
-        return losses
-
-    def _geometric_losses(
-        self, outputs: dict[str, Any], pixel_rays: int, first_patch_ray: int | None, log: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Frustum, foreground and distortion terms on all rays.
-
-        A term whose weight is 0 is not computed, nor is the frustum term where it asks for nothing.
-        """
-        c = self.config
-        weights, edges = _weights_and_edges(outputs)
-        losses: dict[str, Tensor] = {}
-
-        frustum_weight = c.frustum_weight * schedules.boost(
-            self.step, steps=c.frustum_boost_steps, after=c.frustum_after
-        )
-        views = 0 if self.frusta is None else min(c.frustum_views, len(self.frusta))
-        if frustum_weight > 0.0 and self.frusta is not None and (views > 1 or first_patch_ray is not None):
-            required = torch.zeros(weights.shape[0], dtype=torch.int64, device=weights.device)
-            required[:pixel_rays] = views if views > 1 else 0
-            if first_patch_ray is not None:
-                required[first_patch_ray:] = 1
-            samples: RaySamples = outputs["ray_samples_list"][-1]
-            seen = self.frusta.count(samples.frustums.get_positions().detach())
-            log["frustum"] = regularizers.frustum(weights, seen, required)
-            losses["frustum_loss"] = frustum_weight * log["frustum"]
-        if c.foreground_weight > 0.0:
-            log["foreground"] = regularizers.foreground(weights)
-            losses["foreground_loss"] = c.foreground_weight * log["foreground"]
-        distortion_weight = c.distortion_weight * schedules.ramp(
-            self.step, self.total_steps, start=c.distortion_start, end=c.distortion_full
-        )
-        if distortion_weight > 0.0:
-            log["distortion"] = regularizers.distortion(
-                weights, edges, outputs["expected_depth"][:, 0], far=float(self.collider.bounds[1])
-            )
-            losses["distortion_loss"] = distortion_weight * log["distortion"]
-        return losses
-
-    def _stereo_losses(self, outputs: dict[str, Any], stereo: StereoBatch, log: dict[str, Any]) -> dict[str, Tensor]:
-        """What weights cost where stereo knows that no surface is; a term whose weight is 0 is not computed."""
-        c = self.config
-        weights, edges = _weights_and_edges(outputs)
-        losses: dict[str, Tensor] = {}
-        if c.stereo_depth_weight > 0.0:
-            log["stereo_depth"] = regularizers.known_depth(weights[stereo.rays], edges[stereo.rays], stereo.distance)
-            losses["stereo_depth_loss"] = c.stereo_depth_weight * log["stereo_depth"]
-        if c.completed_depth_weight > 0.0:
-            n = len(stereo.completed)
-            margin = torch.where(stereo.confirmed, c.confirmed_depth_margin, c.completed_depth_margin)
-            margin = margin.minimum(c.completed_error_factor * stereo.error)
-            told = stereo.error.isfinite()
-            trust = torch.where(told, (c.completed_sure_error / stereo.error).clamp_max(1.0), 1.0)
-            log["completed_depth"] = regularizers.coarse_depth(weights[:n], edges[:n], stereo.completed, margin, trust)
-            losses["completed_depth_loss"] = c.completed_depth_weight * log["completed_depth"]
         return losses
 
     def _score_loss(self, outputs: dict[str, Any], patches: PatchBatch, log: dict[str, Any]) -> Tensor:
@@ -462,10 +420,3 @@ class DiffusioNeRFModel(NerfactoModel):
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
             self.metric_scale.fill_(metric_scale_from_disparity(disparity, self._prior_spec()))
             CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
-
-
-def _weights_and_edges(outputs: dict[str, Any]) -> tuple[Float[Tensor, "rays samples"], Float[Tensor, "rays edges"]]:
-    """Weights of the field's samples, and the edges of their intervals in scene units."""
-    frustums = outputs["ray_samples_list"][-1].frustums
-    edges = torch.cat([frustums.starts[..., 0], frustums.ends[:, -1:, 0]], dim=-1)
-    return outputs["weights_list"][-1][..., 0], edges

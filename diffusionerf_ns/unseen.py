@@ -15,6 +15,8 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusionerf_ns.visibility import Projections
+
 MAX_VIEWS = 32  # more training views leave little unseen, and their depth would take long
 WIDTH = 128  # pixels of the training views' depth, at most
 BEHIND = 0.05  # relative difference of depth from which a point is hidden
@@ -48,8 +50,8 @@ class ShownSurfaces:
         return [F.max_pool2d(depth[None, None], 3, stride=1, padding=1)[0, 0] for depth in self.depth]
 
     @cached_property
-    def _borders(self) -> list[tuple[Float[Tensor, "2"], Float[Tensor, "2"]]]:
-        return [_slopes(self.cameras[index : index + 1]) for index in range(len(self.depth))]
+    def _projections(self) -> Projections:
+        return Projections(self.cameras)
 
     @torch.no_grad()
     def hide(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
@@ -60,49 +62,13 @@ class ShownSurfaces:
         finite = points.isfinite().all(dim=-1)
         points = torch.where(finite[:, None], points, 0.0)
         shown = torch.zeros_like(finite)
-        for index, (farthest, (low, high)) in enumerate(zip(self._farthest, self._borders)):
-            camera = self.cameras[index : index + 1]
-            pose = camera.camera_to_worlds[0]
-            local = (points - pose[:, 3]) @ pose[:, :3]
-            z = -local[:, 2]
-            ahead = z.clamp_min(1e-6)[:, None]
-            slope = torch.stack([local[:, 0], -local[:, 1]], dim=-1) / ahead
-            inside = (z > 0) & ((slope >= low) & (slope <= high)).all(dim=-1)
-            if camera.distortion_params is not None:
-                slope = distort(slope, camera.distortion_params[0])
-            focal, centre = (torch.cat(pair, dim=-1) for pair in ((camera.fx, camera.fy), (camera.cx, camera.cy)))
-            column, row = (slope * focal + centre).floor().unbind(dim=-1)
+        for index, farthest in enumerate(self._farthest):
+            pixel, z, inside = self._projections(index, points)
             height, width = farthest.shape
-            inside &= (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            column, row = pixel.nan_to_num().floor().unbind(dim=-1)
             there = farthest[row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()]
             shown |= inside & (z < there * (1.0 + BEHIND))
         return finite & ~shown
-
-
-def distort(slope: Float[Tensor, "n 2"], parameters: Float[Tensor, "6"]) -> Float[Tensor, "n 2"]:
-    """x / z and y / z (y down) as the lens bends them: nerfstudio's k1, k2, k3, k4, p1, p2 (OpenCV's model)."""
-    k1, k2, k3, k4, p1, p2 = parameters.tolist()
-    x, y = slope.unbind(dim=-1)
-    square = x.square() + y.square()
-    radial = 1.0 + square * (k1 + square * (k2 + square * (k3 + square * k4)))
-    return torch.stack(
-        [
-            radial * x + 2.0 * p1 * x * y + p2 * (square + 2.0 * x.square()),
-            radial * y + 2.0 * p2 * x * y + p1 * (square + 2.0 * y.square()),
-        ],
-        dim=-1,
-    )
-
-
-def _slopes(camera: Cameras) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
-    """Least and largest x / z and y / z (y down) of a camera's border; beyond, a lens's polynomial means nothing."""
-    steps = torch.linspace(0.0, 1.0, 9)
-    sides = [torch.stack([edge, steps], -1) for edge in (torch.zeros(9), torch.ones(9))]
-    share = torch.cat([*sides, *(side.flip(-1) for side in sides)]).to(camera.device)
-    border = share * torch.cat([camera.height, camera.width], dim=-1)
-    directions = camera.generate_rays(camera_indices=0, coords=border).directions @ camera.camera_to_worlds[0, :, :3]
-    slope = torch.stack([directions[:, 0], -directions[:, 1]], dim=-1) / -directions[:, 2:]
-    return slope.amin(dim=0) - 1e-4, slope.amax(dim=0) + 1e-4
 
 
 def fill(rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:

@@ -23,6 +23,7 @@ from ddm_training.unet import make_scheduler
 from diffusionerf_ns import inspection, regularizers, unseen
 from diffusionerf_ns.datamanager import StereoBatch
 from diffusionerf_ns.errors import InputError, NonFiniteLossError
+from diffusionerf_ns.geometric_losses import stereo_losses
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.refine import ViewRefiner
@@ -410,7 +411,7 @@ def test_completed_depth_is_held_closer_where_another_image_or_its_network_is_su
     log: dict[str, Any] = {}
     frustums = SimpleNamespace(starts=torch.full((4, 1, 1), 3.5), ends=torch.full((4, 1, 1), 4.5))
     outputs = {"weights_list": [torch.ones(4, 1, 1)], "ray_samples_list": [SimpleNamespace(frustums=frustums)]}
-    losses = model._stereo_losses(outputs, known, log)
+    losses = stereo_losses(model.config, outputs, known, log)
     assert float(log["completed_depth"]) == pytest.approx(cost)
     assert float(losses["completed_depth_loss"]) == pytest.approx(0.3 * cost)
 

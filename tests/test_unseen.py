@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from box_room import HALF, Pinhole, cameras, look_at, planar_depth
-from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
 from nerfstudio.cameras.cameras import Cameras
 
 from diffusionerf_ns import unseen
@@ -99,13 +98,6 @@ def test_a_view_through_a_lens_shows_its_own_pixels_and_nothing_beyond(k1):
     beyond = torch.tensor([[-3.0, 36.0], [75.0, 48.0], [36.0, -3.0], [36.0, 99.0]])  # rows and columns
     rays = cameras.generate_rays(camera_indices=0, coords=beyond)
     assert shown.hide(rays.origins + 2.0 * rays.directions).all()
-
-
-def test_distortion_undoes_what_nerfstudio_undistorts():
-    slope = 0.5 * (2.0 * torch.rand(200, 2) - 1.0)
-    lens = torch.tensor([-0.1, 0.02, 0.01, -0.01, 0.01, -0.02])
-    there = radial_and_tangential_undistort(slope, lens.expand(200, 6), max_iterations=50)
-    torch.testing.assert_close(unseen.distort(there, lens), slope, atol=1e-5, rtol=0.0)
 
 
 def test_small_cameras_show_what_the_cameras_show_in_fewer_pixels():

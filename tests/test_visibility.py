@@ -1,14 +1,16 @@
 """Frustum counts against a plain loop over points and cameras."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
 from nerfstudio.cameras.cameras import Cameras
 
 from diffusionerf_ns.patches import random_rotation
-from diffusionerf_ns.visibility import TrainingFrusta
+from diffusionerf_ns.visibility import Projections, TrainingFrusta, distort
 
 NEAR = 0.3
 
@@ -87,6 +89,67 @@ def test_points_just_inside_the_corner_pixels_are_seen_and_just_outside_are_not(
         corners = [(v, u) for v in (margin, height - margin) for u in (margin, width - margin)]
         rays = cameras.generate_rays(torch.zeros(4, 1, dtype=torch.int64), coords=torch.tensor(corners))
         assert frusta.count(rays.origins + 3.0 * rays.directions).tolist() == [expected] * 4
+
+
+LENS = [-0.1, 0.02, 0.01, -0.01, 0.01, -0.02]
+
+
+def lens_cameras(count: int, seed: int) -> Cameras:
+    cameras = random_cameras(count, torch.Generator().manual_seed(seed))
+    # Narrower, as the polynomial of this lens folds back far off the axis.
+    cameras.fx, cameras.fy = 3.0 * cameras.fx, 3.0 * cameras.fy
+    cameras.distortion_params = torch.tensor(LENS).expand(count, 6)
+    return cameras
+
+
+def test_a_frustum_behind_a_lens_ends_where_the_image_does():
+    """nerfstudio's rays through the image's border go through what a lens makes of the frustum."""
+    cameras = lens_cameras(1, seed=3)
+    frusta = TrainingFrusta(cameras, NEAR)
+    cameras.distortion_params, lens = None, cameras.distortion_params
+    pinhole = TrainingFrusta(cameras, NEAR)
+    cameras.distortion_params = lens
+    height, width = float(cameras.height[0]), float(cameras.width[0])
+    along = torch.linspace(0.0, 1.0, 11)[:, None]
+    for margin, expected in ((0.1, 1), (-0.1, 0)):
+        ends = torch.tensor([[margin, margin], [margin, width - margin], [height - margin, width - margin]])
+        ends = torch.cat([ends, torch.tensor([[height - margin, margin], [margin, margin]])])
+        coords = torch.cat([a + along * (b - a) for a, b in itertools.pairwise(ends)])
+        rays = cameras.generate_rays(torch.zeros(len(coords), 1, dtype=torch.int64), coords=coords)
+        points = rays.origins + 3.0 * rays.directions
+        assert frusta.count(points).tolist() == [expected] * len(coords)
+        if expected == 0:
+            assert pinhole.count(points).any(), "without the lens some of them would be seen"
+
+
+@pytest.mark.parametrize("lens", [False, True])
+def test_the_point_along_a_pixels_ray_is_projected_into_that_pixel(lens):
+    cameras = lens_cameras(2, seed=6) if lens else random_cameras(2, torch.Generator().manual_seed(6))
+    projections = Projections(cameras)
+    for index in range(2):
+        size = torch.tensor([int(cameras.height[index]), int(cameras.width[index])])
+        coords = torch.rand(200, 2, generator=torch.Generator().manual_seed(7)) * size
+        rays = cameras.generate_rays(torch.full((200, 1), index), coords=coords)
+        planar = torch.linspace(0.5, 9.0, 200)
+        points = rays.origins + rays.directions * (planar[:, None] * rays.metadata["directions_norm"])
+        pixel, z, inside = projections(index, points)
+        torch.testing.assert_close(pixel.flip(-1), coords, atol=0.02, rtol=0.0)
+        torch.testing.assert_close(z, planar, atol=1e-4, rtol=1e-4)
+        assert inside.all()
+
+
+def test_a_lens_that_bends_nothing_is_none():
+    cameras = random_cameras(2, torch.Generator().manual_seed(8))
+    cameras.distortion_params = torch.zeros(2, 6)
+    assert Projections(cameras).lens is None
+    assert Projections(lens_cameras(2, seed=8)).lens is not None
+
+
+def test_distortion_undoes_what_nerfstudio_undistorts():
+    slope = 0.5 * (2.0 * torch.rand(200, 2) - 1.0)
+    lens = torch.tensor([-0.1, 0.02, 0.01, -0.01, 0.01, -0.02])
+    there = radial_and_tangential_undistort(slope, lens.expand(200, 6), max_iterations=50)
+    torch.testing.assert_close(distort(there, lens), slope, atol=1e-5, rtol=0.0)
 
 
 def test_near_is_a_planar_depth():
