@@ -112,16 +112,41 @@ def evaluate_view(
     rgb_true: Float[Tensor, "h_true w_true 3"],
     mask: Bool[Tensor, "h_mask w_mask"] | None = None,
     lpips: LpipsNetworks | None = None,
+    *,
+    colour_corrected: bool = False,
 ) -> dict[str, float]:
     """nerfstudio's own metrics by their plain names, and the protocol's as "llff-regnerf/psnr"; see `evaluate_image`.
 
-    The masked protocol is left out for an image without a mask.
+    The masked protocol is left out for an image without a mask. ``colour_corrected`` adds nerfstudio's metrics of
+    `colour_correct`'s render as "cc_psnr", "cc_ssim" and "cc_lpips", as its splatfacto calls them.
     """
     values = evaluate_image("nerfstudio", rgb_pred, rgb_true, lpips=lpips)
+    if colour_corrected:
+        corrected = evaluate_image("nerfstudio", colour_correct(rgb_pred, rgb_true), rgb_true, lpips=lpips)
+        values |= {f"cc_{name}": value for name, value in corrected.items()}
     if protocol == "nerfstudio" or (PROTOCOLS[protocol].masked and mask is None):
         return values
     judged = evaluate_image(protocol, rgb_pred, rgb_true, mask, lpips)
     return values | {f"{protocol}/{name}": value for name, value in judged.items()}
+
+
+def colour_correct(rgb_pred: Image, rgb_true: Image) -> Image:
+    """The render with the exposure and white balance of the photograph: nerfstudio's quadratic fit of its colours.
+
+    For captures whose exposure changes: a test image's own is nothing that the training images tell, and PSNR counts
+    little else there. The fit sees the true image, so it must not be compared with numbers without it.
+
+    Args:
+        rgb_pred: rendered image, colours in [0, 1]. One that is not finite is given back as it is.
+        rgb_true: true image.
+    """
+    from nerfstudio.model_components.lib_bilagrid import color_correct  # brings tensorly
+
+    if not bool(rgb_pred.isfinite().all()):
+        return rgb_pred
+    # On the CPU, whose least squares do not ask for full rank: a render may be of one colour.
+    pred, true = (rgb.detach().cpu().double().clamp(0.0, 1.0) for rgb in (rgb_pred, rgb_true))
+    return color_correct(pred, true).to(rgb_pred)
 
 
 def evaluate_depth(

@@ -162,14 +162,17 @@ class DiffusioNeRFModel(NerfactoModel):
         """Metrics of one image under the capture's protocol, and pictures of it.
 
         Metrics are called by the protocol and their name, e.g. "llff-regnerf/psnr"; plain "psnr", "ssim", "lpips" are
-        nerfstudio's own. Depth is judged where true depth exists: planar expected depth in metres by the capture's own
-        scale, so that the metric scale found for the prior does not enter. Depth pictures keep one range, the scene's.
+        nerfstudio's own, "cc_psnr" and so on the same after `metrics.colour_correct`. Depth is judged where true depth
+        exists: planar expected depth in metres by the capture's own scale, so that the metric scale found for the prior
+        does not enter. Depth pictures keep one range, the scene's.
         """
         true, pred = self.renderer_rgb.blend_background(batch["image"].to(self.device)), outputs["rgb"]
         mask = batch["mask"][..., 0] if "mask" in batch else None
         if self._lpips is None:
             self._lpips = LpipsNetworks(self.device)
-        values = metrics.evaluate_view(self.protocol, pred, true, mask, self._lpips)
+        values = metrics.evaluate_view(
+            self.protocol, pred, true, mask, self._lpips, colour_corrected=self.config.color_corrected_metrics
+        )
         units_per_metre = self.metadata.get("scene_units_per_metre")
         if "depth_image" in batch and units_per_metre is not None:
             z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)

@@ -162,6 +162,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """After training, rays get this many times the samples of training: with a laptop's few samples, neighbouring
     rays hit and miss thin surfaces, which is grain in the image. The viewer of a run that is under way does without."""
 
+    color_corrected_metrics: bool = False
+    """Evaluation gives cc_psnr, cc_ssim and cc_lpips as well: of renders whose colours are fitted to each test image's
+    exposure and white balance. For captures whose cameras changed them; as in nerfstudio's splatfacto."""
+
     # Deviations of the backbone from nerfacto's defaults
     camera_optimizer: CameraOptimizerConfig = field(default_factory=lambda: CameraOptimizerConfig(mode="off"))
     """Off: three views do not determine poses and a scene at once."""

@@ -18,6 +18,7 @@ from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.metrics import (
     PROTOCOLS,
     average_error,
+    colour_correct,
     evaluate_depth,
     evaluate_image,
     evaluate_view,
@@ -135,6 +136,36 @@ def test_masked_metrics_agree_with_plain_numpy_and_skimage():
     white = [image * m[..., None] + (1 - m[..., None]) for image in (a, b)]
     expected = structural_similarity(*white, channel_axis=-1, data_range=1)
     assert values["ssim"] == pytest.approx(expected, abs=1e-9)
+
+
+def photograph() -> Tensor:
+    """Smooth colours that fill the range without touching its ends."""
+    v, u = torch.meshgrid(torch.linspace(0.0, 1.0, 40), torch.linspace(0.0, 1.0, 50), indexing="ij")
+    return 0.1 + 0.7 * torch.stack([u, v, 0.5 * (u + torch.sin(6.0 * v).abs())], dim=-1)
+
+
+def test_colour_correction_takes_out_exposure_and_white_balance_and_no_more():
+    true = photograph()
+    dark = true * torch.tensor([0.5, 0.8, 0.6]) + 0.02
+    torch.testing.assert_close(colour_correct(dark, true), true, atol=1e-4, rtol=0.0)
+    noise = 0.05 * torch.randn(true.shape, generator=torch.Generator().manual_seed(0))
+    values = evaluate_view("nerfstudio", (dark + noise).clamp(0.0, 1.0), true, colour_corrected=True)
+    assert values["psnr"] < 15.0
+    assert 20.0 < values["cc_psnr"] < 26.0, "about the noise is left, enlarged by what brightens the render"
+    assert values["cc_ssim"] < 0.9
+
+
+def test_colour_correction_is_an_addition_and_takes_any_render():
+    true = photograph()
+    shifted = true.roll(5, dims=1)
+    plain, both = (evaluate_view("nerfstudio", shifted, true, colour_corrected=c) for c in (False, True))
+    assert plain.items() <= both.items()
+    assert both.keys() - plain.keys() == {"cc_psnr", "cc_ssim"}
+    grey = evaluate_view("nerfstudio", torch.full_like(true, 0.5), true, colour_corrected=True)
+    assert math.isfinite(grey["cc_psnr"])
+    assert math.isnan(
+        evaluate_view("nerfstudio", torch.full_like(true, torch.nan), true, colour_corrected=True)["cc_psnr"]
+    )
 
 
 def test_the_nerfstudio_protocol_is_what_nerfacto_computes(alexnet):

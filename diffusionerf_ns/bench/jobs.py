@@ -32,8 +32,10 @@ _NOT_HASHED = (
     "machine.dist_url",
     "pipeline.model.eval_num_rays_per_chunk",
 )
-# What changes views only, not the weights that training gives.
-_AFTER_TRAINING = tuple(f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen"))
+# What changes views and their metrics only, not the weights that training gives.
+_AFTER_TRAINING = tuple(
+    f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen", "color_corrected_metrics")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
