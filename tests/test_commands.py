@@ -1,84 +1,28 @@
-"""nerfstudio's commands on a small capture without network: train, resume, evaluate, render, view; bad input."""
+"""nerfstudio's commands on a small capture without network: train, resume, evaluate, render, view, export."""
 
-import copy
-import hashlib
 import json
-import math
-import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import box_room
 import numpy as np
 import pytest
 import torch
+import train_commands
 import yaml
-from commands import Commands, Finished, environment, script
-from nerfstudio.configs.method_configs import all_methods
-from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from commands import Finished, environment, script
 from PIL import Image
+from train_commands import STEPS, digest, run_folder, train_arguments
 
-from diffusionerf_ns import regularizers
-from diffusionerf_ns.errors import NonFiniteLossError
+folder, commands = train_commands.folder, train_commands.commands  # fixtures
+capture, llff, prior = train_commands.capture, train_commands.llff, train_commands.prior  # fixtures
 
-STEPS = 4
 WIDTH, HEIGHT = 96, 72
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("commands")
-
-
-@pytest.fixture(scope="module")
-def commands(folder) -> Iterator[Commands]:
-    server = Commands(folder)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def capture(folder) -> Path:
-    """transforms.json with true depth; train 0 2 4 5, test 1 3."""
-    return box_room.write_transforms(folder / "box")
-
-
-@pytest.fixture(scope="module")
-def llff(folder) -> Path:
-    return box_room.write_llff(folder / "llff")
-
-
-@pytest.fixture(scope="module")
-def prior(folder) -> Path:
-    return box_room.write_prior(folder / "prior")
-
-
-def train_arguments(
-    data: Path, prior: Path, name: str, *flags: object, method: str = "diffusionerf-tiny", parser: tuple = ()
-) -> list[object]:
-    """``ns-train`` for few rays and `STEPS` steps, with a checkpoint in the middle; ``flags`` win."""
-    # fmt: off
-    return [
-        "ns-train", method, "--data", data, "--output-dir", "out", "--experiment-name", "box", "--timestamp", name,
-        "--vis", "tensorboard", "--max-num-iterations", STEPS, "--steps-per-save", 2,
-        "--save-only-latest-checkpoint", "False", "--logging.local-writer.enable", "False",
-        "--pipeline.datamanager.train-num-rays-per-batch", 128, "--pipeline.datamanager.stereo-rays-per-batch", 16,
-        "--pipeline.model.prior", prior, "--pipeline.model.patch-size", "None",
-        "--pipeline.model.score-weight", 1, "--pipeline.model.metric-scale-warmup", 0.0,
-        *flags, *(parser or ("few-view-data", "--num-views", 3)),
-    ]
-    # fmt: on
-
-
-def run_folder(folder: Path, name: str, method: str = "diffusionerf-tiny") -> Path:
-    return folder / "out" / "box" / method / name
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:
@@ -87,12 +31,6 @@ def checkpoint(run: Path, step: int) -> dict[str, Any]:
 
 def checkpoints(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "nerfstudio_models").iterdir())
-
-
-def digest(root: Path) -> dict[str, str]:
-    """What every file below a folder holds."""
-    files = (p for p in sorted(root.rglob("*")) if p.is_file())
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +87,18 @@ def test_the_full_size_preset_takes_its_steps_without_a_gpu(commands, capture, p
     assert done.stdout.count("Hash grids run in plain torch") == 1
 
 
+def test_the_command_says_which_term_is_not_finite_and_keeps_checkpoints(trained, commands, capture, prior, folder):
+    run, _ = trained
+    before = digest(run)
+    # 1e39 is more than float32 can hold.
+    flags = ("--load-dir", run / "nerfstudio_models", "--pipeline.model.foreground-weight", 1e39)
+    done = commands.run(*train_arguments(capture, prior, "infinite", *flags))
+    assert done.message().startswith("Error: training stopped at step 4: foreground_loss is inf.")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert digest(run) == before
+    assert not (run_folder(folder, "infinite") / "nerfstudio_models").exists()
+
+
 # Resuming
 
 
@@ -176,109 +126,6 @@ def test_a_resumed_run_ends_at_the_step_and_rate_of_an_uninterrupted_one(trained
     assert counters(whole)["fields"][0] == {float(STEPS)}
     assert resumed["pipeline"]["_model.metric_scale"] == whole["pipeline"]["_model.metric_scale"]
     assert digest(run) == before, "the first run's folder is not touched"
-
-
-def make_trainer(folder: Path, capture: Path, prior: Path, steps: int, load: Path | None = None) -> Trainer:
-    """A trainer in this process, set up but not started."""
-    config: TrainerConfig = copy.deepcopy(all_methods["diffusionerf-tiny"])
-    config.output_dir, config.data, config.timestamp = folder, capture, "run"
-    config.max_num_iterations, config.steps_per_save, config.save_only_latest_checkpoint = steps, 2, False
-    config.vis, config.load_dir = "tensorboard", load
-    config.logging.local_writer.enable = False
-    config.pipeline.datamanager.data = capture
-    config.pipeline.datamanager.train_num_rays_per_batch = 128
-    config.pipeline.model.prior, config.pipeline.model.patch_size = str(prior), None
-    config.machine.device_type = "cpu"
-    config.set_timestamp()
-    torch.manual_seed(0)
-    random.seed(0)  # the order in which nerfstudio keeps the images
-    trainer = config.setup(local_rank=0, world_size=1)
-    trainer.setup()
-    return trainer
-
-
-def seed_every_step(monkeypatch) -> None:
-    """nerfstudio does not save the state of the random numbers: let each step begin with its own seed."""
-    plain = Trainer.train_iteration
-
-    def seeded(self: Trainer, step: int) -> Any:
-        torch.manual_seed(step)
-        random.seed(step)
-        np.random.seed(step)  # noqa: NPY002 - nerfstudio's samplers draw from the global state
-        return plain(self, step)
-
-    monkeypatch.setattr(Trainer, "train_iteration", seeded)
-
-
-def flat(state: object, path: str = "") -> dict[str, object]:
-    """A nested state as one dictionary."""
-    if isinstance(state, dict | list | tuple):
-        items = state.items() if isinstance(state, dict) else enumerate(state)
-        return {k: v for name, value in items for k, v in flat(value, f"{path}/{name}").items()}
-    return {path: state}
-
-
-def test_n_steps_are_k_steps_a_restart_and_the_rest_to_the_bit(tmp_path, capture, prior, monkeypatch):
-    seed_every_step(monkeypatch)
-    box_room.remember_stereo(monkeypatch)
-    n, k = 6, 3
-    make_trainer(tmp_path / "whole", capture, prior, n).train()
-    # Stopped as a user stops it, after a checkpoint; it was meant to have n steps.
-    first = make_trainer(tmp_path / "first", capture, prior, n)
-    plain = first.train_iteration
-
-    def interrupted(step: int) -> Any:
-        if step == k:
-            raise KeyboardInterrupt
-        return plain(step)
-
-    first.train_iteration = interrupted  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    models = first.checkpoint_dir
-    assert [p.name for p in models.iterdir()] == [f"step-{k - 1:09d}.ckpt"]
-    second = make_trainer(tmp_path / "second", capture, prior, n - k, load=models)
-    assert second.pipeline.model.total_steps == n
-    second.train()
-    whole, resumed = (
-        flat(torch.load(p, weights_only=True))
-        for p in (
-            next((tmp_path / "whole").rglob("step-000000005.ckpt")),
-            next((tmp_path / "second").rglob("step-000000005.ckpt")),
-        )
-    )
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        equal = torch.equal(value, resumed[name]) if isinstance(value, torch.Tensor) else value == resumed[name]
-        assert equal, name
-
-
-# A loss that is not finite
-
-
-def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(tmp_path, capture, prior, monkeypatch):
-    trainer = make_trainer(tmp_path, capture, prior, 10)
-    plain = regularizers.foreground
-    monkeypatch.setattr(regularizers, "foreground", lambda w: plain(w) * (math.nan if trainer.step == 3 else 1.0))
-    with pytest.raises(NonFiniteLossError, match="stopped at step 3: foreground_loss is nan"):
-        trainer.train()
-    assert sorted(p.name for p in trainer.checkpoint_dir.iterdir()) == ["step-000000002.ckpt"]
-    saved = torch.load(trainer.checkpoint_dir / "step-000000002.ckpt", weights_only=True)["pipeline"]
-    assert all(bool(v.isfinite().all()) for v in saved.values())
-    for name, value in trainer.pipeline.named_parameters():
-        assert torch.equal(value, saved[name]), f"{name}: the step that failed has not reached the weights"
-
-
-def test_the_command_says_which_term_is_not_finite_and_keeps_checkpoints(trained, commands, capture, prior, folder):
-    run, _ = trained
-    before = digest(run)
-    # 1e39 is more than float32 can hold.
-    flags = ("--load-dir", run / "nerfstudio_models", "--pipeline.model.foreground-weight", 1e39)
-    done = commands.run(*train_arguments(capture, prior, "infinite", *flags))
-    assert done.message().startswith("Error: training stopped at step 4: foreground_loss is inf.")
-    assert "Traceback" not in done.stdout + done.stderr
-    assert digest(run) == before
-    assert not (run_folder(folder, "infinite") / "nerfstudio_models").exists()
 
 
 # Evaluation, rendering, viewing, exporting
@@ -417,136 +264,3 @@ def test_ns_export_writes_a_textured_mesh(trained, commands, folder):
     assert "\nf " in (folder / "mesh" / "mesh.obj").read_text(), "faces"
     with Image.open(folder / "mesh" / "material_0.png") as texture:
         assert np.asarray(texture).std() > 0, "a texture that is not blank"
-
-
-# Bad input
-
-
-def no_such_folder(data: Path) -> None:
-    shutil.rmtree(data)
-
-
-def empty_folder(data: Path) -> None:
-    shutil.rmtree(data)
-    data.mkdir()
-
-
-def truncated_image(data: Path) -> None:
-    path = data / "images" / "004.png"
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-def nan_pose(data: Path) -> None:
-    content = json.loads((data / "transforms.json").read_text())
-    content["frames"][2]["transform_matrix"][0][3] = math.nan
-    (data / "transforms.json").write_text(json.dumps(content))
-
-
-def unchanged(data: Path) -> None:
-    pass
-
-
-def refused(commands: Commands, *arguments: object) -> str:
-    """The message of a mistake: one line, after which nothing has begun."""
-    done = commands.run(*arguments)
-    message = done.message()
-    assert message.startswith("Error: "), message
-    assert len(message.splitlines()) == 1, message
-    assert "Traceback" not in done.stdout + done.stderr
-    assert "Training Finished" not in done.stdout
-    return message
-
-
-@pytest.mark.parametrize(
-    ("damage", "flags", "expected"),
-    [
-        (no_such_folder, (), "there is no such folder"),
-        (empty_folder, (), "the folder is empty"),
-        (truncated_image, (), "004.png"),
-        (nan_pose, (), "002.png"),
-        (unchanged, ("--num-views", 30), "30"),
-        (unchanged, ("--train-ids", 0, 1, "--test-ids", 1, 2), "1"),
-        (unchanged, ("--train-ids", 0, 99), "99"),
-    ],
-    ids=["no-folder", "empty-folder", "truncated-image", "nan-pose", "too-many-views", "overlap", "no-such-id"],
-)
-def test_a_capture_that_cannot_be_used_is_refused_in_one_line(
-    commands, capture, prior, tmp_path, damage: Callable[[Path], None], flags, expected
-):
-    data = Path(shutil.copytree(capture, tmp_path / "capture"))
-    damage(data)
-    before = digest(tmp_path)
-    message = refused(commands, *train_arguments(data, prior, "bad", parser=("few-view-data", *flags)))
-    assert expected in message
-    assert digest(tmp_path) == before
-
-
-def llff_row_missing(data: Path) -> None:
-    np.save(data / "poses_bounds.npy", np.load(data / "poses_bounds.npy")[:-1])
-
-
-def llff_nan_pose(data: Path) -> None:
-    table = np.load(data / "poses_bounds.npy")
-    table[3, 7] = np.nan
-    np.save(data / "poses_bounds.npy", table)
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"), [(llff_row_missing, "9 rows, but images_8 holds 10"), (llff_nan_pose, "rows [3] hold NaN")]
-)
-def test_a_table_of_poses_that_does_not_fit_is_refused_in_one_line(commands, llff, prior, tmp_path, damage, expected):
-    data = Path(shutil.copytree(llff, tmp_path / "capture"))
-    damage(data)
-    before = digest(tmp_path)
-    assert expected in refused(commands, *train_arguments(data, prior, "bad"))
-    assert digest(tmp_path) == before
-
-
-def without_spec(folder: Path) -> None:
-    (folder / "rgbd.json").unlink()
-
-
-def with_three_channels(folder: Path) -> None:
-    shutil.rmtree(folder)
-    box_room.write_prior(folder, in_channels=3, out_channels=3)
-
-
-def with_other_widths(folder: Path) -> None:
-    path = folder / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [8, 16]}))
-
-
-def with_large_patches(folder: Path) -> None:
-    shutil.rmtree(folder)
-    box_room.write_prior(folder, patch_size=80)  # images are 72 pixels high, at the prior's focal length
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (without_spec, "has no rgbd.json"),
-        (with_three_channels, "3 from 3 channels"),
-        (with_other_widths, "do not fit"),
-        (with_large_patches, "which has only 96 x 72"),
-    ],
-)
-def test_a_prior_that_cannot_be_used_is_refused_before_the_first_step(
-    commands, capture, prior, tmp_path, damage, expected
-):
-    bad = Path(shutil.copytree(prior, tmp_path / "prior"))
-    damage(bad)
-    # An image patch is rare enough that the first steps would often do without one.
-    flags = ("--pipeline.datamanager.image-patch-share", 0.001, "--logging.local-writer.enable", "True")
-    message = refused(commands, *train_arguments(capture, bad, "bad-prior", *flags))
-    assert expected in message
-
-
-def test_a_hub_id_without_network_is_refused_in_one_line(commands, capture):
-    message = refused(commands, *train_arguments(capture, Path("someone/no-such-prior"), "hub"))
-    assert "no folder 'someone/no-such-prior' here" in message
-    assert "Check the name and the network" in message
-
-
-def test_a_run_that_never_began_leaves_no_checkpoint(commands, capture, prior, folder):
-    refused(commands, *train_arguments(capture, prior, "never", parser=("few-view-data", "--num-views", 30)))
-    assert not list(run_folder(folder, "never").rglob("*.ckpt"))

@@ -1,0 +1,156 @@
+"""What a model is built with and what its checkpoint holds: metric scale, bounds of rays, nothing of the prior."""
+
+import copy
+import math
+from typing import Any
+
+import model_steps
+import pytest
+import torch
+from model_steps import RAYS, SCORE_ALONE, TERMS_OFF, P, build, set_step, step, tie
+from nerfstudio.configs.method_configs import all_methods
+
+from diffusionerf_ns.errors import InputError
+
+folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
+
+
+# Metric scale
+
+
+def test_a_scale_that_is_given_wins(folders):
+    assert float(build(folders, metric_scale=0.37).model.metric_scale) == pytest.approx(0.37)
+
+
+def test_stereo_puts_the_scene_at_the_depth_that_the_prior_knows(folders):
+    pipeline = build(folders)
+    found = pipeline.datamanager.train_dataset.metadata["stereo"]
+    # Disparity in metres is that in scene units divided by metres per unit; the prior's median is 0.45.
+    assert found["median_disparity"] / float(pipeline.model.metric_scale) == pytest.approx(0.45)
+
+
+def test_without_bounds_and_stereo_the_scale_is_read_off_the_rendered_depth(folders):
+    options: dict[str, Any] = SCORE_ALONE | {"metric_scale_warmup": 0.2}
+    pipeline = build(folders, **options)
+    pipeline.model.metric_scale.fill_(math.nan)
+    set_step(pipeline, 19)
+    assert len(step(pipeline)[0]["rgb"]) == RAYS
+    assert pipeline.model.metric_scale.isnan()
+    set_step(pipeline, 20)
+    outputs = step(pipeline)[0]
+    assert len(outputs["rgb"]) == RAYS, "the first patch comes a step later"
+    disparity = float((1 / outputs["depth"]).median())
+    assert float(pipeline.model.metric_scale) == pytest.approx(disparity / 0.45, rel=1e-5)
+    assert len(step(pipeline)[0]["rgb"]) == RAYS + P * P
+
+
+# Bounds of rays
+
+
+@pytest.mark.parametrize(
+    ("near", "far", "begin", "end"),
+    [
+        (None, None, 0.6 * 2.0, 3.0 * 7.0),
+        (1.0, 10.0, 0.6 * 2.0, 1.25 * 10.0),
+        (4.0, 10.0, 0.75 * 4.0, 1.25 * 10.0),
+        (0.1, 1.0, 0.75 * 0.1, 1.25),  # stereo finds everything behind the far bound: one of them is wrong
+    ],
+)
+def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say_and_end_where_one_says(
+    folders, near, far, begin, end
+):
+    pipeline = build(folders)
+    metadata = dict(pipeline.datamanager.train_dataset.metadata)
+    metadata["stereo"] = metadata["stereo"] | {"near": 2.0, "far": 7.0}
+    metadata |= {} if near is None else {"near": near, "far": far}
+    model = pipeline.config.model.setup(
+        scene_box=pipeline.model.scene_box, num_train_data=4, metadata=metadata, device="cpu"
+    )
+    assert model.collider.bounds.tolist() == pytest.approx([begin, end])
+
+
+# The prior and the field
+
+
+def test_the_data_manager_is_told_of_the_models_prior_unless_it_names_its_own(folders):
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = folders[0]
+    config.datamanager.stereo_rays_per_batch = 0
+    config.model.prior, config.model.prior_revision = str(folders[2]), "v1"
+    manager = config.setup(device="cpu", test_mode="val").datamanager.config
+    assert (manager.completion_prior, manager.completion_revision) == (str(folders[2]), "v1")
+    assert config.datamanager.completion_prior is None, "the configuration that is saved stays as it was given"
+    config.datamanager.completion_prior = "another"
+    assert config.setup(device="cpu", test_mode="val").datamanager.config.completion_prior == "another"
+
+
+def test_a_prior_that_is_missing_is_refused_before_the_first_step_whatever_it_is_for(folders):
+    with pytest.raises(InputError, match="no-such-prior"):
+        build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.07, completion="membrane")
+    with pytest.raises(InputError, match="no-such-prior"):
+        build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.0)
+    build(folders, prior="no-such-prior", score_weight=0.0, refine_tau=0.0, completion="membrane")
+
+
+def test_a_run_without_a_gpu_says_once_that_tinycudann_is_not_used(folders, capsys):
+    build(folders, implementation="tcnn", **TERMS_OFF)
+    assert capsys.readouterr().out.count("Hash grids run in plain torch") == 1
+
+
+# What a checkpoint holds
+
+
+def test_the_state_holds_nothing_of_the_prior(folders):
+    bare, full = build(folders, **TERMS_OFF), build(folders)
+    step(full)
+    assert full.model.prior.denoiser is not None
+    assert full.state_dict().keys() == bare.state_dict().keys()
+    shapes = [{k: v.shape for k, v in p.state_dict().items()} for p in (bare, full)]
+    assert shapes[0] == shapes[1]
+    networks = {id(p) for p in full.model.prior.denoiser.parameters()}
+    assert not networks & {id(p) for p in full.parameters()}
+    assert not networks & {id(p) for group in full.get_param_groups().values() for p in group}
+
+
+def test_a_step_changes_nothing_of_the_prior(folders):
+    pipeline = build(folders)
+    before = copy.deepcopy(pipeline.model.prior.denoiser.state_dict())
+    sum(step(pipeline)[2].values()).backward()
+    for name, value in pipeline.model.prior.denoiser.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in pipeline.model.prior.denoiser.parameters())
+
+
+def test_a_model_is_built_without_its_prior_and_takes_the_scale_of_its_checkpoint(folders, tmp_path):
+    known = build(folders, data=folders[1])
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = folders[1]
+    config.model.prior = str(tmp_path / "gone")
+    later = config.setup(device="cpu", test_mode="test").eval()
+    assert later.model.metric_scale.isnan()
+    later.load_pipeline(known.state_dict(), 5)
+    assert float(later.model.metric_scale) == float(known.model.metric_scale)
+    assert later.model.collider.bounds.tolist() == known.model.collider.bounds.tolist()
+
+
+def test_a_loaded_model_renders_what_the_trained_one_rendered(folders):
+    """Whatever was found in the training images has to be in the checkpoint: it is not looked for again."""
+    trained = build(folders)
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data = folders[0]
+    config.model.prior, config.model.patch_size = str(folders[2]), None
+    torch.manual_seed(5)
+    loaded = config.setup(device="cpu", test_mode="test").eval()
+    loaded.load_pipeline(trained.state_dict(), 5)
+    trained.eval()
+    rays, _ = trained.datamanager.next_eval(0)
+    with torch.no_grad():
+        before, after = trained.model(copy.copy(rays)), loaded.model(copy.copy(rays))
+    for name in ("rgb", "depth", "planar_depth", "accumulation"):
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_ends_its_schedules_where_the_whole_run_does(folders):
+    pipeline = build(folders, **TERMS_OFF)
+    tie(pipeline, 600, start=400)
+    assert pipeline.model.total_steps == 1000
