@@ -94,6 +94,18 @@ def test_depth_is_judged_in_metres_whatever_scale_the_prior_was_given(folders, m
     assert values[1]["depth_abs_rel"] == pytest.approx(float(((metres - z).abs() / z).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_metrics_with_fitted_exposure_are_given_where_they_are_asked_for(folders, monkeypatch, asked):
+    monkeypatch.setattr("diffusionerf_ns.lpips.LpipsNetworks.distance", lambda *a: None)  # not asked for here
+    pipeline = build(folders, metric_scale=1.0, color_corrected_metrics=asked).eval()
+    camera, batch = next(iter(pipeline.datamanager.fixed_indices_eval_dataloader))
+    batch["image"] = 0.5 * batch["image"]
+    outputs = pipeline.model.get_outputs_for_camera(camera)
+    values = pipeline.model.get_image_metrics_and_images(outputs, batch)[0]
+    assert ({"cc_psnr", "cc_ssim"} <= values.keys()) == asked
+    assert not asked or values["cc_psnr"] > values["psnr"]
+
+
 # Refined views
 
 
