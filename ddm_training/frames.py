@@ -150,7 +150,7 @@ def _npy_header(dtype: type, shape: tuple[int, ...]) -> bytes:
 
 def _write_all(file: io.FileIO, array: np.ndarray) -> None:
     """Write all bytes: an unbuffered file may take a part of them, on a disk that is getting full."""
-    rest = memoryview(array).cast("B")
+    rest = array.data.cast("B")
     while rest:
         rest = rest[file.write(rest) :]
 
