@@ -19,7 +19,7 @@ def geometric_losses(
     *,
     step: int,
     total_steps: int,
-    far: float,
+    far: Float[Tensor, ""],
     frusta: TrainingFrusta | None,
     pixel_rays: int,
     first_patch_ray: int | None,
@@ -53,7 +53,7 @@ def geometric_losses(
         first = 0 if views > 1 or first_patch_ray is None else first_patch_ray  # of those of which something is asked
         samples: RaySamples = outputs["ray_samples_list"][-1]
         seen = torch.zeros(weights.shape, dtype=torch.int64, device=weights.device)
-        seen[first:] = frusta.count(samples.frustums.get_positions()[first:].detach())
+        seen[first:] = frusta.count(samples.frustums[first:].get_positions().detach())
         log["frustum"] = regularizers.frustum(weights, seen, required)
         losses["frustum_loss"] = config.frustum_weight * boost * log["frustum"]
 
@@ -63,7 +63,7 @@ def geometric_losses(
 
     ramp = schedules.ramp(step, total_steps, start=config.distortion_start, end=config.distortion_full)
     if config.distortion_weight * ramp > 0.0:
-        log["distortion"] = regularizers.distortion(weights, edges, outputs["expected_depth"][:, 0], far=far)
+        log["distortion"] = regularizers.distortion(weights, edges, outputs["expected_depth"][:, 0], far=float(far))
         losses["distortion_loss"] = config.distortion_weight * ramp * log["distortion"]
     return losses
 

@@ -41,6 +41,7 @@ Image: TypeAlias = Float[Tensor, "h w 3"]
 WINDOW = 7
 K1, K2 = 0.01, 0.03  # stabilisers of SSIM, in units of the data range (Wang et al., IEEE TIP 2004)
 DELTA = 1.25
+CLIPPED = 0.5 / 255  # from the ends of the range: half a grey value of a photograph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,23 +131,43 @@ def evaluate_view(
     return values | {f"{protocol}/{name}": value for name, value in judged.items()}
 
 
-def colour_correct(rgb_pred: Image, rgb_true: Image) -> Image:
-    """The render with the exposure and white balance of the photograph: nerfstudio's quadratic fit of its colours.
+def colour_correct(rgb_pred: Image, rgb_true: Image, *, rounds: int = 5) -> Image:
+    """The render with the exposure and white balance of the photograph, by a quadratic fit of its colours.
 
     For captures whose exposure changes: a test image's own is nothing that the training images tell, and PSNR counts
     little else there. The fit sees the true image, so it must not be compared with numbers without it.
 
+    The fit is that of multinerf and of nerfstudio's `color_correct` (each channel from all channels, their products and
+    1, over the pixels that are not clipped, again with those that are not clipped then), but takes renders and
+    photographs that determine no fit: of one colour, without a channel, clipped everywhere.
+
     Args:
         rgb_pred: rendered image, colours in [0, 1]. One that is not finite is given back as it is.
         rgb_true: true image.
+        rounds: of the fit.
     """
-    from nerfstudio.model_components.lib_bilagrid import color_correct  # brings tensorly
-
     if not bool(rgb_pred.isfinite().all()):
         return rgb_pred
-    # On the CPU, whose least squares do not ask for full rank: a render may be of one colour.
-    pred, true = (rgb.detach().cpu().double().clamp(0.0, 1.0) for rgb in (rgb_pred, rgb_true))
-    return color_correct(pred, true).to(rgb_pred)
+    pred, true = (rgb.detach().cpu().double().clamp(0.0, 1.0).reshape(-1, 3) for rgb in (rgb_pred, rgb_true))
+    open_before = _unclipped(pred)
+    for _ in range(rounds):
+        r, g, b = pred.unbind(dim=-1)
+        terms = torch.stack([r * r, r * g, r * b, g * g, g * b, b * b, r, g, b, torch.ones_like(r)], dim=-1)
+        fitted = []
+        for c in range(3):
+            counts = open_before[:, c] & _unclipped(pred[:, c]) & _unclipped(true[:, c])
+            if not bool(counts.any()):
+                fitted.append(pred[:, c])
+                continue
+            # gelsd gives the least solution where there are many; the default driver would give none.
+            fit = torch.linalg.lstsq(terms[counts], true[counts, c : c + 1], rcond=1e-12, driver="gelsd").solution
+            fitted.append((terms @ fit)[:, 0].clamp(0.0, 1.0))
+        pred = torch.stack(fitted, dim=-1)
+    return pred.reshape(rgb_pred.shape).to(rgb_pred)
+
+
+def _unclipped(values: Tensor) -> Tensor:
+    return (values >= CLIPPED) & (values <= 1.0 - CLIPPED)
 
 
 def evaluate_depth(

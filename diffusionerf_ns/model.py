@@ -361,7 +361,7 @@ class DiffusioNeRFModel(NerfactoModel):
                     outputs,
                     step=self.step,
                     total_steps=self.total_steps,
-                    far=float(self.collider.bounds[1]),
+                    far=self.collider.bounds[1],
                     frusta=self.frusta,
                     pixel_rays=count,
                     first_patch_ray=None if patches is None else patches.first_ray,

@@ -1,11 +1,12 @@
 """Where points lie in the images of cameras, lens included, and how many training frusta see a point."""
 
+import math
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor, nn
-
-_SLACK = 1e-4  # of a slope: nerfstudio undistorts the border to about that
 
 
 def are_perspective(cameras: Cameras) -> bool:
@@ -17,8 +18,8 @@ class Projections(nn.Module):
     """Projections of points into images, one a camera.
 
     Args:
-        cameras: OpenGL convention (looking along -z), in scene units. Those that are not perspective count as pinhole
-            cameras without a lens.
+        cameras: OpenGL convention (looking along -z), in scene units. Where one of them is not
+            perspective, all count as pinhole cameras without a lens.
     """
 
     rotation: Float[Tensor, "cameras 3 3"]
@@ -27,20 +28,18 @@ class Projections(nn.Module):
     centre: Float[Tensor, "cameras 2"]
     size: Float[Tensor, "cameras 2"]
     lens: Float[Tensor, "cameras 6"] | None
-    low: Float[Tensor, "cameras 2"] | None
-    high: Float[Tensor, "cameras 2"] | None
+    reach: Float[Tensor, " cameras"] | None
 
     def __init__(self, cameras: Cameras) -> None:
         super().__init__()
         pose = cameras.camera_to_worlds.reshape(-1, 3, 4).float()
         pair = lambda x, y: torch.cat([x.reshape(-1, 1), y.reshape(-1, 1)], dim=1).float()  # noqa: E731
-        lens, low, high = cameras.distortion_params, None, None
+        lens, reach = cameras.distortion_params, None
         if lens is None or not bool(lens.any()) or not are_perspective(cameras):
             lens = None
         else:
             lens = lens.reshape(-1, 6).float()
-            borders = [_border(cameras.flatten()[index : index + 1]) for index in range(len(pose))]
-            low, high = (torch.stack(ends) for ends in zip(*borders))
+            reach = torch.tensor([_reach(row) for row in lens], device=lens.device)
         buffers = {
             "rotation": pose[:, :, :3],
             "position": pose[:, :, 3],
@@ -48,12 +47,12 @@ class Projections(nn.Module):
             "centre": pair(cameras.cx, cameras.cy),
             "size": pair(cameras.width, cameras.height),
             "lens": lens,
-            "low": low,
-            "high": high,
+            "reach": reach,
         }
         for name, value in buffers.items():
-            # Rebuilt from the data set with every start: nothing to keep in a checkpoint.
-            self.register_buffer(name, value, persistent=False)
+            # Rebuilt from the data set with every start: nothing to keep in a checkpoint. A copy of its cameras.
+            copy = None if value is None else value.contiguous().clone()
+            self.register_buffer(name, copy, persistent=False)
 
     def __len__(self) -> int:
         return len(self.position)
@@ -76,9 +75,8 @@ class Projections(nn.Module):
         z = -local[..., 2]
         slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-9)[..., None]
         inside = z > 0
-        if self.lens is not None and self.low is not None and self.high is not None:
-            # Beyond what the image shows, a lens's polynomial means nothing.
-            inside = inside & ((slope >= self.low[index]) & (slope <= self.high[index])).all(dim=-1)
+        if self.lens is not None and self.reach is not None:
+            inside = inside & (slope.norm(dim=-1) <= self.reach[index])
             slope = distort(slope, self.lens[index])
         pixel = slope * self.focal[index] + self.centre[index]
         return pixel, z, inside & ((pixel >= 0) & (pixel <= self.size[index])).all(dim=-1)
@@ -99,15 +97,13 @@ def distort(slope: Float[Tensor, "*batch 2"], lens: Float[Tensor, "6"]) -> Float
     )
 
 
-def _border(camera: Cameras) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
-    """Least and largest x / z and y / z (y down) of what a camera's image shows."""
-    steps = torch.linspace(0.0, 1.0, 9)
-    sides = [torch.stack([edge, steps], -1) for edge in (torch.zeros(9), torch.ones(9))]
-    share = torch.cat([*sides, *(side.flip(-1) for side in sides)]).to(camera.device)
-    border = share * torch.cat([camera.height, camera.width], dim=-1)
-    directions = camera.generate_rays(camera_indices=0, coords=border).directions @ camera.camera_to_worlds[0, :, :3]
-    slope = torch.stack([directions[:, 0], -directions[:, 1]], dim=-1) / -directions[:, 2:]
-    return slope.amin(dim=0) - _SLACK, slope.amax(dim=0) + _SLACK
+def _reach(lens: Float[Tensor, "6"]) -> float:
+    """The slope, as a distance from the axis, up to which a lens moves points outwards; beyond, it folds them back."""
+    # d/dr of r (1 + k1 r^2 + k2 r^4 + k3 r^6 + k4 r^8), in r^2, highest power first.
+    factors = [(2 * i + 1) * k for i, k in enumerate([1.0, *lens[:4].tolist()])]
+    roots = np.roots(factors[::-1])
+    turns = roots.real[(np.abs(roots.imag) < 1e-9) & (roots.real > 0.0)]
+    return float(turns.min()) ** 0.5 if len(turns) else math.inf
 
 
 class TrainingFrusta(Projections):

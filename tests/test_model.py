@@ -222,13 +222,16 @@ def test_pixel_rays_need_as_many_frusta_as_configured_and_patch_rays_one(folders
     """Of one frustum nothing is asked of pixel rays: it would be their own."""
     on = TERMS_OFF | {"frustum_weight": 1.0, "score_weight": 1.0, "stereo_depth_weight": 0.1}
     pipeline = build(folders, metric_scale=1.0, frustum_views=views, **on)
-    required = []
+    required, seen = [], []
     plain = regularizers.frustum
-    monkeypatch.setattr(regularizers, "frustum", lambda w, n, r: required.append(r) or plain(w, n, r))
+    monkeypatch.setattr(regularizers, "frustum", lambda w, n, r: required.append(r) or seen.append(n) or plain(w, n, r))
     rays, batch = step(pipeline)[:2]
     between = batch["patches"].first_ray - RAYS  # rays through matched pixels
     patch_rays = len(rays["rgb"]) - RAYS - between
     assert required[0].tolist() == [asked] * RAYS + [0] * between + [1] * patch_rays
+    counts = pipeline.model.frusta.count(rays["ray_samples_list"][-1].frustums.get_positions().detach())
+    assert torch.equal(seen[0][required[0] > 0], counts[required[0] > 0])
+    assert len(seen[0][required[0] > 0].unique()) > 1
 
 
 @pytest.mark.parametrize(("views", "computed"), [(1, False), (2, True)])

@@ -122,6 +122,24 @@ def test_a_frustum_behind_a_lens_ends_where_the_image_does():
             assert pinhole.count(points).any(), "without the lens some of them would be seen"
 
 
+@pytest.mark.parametrize("lens", [[-0.15, 0.0, 0.0, 0.0, 0.0, 0.0], [-0.25, 0.0, 0.0, 0.0, 0.0, 0.0]])
+@pytest.mark.parametrize("focal", [500.0, 700.0])
+def test_what_a_lens_folds_back_into_the_image_is_not_seen(lens, focal):
+    """Far off the axis the polynomial comes back; that of the second lens never reaches the corners of its image."""
+    cameras = Cameras(
+        torch.eye(3, 4)[None], focal, focal, 500.0, 375.0, 1000, 750, distortion_params=torch.tensor([lens])
+    )
+    angle = torch.linspace(0.0, 2.0 * math.pi, 60)
+    slope = torch.linspace(1.6, 4.0, 40)[:, None, None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
+    pixel = focal * distort(slope, torch.tensor(lens)) + torch.tensor([500.0, 375.0])
+    folded = ((pixel > 0) & (pixel < torch.tensor([1000.0, 750.0]))).all(dim=-1)
+    assert folded.sum() > 50
+    points = torch.cat([slope, torch.full_like(slope[..., :1], -1.0)], dim=-1)
+    assert not TrainingFrusta(cameras, near=0.1).count(points).any()
+    ahead = torch.tensor([[0.0, 0.0, -1.0], [0.3, 0.2, -1.0]])
+    assert TrainingFrusta(cameras, near=0.1).count(ahead).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("lens", [False, True])
 def test_the_point_along_a_pixels_ray_is_projected_into_that_pixel(lens):
     cameras = lens_cameras(2, seed=6) if lens else random_cameras(2, torch.Generator().manual_seed(6))

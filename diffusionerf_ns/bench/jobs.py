@@ -15,7 +15,7 @@ from diffusionerf_ns.bench import variants
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
 
-# What does not change a result: where it is written, what is shown, and the device.
+# What does not change a result: where it is written, what is shown, the device, what a benchmark does not measure.
 _NOT_HASHED = (
     "output_dir",
     "experiment_name",
@@ -31,8 +31,9 @@ _NOT_HASHED = (
     "machine.num_machines",
     "machine.dist_url",
     "pipeline.model.eval_num_rays_per_chunk",
+    "pipeline.model.color_corrected_metrics",  # further metrics of ns-eval; a benchmark has its own
 )
-# What changes views and their metrics only, not the weights that training gives.
+# What changes views only, not the weights that training gives.
 _AFTER_TRAINING = tuple(
     f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen", "color_corrected_metrics")
 )
