@@ -48,7 +48,7 @@ class StereoBatch:
     """What stereo knows of the rays of a bundle."""
 
     rays: slice
-    """Where in the bundle the rays through matched pixels are."""
+    """Where in the bundle the rays to matched surfaces are."""
     distance: Float[Tensor, " rays"]
     """Distance along each of them to its surface, scene units."""
     completed: Float[Tensor, " pixel_rays"]
@@ -74,7 +74,7 @@ class StereoRequest:
     """What the model wants of stereo in the next step: completed depth of the pixel rays, and perhaps own rays."""
 
     matched_rays: bool
-    """Whether rays through matched pixels are wanted."""
+    """Whether rays to matched surfaces are wanted."""
 
 
 @dataclass
@@ -92,12 +92,12 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
 
     stereo_rays_per_batch: int = 128
-    """Rays per step through pixels of the training images whose depth stereo knows, for the stereo depth term; 0
-    leaves stereo out, and with it completed depth and what stereo tells of the scene's bounds and scale. Not in the
-    paper."""
+    """Rays per step to surfaces whose depth stereo knows, for the stereo depth term; 0 leaves stereo out, and with it
+    completed depth and what stereo tells of the scene's bounds and scale. Not in the paper."""
     stereo_rays_between: float = 0.75
-    """Share of these that begin between the cameras that see their surface, where floaters stand that no training view
-    shows. Not in the paper."""
+    """Share of these that begin not at a camera but between those that see their surface, if there are such lines of
+    sight with nothing known in the way (`sight_lines`): against floaters that no training view shows. Not in the
+    paper."""
     completion: Literal["prior", "membrane"] = "prior"
     """How depth is completed between the pixels that stereo knows: by the prior's network, where it has one, or
     interpolated along the image. Not in the paper."""

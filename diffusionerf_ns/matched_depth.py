@@ -10,7 +10,6 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
 from diffusionerf_ns.completion import DepthMaps
-from diffusionerf_ns.patches import concatenate_rays
 from diffusionerf_ns.sight_lines import SightLines
 
 
@@ -29,7 +28,7 @@ class MatchedDepth:
     image contradicts it, outside masks, and in images of which nothing is matched."""
 
     lines: SightLines | None = None
-    """Lines of sight to their surfaces from between the cameras; None where nothing is matched."""
+    """Lines of sight to their surfaces from between the cameras; None where none were looked for."""
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -43,50 +42,40 @@ class MatchedDepth:
         """1 / median depth, in 1 / scene units."""
         return float(1.0 / self.depth.median())
 
-    def rays(
-        self, cameras: Cameras, chosen: Int[Tensor, " k"], origins: Float[Tensor, "k 3"] | None = None
-    ) -> tuple[RayBundle, Float[Tensor, " k"]]:
-        """Rays to the surfaces that some of the pixels show.
-
-        Args:
-            cameras: of the images.
-            chosen: indices of pixels.
-            origins: where the rays begin, scene units; None: at the cameras.
-
-        Returns:
-            rays, and the distance along each to its surface in scene units.
-        """
-        view = self.view[chosen].to(cameras.device)
+    def rays(self, cameras: Cameras, chosen: Int[Tensor, " k"]) -> tuple[RayBundle, Float[Tensor, " k"]]:
+        """Rays through some of the pixels, and the distance along each to its surface in scene units."""
         bundle = cameras.generate_rays(
-            camera_indices=view[:, None], coords=self.pixel[chosen].flip(-1).to(cameras.device)
+            camera_indices=self.view[chosen][:, None].to(cameras.device),
+            coords=self.pixel[chosen].flip(-1).to(cameras.device),
         )
-        norm = bundle.metadata["directions_norm"]
-        distance = self.depth[chosen].to(cameras.device) * norm[:, 0]
-        if origins is not None:
-            offset = bundle.origins + bundle.directions * distance[:, None] - origins
-            distance = offset.norm(dim=-1)
-            bundle.origins, bundle.directions = origins, offset / distance[:, None]
-            axes = -cameras.camera_to_worlds[view][:, :, 2]
-            norm = 1.0 / (bundle.directions * axes).sum(dim=-1, keepdim=True)
-        bundle.metadata = {"directions_norm": norm}
-        return bundle, distance
+        bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
+        return bundle, self.depth[chosen].to(cameras.device) * bundle.metadata["directions_norm"][:, 0]
 
     def draw(self, cameras: Cameras, count: int, between: float) -> tuple[RayBundle, Float[Tensor, " count"]]:
-        """Random rays to matched surfaces, see `rays`.
+        """Random rays to matched surfaces, and the distance along each to its surface in scene units.
 
         Args:
             cameras: of the images.
             count: number of rays.
-            between: share of them that begin between the cameras, where there are such lines of sight.
+            between: share of them that begin between the cameras, if there are such lines of sight; they come last, and
+                their planar depth is that of their pixel's camera.
         """
-        from_between = 0 if self.lines is None or len(self.lines) == 0 else round(between * count)
-        chosen = torch.randint(len(self), (count - from_between,))
+        lines = None if self.lines is None or len(self.lines) == 0 else self.lines
+        first = count if lines is None else count - round(between * count)
+        chosen = torch.randint(len(self), (first,))
+        if lines is None or first == count:
+            return self.rays(cameras, chosen)
+        line = torch.randint(len(lines), (count - first,))
+        chosen = torch.cat([chosen, lines.match[line]])
         bundle, distance = self.rays(cameras, chosen)
-        if self.lines is None or from_between == 0:
-            return bundle, distance
-        line = torch.randint(len(self.lines), (from_between,))
-        others, more = self.rays(cameras, self.lines.match[line], self.lines.origin[line].to(cameras.device))
-        return concatenate_rays([bundle, others]), torch.cat([distance, more])
+        origin = lines.origin[line].to(cameras.device)
+        offset = (bundle.origins + bundle.directions * distance[:, None])[first:] - origin
+        distance[first:] = offset.norm(dim=-1)
+        bundle.origins[first:], bundle.directions[first:] = origin, offset / distance[first:, None]
+        axes = -cameras.camera_to_worlds[self.view[chosen[first:]].to(cameras.device)][:, :, 2]
+        cosine = (bundle.directions[first:] * axes).sum(dim=-1, keepdim=True)
+        bundle.metadata["directions_norm"][first:] = 1.0 / cosine.clamp_min(1e-3)
+        return bundle, distance
 
     def content_cube(self, cameras: Cameras, share: float = 0.8) -> tuple[tuple[float, float, float], float]:
         """Centre and half side, scene units, of the cube about the median point that holds ``share`` of the points."""

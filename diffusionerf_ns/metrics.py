@@ -159,7 +159,7 @@ def colour_correct(rgb_pred: Image, rgb_true: Image, *, rounds: int = 5) -> Imag
             if not bool(counts.any()):
                 fitted.append(pred[:, c])
                 continue
-            # gelsd gives the least solution where there are many; the default driver would give none.
+            # The least solution where there are many.
             fit = torch.linalg.lstsq(terms[counts], true[counts, c : c + 1], rcond=1e-12, driver="gelsd").solution
             fitted.append((terms @ fit)[:, 0].clamp(0.0, 1.0))
         pred = torch.stack(fitted, dim=-1)

@@ -98,7 +98,10 @@ def distort(slope: Float[Tensor, "*batch 2"], lens: Float[Tensor, "6"]) -> Float
 
 
 def _reach(lens: Float[Tensor, "6"]) -> float:
-    """The slope, as a distance from the axis, up to which a lens moves points outwards; beyond, it folds them back."""
+    """The slope, as a distance from the axis, up to which a lens moves points outwards; beyond, it folds them back.
+
+    Its tangential terms, which are small, are left out.
+    """
     # d/dr of r (1 + k1 r^2 + k2 r^4 + k3 r^6 + k4 r^8), in r^2, highest power first.
     factors = [(2 * i + 1) * k for i, k in enumerate([1.0, *lens[:4].tolist()])]
     roots = np.roots(factors[::-1])

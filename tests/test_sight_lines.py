@@ -1,8 +1,11 @@
 """Lines of sight from between the cameras: where they begin and end, and what they keep away from."""
 
+import math
+
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
+from torch.nn import functional as F
 
 from diffusionerf_ns import sight_lines
 from diffusionerf_ns.matched_depth import MatchedDepth
@@ -19,29 +22,36 @@ def same_numbers() -> None:
     torch.manual_seed(0)
 
 
-def make_views(centres: list[tuple[float, float, float]]) -> list[View]:
-    """Views along -z."""
+def turned(count: int, turn: float) -> torch.Tensor:
+    """Rotations of views along -z, those beside the second turned about y."""
+    angle = turn * (torch.arange(count) - 1.0)
+    zero, one = torch.zeros(count), torch.ones(count)
+    rows = [[angle.cos(), zero, angle.sin()], [zero, one, zero], [-angle.sin(), zero, angle.cos()]]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1)
+
+
+def make_views(centres: list[tuple[float, float, float]], turn: float = 0.0) -> list[View]:
     return [
         View(
             torch.zeros(1, 1, HEIGHT, WIDTH),
             torch.full((2,), FOCAL),
             torch.tensor([WIDTH / 2, HEIGHT / 2]),
-            torch.eye(3),
+            rotation,
             torch.tensor(centre),
         )
-        for centre in centres
+        for rotation, centre in zip(turned(len(centres), turn), centres)
     ]
 
 
-def make_cameras(centres: list[tuple[float, float, float]]) -> Cameras:
+def make_cameras(centres: list[tuple[float, float, float]], turn: float = 0.0) -> Cameras:
     """The cameras of the same views."""
-    poses = torch.eye(3, 4).repeat(len(centres), 1, 1)
-    poses[:, :, 3] = torch.tensor(centres)
+    poses = torch.cat([turned(len(centres), turn), torch.tensor(centres)[..., None]], dim=-1)
     return Cameras(poses, FOCAL, FOCAL, WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT, camera_type=CameraType.PERSPECTIVE)
 
 
-def wall(views: list[View], z: float = WALL) -> list[torch.Tensor]:
-    return [torch.full((HEIGHT, WIDTH), z + float(view.position[2])) for view in views]
+def wall(views: list[View]) -> list[torch.Tensor]:
+    """Planar depth of a wall."""
+    return [(-WALL - view.position[2]) / view.directions()[..., 2] for view in views]
 
 
 def points_of(views: list[View], depth: list[torch.Tensor]) -> torch.Tensor:
@@ -73,7 +83,46 @@ def test_what_one_camera_alone_sees_has_no_lines() -> None:
     alone = [depth[0], torch.zeros_like(depth[1]), torch.zeros_like(depth[2])]
     assert len(sight_lines.find(views, NEAREST, alone, alone)) == 0
     disagreeing = [z * factor for z, factor in zip(depth, (1.0, 1.2, 1.5))]
-    assert len(sight_lines.find(views, NEAREST, depth[:1] + alone[1:], disagreeing)) == 0
+    assert len(sight_lines.find(views, NEAREST, alone, disagreeing)) == 0
+    assert len(sight_lines.find(views, NEAREST, alone, depth)) > 0, "but if others say the same of it, it has"
+
+
+def test_few_lines_are_none() -> None:
+    """The same few surfaces would be looked at in every step."""
+    views = make_views(CENTRES)
+    depth = wall(views)
+    for rows, some in ((2, False), (6, True)):
+        few = [torch.zeros_like(z) for z in depth]
+        for z, plain in zip(few, depth):
+            z[:rows] = plain[:rows]
+        assert (len(sight_lines.find(views, NEAREST, few, depth)) > 0) == some
+
+
+def test_cameras_all_around_a_ball_do_not_forbid_lines_to_its_near_side() -> None:
+    """Those on the far side see its back, behind which all lines to the front would be."""
+    views, depth = [], []
+    for angle in torch.linspace(0.0, 2.0 * math.pi, 13)[:-1].tolist():
+        back = torch.tensor([math.cos(angle), 0.0, math.sin(angle)])
+        up = torch.tensor([0.0, 1.0, 0.0])
+        view = View(
+            torch.zeros(1, 1, HEIGHT, WIDTH),
+            torch.full((2,), FOCAL),
+            torch.tensor([WIDTH / 2, HEIGHT / 2]),
+            torch.stack([torch.linalg.cross(up, back), up, back], dim=1),
+            4.0 * back,
+        )
+        ray = view.directions()  # with planar depth 1
+        b, square = (ray * view.position).sum(-1), ray.square().sum(-1)
+        root = b.square() - square * (16.0 - 1.0)  # a ball of radius 1 about the origin
+        views.append(view)
+        depth.append(torch.where(root > 0.0, (-b - root.clamp_min(0.0).sqrt()) / square, 0.0))
+    nearest = [[(i + k) % 12 for k in (1, 11)] for i in range(12)]
+    lines = sight_lines.find(views, nearest, depth, depth)
+    assert len(lines) > 0.5 * sight_lines.CANDIDATES
+    ends = points_of(views, depth)[lines.match]
+    assert float((F.normalize(ends, dim=1) * F.normalize(lines.origin - ends, dim=1)).sum(1).min()) > 0.0, (
+        "from outside"
+    )
 
 
 def test_no_line_begins_between_cameras_on_two_sides_of_a_surface() -> None:
@@ -85,10 +134,7 @@ def test_no_line_begins_between_cameras_on_two_sides_of_a_surface() -> None:
             back = back / back.norm()
             right = torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]), back)
             view.rotation[:] = torch.stack([right, torch.tensor([0.0, 1.0, 0.0]), back], dim=1)
-        depth = []
-        for view in views:
-            slope = view.directions()[..., 2]
-            depth.append((-WALL - view.position[2]) / slope)
+        depth = wall(views)
         assert (len(sight_lines.find(views, [[1], [0]], depth, depth)) > 0) == some
 
 
@@ -133,14 +179,15 @@ def matched_depth(views: list[View], depth: list[torch.Tensor]) -> MatchedDepth:
 
 
 def test_rays_along_lines_end_at_their_surface_and_keep_their_share() -> None:
-    views, cameras = make_views(CENTRES), make_cameras(CENTRES)
+    views, cameras = make_views(CENTRES, turn=0.2), make_cameras(CENTRES, turn=0.2)
     known = matched_depth(views, wall(views))
     rays, distance = known.draw(cameras, 400, between=0.75)
     assert len(rays) == len(distance) == 400
     ends = rays.origins + rays.directions * distance[:, None]
     torch.testing.assert_close(ends[:, 2], torch.full((400,), -WALL), atol=1e-4, rtol=0.0)
     torch.testing.assert_close(rays.directions.norm(dim=-1), torch.ones(400))
-    torch.testing.assert_close(1.0 / rays.metadata["directions_norm"][:, 0], -rays.directions[:, 2])
+    axes = cameras.camera_to_worlds[rays.camera_indices[:, 0], :, 2]
+    torch.testing.assert_close(1.0 / rays.metadata["directions_norm"][:, 0], -(rays.directions * axes).sum(-1))
     away = (rays.origins[:, None] - torch.tensor(CENTRES)).norm(dim=-1).amin(dim=1) > 1e-5
     assert away.tolist() == [False] * 100 + [True] * 300
 
