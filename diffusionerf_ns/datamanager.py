@@ -20,7 +20,6 @@ from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
-from diffusionerf_ns.matched_depth import MatchedDepth
 from diffusionerf_ns.visibility import are_perspective
 
 
@@ -48,7 +47,7 @@ class StereoBatch:
     """What stereo knows of the rays of a bundle."""
 
     rays: slice
-    """Where in the bundle the rays to matched surfaces are."""
+    """Where in the bundle the rays through matched pixels are."""
     distance: Float[Tensor, " rays"]
     """Distance along each of them to its surface, scene units."""
     completed: Float[Tensor, " pixel_rays"]
@@ -74,7 +73,7 @@ class StereoRequest:
     """What the model wants of stereo in the next step: completed depth of the pixel rays, and perhaps own rays."""
 
     matched_rays: bool
-    """Whether rays to matched surfaces are wanted."""
+    """Whether rays through matched pixels are wanted."""
 
 
 @dataclass
@@ -92,11 +91,8 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Perturbed poses: largest rotation about a random axis, radians. The value of the authors' code."""
 
     stereo_rays_per_batch: int = 128
-    """Rays per step to surfaces whose depth stereo knows, for the stereo depth term; 0 leaves stereo out, and with it
-    completed depth and what stereo tells of the scene's bounds and scale. Not in the paper."""
-    stereo_rays_between: float = 0.75
-    """Share of these that begin not at a camera but between those that see their surface, if there are such lines of
-    sight with nothing known in the way (`sight_lines`): against floaters that no training view shows. Not in the
+    """Rays per step through pixels of the training images whose depth stereo knows, for the stereo depth term; 0
+    leaves stereo out, and with it completed depth and what stereo tells of the scene's bounds and scale. Not in the
     paper."""
     completion: Literal["prior", "membrane"] = "prior"
     """How depth is completed between the pixels that stereo knows: by the prior's network, where it has one, or
@@ -108,9 +104,10 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("image_patch_share", "stereo_rays_between"):
-            if not 0.0 <= (share := getattr(self, name)) <= 1.0:
-                raise InputError(f"--pipeline.datamanager.{name.replace('_', '-')} must be in [0, 1], found {share}.")
+        if not 0.0 <= self.image_patch_share <= 1.0:
+            raise InputError(
+                f"--pipeline.datamanager.image-patch-share must be in [0, 1], found {self.image_patch_share}."
+            )
 
 
 class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
@@ -144,7 +141,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             (self.train_dataset.get_image_float32(i)[..., :3], float(self.train_dataset.cameras.fx[i]))
             for i in range(len(self.train_dataset))
         )
-        self._matched: MatchedDepth | None = None
+        self._matched: stereo.MatchedDepth | None = None
         if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
             self._match_images()
 
@@ -240,14 +237,13 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         bundles = [rays]
         wanted = None if self._matched is None else self._stereo_request()
         if self._matched is not None and wanted is not None:
-            count = self.config.stereo_rays_per_batch * wanted.matched_rays
-            cameras = self.train_ray_generator.cameras
-            bundle, distance = self._matched.draw(cameras, count, self.config.stereo_rays_between)
+            chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch * wanted.matched_rays,))
+            bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
             if wanted.matched_rays:
                 bundles.append(bundle)
             completed, confirmed, error = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
             batch["stereo"] = StereoBatch(
-                rays=slice(len(rays), len(rays) + count),
+                rays=slice(len(rays), len(rays) + len(chosen)),
                 distance=distance,
                 completed=completed * rays.metadata["directions_norm"][:, 0],
                 confirmed=confirmed,

@@ -10,18 +10,18 @@ Notation
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusionerf_ns import completion, semi_global, sight_lines
-from diffusionerf_ns.matched_depth import MatchedDepth
-from diffusionerf_ns.working_view import View, seen_from
+from diffusionerf_ns import completion, semi_global
 
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
@@ -36,6 +36,78 @@ TOLERANCE = 0.03  # relative difference of depth up to which two views agree
 SEEN_THROUGH = 0.05  # relative difference of depth from which a view that sees farther contradicts
 COMPLETED_TOLERANCE, COMPLETED_SEEN_THROUGH = 0.05, 0.1  # the same of depth that is interpolated
 TEXTURE = 3e-5  # variance of grey values, in [0, 1], of windows with much less of which ncc says nothing
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera and its grey image at the working size, lens distortion left out."""
+
+    grey: Float[Tensor, "1 1 h w"]
+    focal: Float[Tensor, "2"]
+    centre: Float[Tensor, "2"]
+    rotation: Float[Tensor, "3 3"]
+    position: Float[Tensor, "3"]
+
+    def directions(self) -> Float[Tensor, "h w 3"]:
+        """World directions of all pixels with planar depth 1."""
+        height, width = self.grey.shape[-2:]
+        v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        x, y = (u - self.centre[0]) / self.focal[0], (v - self.centre[1]) / self.focal[1]
+        return torch.stack([x, -y, -torch.ones_like(x)], dim=-1) @ self.rotation.T
+
+    def project(self, points: Float[Tensor, "*batch 3"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
+        """Position for `grid_sample` and planar depth of world points."""
+        local = (points - self.position) @ self.rotation
+        z = -local[..., 2]
+        slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-6)[..., None]
+        size = torch.tensor([self.grey.shape[-1], self.grey.shape[-2]], dtype=torch.float32)
+        grid = 2.0 * (slope * self.focal + self.centre) / size - 1.0
+        return torch.where((z > 1e-6)[..., None], grid, torch.full_like(grid, 2.0)), z
+
+
+@dataclass(frozen=True)
+class MatchedDepth:
+    """Pixels of the training images whose depth several views agree on."""
+
+    view: Int[Tensor, " n"]
+    """Index of the image."""
+    pixel: Float[Tensor, "n 2"]
+    """Continuous (u, v) in the image, the centre of its first pixel at (0.5, 0.5)."""
+    depth: Float[Tensor, " n"]
+    """Planar depth, scene units."""
+    completed: completion.DepthMaps | None = None
+    """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
+    image contradicts it, outside masks, and in images of which nothing is matched."""
+
+    def __len__(self) -> int:
+        return len(self.depth)
+
+    def near_far(self) -> tuple[float, float]:
+        """Quantiles .02 and .98 of depth, scene units."""
+        near, far = np.quantile(self.depth.numpy(), [0.02, 0.98])
+        return float(near), float(far)
+
+    def median_disparity(self) -> float:
+        """1 / median depth, in 1 / scene units."""
+        return float(1.0 / self.depth.median())
+
+    def rays(self, cameras: Cameras, chosen: Int[Tensor, " k"]) -> tuple[RayBundle, Float[Tensor, " k"]]:
+        """Rays through some of the pixels, and the distance along each to its surface in scene units."""
+        bundle = cameras.generate_rays(
+            camera_indices=self.view[chosen][:, None].to(cameras.device),
+            coords=self.pixel[chosen].flip(-1).to(cameras.device),
+        )
+        bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
+        return bundle, self.depth[chosen].to(cameras.device) * bundle.metadata["directions_norm"][:, 0]
+
+    def content_cube(self, cameras: Cameras, share: float = 0.8) -> tuple[tuple[float, float, float], float]:
+        """Centre and half side, scene units, of the cube about the median point that holds ``share`` of the points."""
+        chosen = torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long()
+        bundle, distance = self.rays(cameras, chosen)
+        points = bundle.origins + bundle.directions * distance[:, None]
+        centre = points.median(dim=0).values
+        radius = (points - centre).abs().amax(dim=1).quantile(share)
+        return (float(centre[0]), float(centre[1]), float(centre[2])), max(float(radius), 1e-6)
 
 
 @torch.no_grad()
@@ -74,19 +146,18 @@ def match(
     depths = [completion.without_speckle(_inside(depth, mask)) for depth, mask in zip(depths, masks)]
     if sum(int((depth > 0).sum()) for depth in depths) < MIN_MATCHES:
         return nothing
-    pairs = [_complete(image, depth, complete) for image, depth in zip(images, depths)]
-    completed = [_inside(depth, mask) for (depth, _), mask in zip(pairs, masks)]
-    kept, confirmed = cross_checked(fine, nearest, completed)
     parts = []
     for index, depth in enumerate(depths):
         v, u = torch.nonzero(depth > 0, as_tuple=True)
         height, width = images[index].shape[:2]
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
-        parts.append((torch.full_like(u, index), (torch.stack([u, v], dim=-1) + 0.5) * ratio, depth[v, u]))
-    maps = completion.DepthMaps.of(kept, confirmed, [error for _, error in pairs])
-    lines = sight_lines.find(fine, nearest, depths, kept)
+        pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
+        parts.append((torch.full_like(u, index), pixel, depth[v, u]))
+    pairs = [_complete(image, depth, complete) for image, depth in zip(images, depths)]
+    completed = [_inside(depth, mask) for (depth, _), mask in zip(pairs, masks)]
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    return MatchedDepth(view, pixel, z, maps, lines)
+    maps = completion.DepthMaps.of(*cross_checked(fine, nearest, completed), [error for _, error in pairs])
+    return MatchedDepth(view, pixel, z, maps)
 
 
 def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> Float[Tensor, "h w"]:
@@ -252,12 +323,21 @@ def _parabola(score: Float[Tensor, "planes h w"], winner: Tensor) -> Float[Tenso
     return (0.5 * (below - above) / (below - 2.0 * at + above).clamp_max(-1e-6)).clamp(-0.5, 0.5)
 
 
+def _seen(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of the other views: depth there of the surfaces that a view found, and of what it found itself there."""
+    reference = views[index]
+    points = reference.position + reference.directions() * depths[index][..., None]
+    for other in others:
+        grid, z = views[other].project(points)
+        yield z, F.grid_sample(depths[other][None, None], grid[None], mode="nearest", align_corners=False)[0, 0]
+
+
 def _confirmed(
     index: int, views: list[View], others: list[int], depths: list[Tensor], tolerance: float
 ) -> Bool[Tensor, "h w"]:
     """Where some other view has the same surface, up to a relative difference of depth."""
     confirmed = torch.zeros_like(depths[index], dtype=torch.bool)
-    for z, seen in seen_from(index, views, others, depths[index], depths):
+    for z, seen in _seen(index, views, others, depths):
         confirmed |= (seen > 0) & ((seen - z).abs() < tolerance * z)
     return confirmed
 
@@ -267,6 +347,6 @@ def _contradicted(
 ) -> Bool[Tensor, "h w"]:
     """Where some other view sees through a surface to one that is farther away by that relative difference."""
     contradicted = torch.zeros_like(depths[index], dtype=torch.bool)
-    for z, seen in seen_from(index, views, others, depths[index], depths):
+    for z, seen in _seen(index, views, others, depths):
         contradicted |= (seen > 0) & (seen - z > seen_through * z)
     return contradicted

@@ -178,19 +178,6 @@ def test_stereo_rays_end_on_the_walls_of_the_scene(manager):
     assert off.quantile(0.8) < 0.15
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_rays_to_matched_pixels_begin_between_the_cameras_as_far_as_wished(make, share):
-    torch.manual_seed(0)
-    manager = make(stereo_rays_per_batch=200, stereo_rays_between=share)
-    wish(manager, 0, stereo=ALL_OF_STEREO)
-    rays, batch = manager.next_train(0)
-    origins = rays.origins[batch["stereo"].rays]
-    centres = manager.train_dataset.cameras.camera_to_worlds[:, :, 3]
-    away = (origins[:, None] - centres).norm(dim=-1).amin(dim=1)
-    elsewhere = float((away > 1e-5).float().mean())
-    assert elsewhere == 0.0 if share == 0.0 else elsewhere > 0.5
-
-
 def test_pixel_rays_are_told_about_where_their_walls_are(make):
     torch.manual_seed(0)
     manager = make(stereo_rays_per_batch=24, train_num_rays_per_batch=4000)
@@ -325,8 +312,6 @@ def test_patches_larger_than_an_image_are_found_before_the_first_step(make, tmp_
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(InputError, match=r"image-patch-share must be in \[0, 1\]"):
         DiffusioNeRFDataManagerConfig(image_patch_share=share)
-    with pytest.raises(InputError, match=r"--pipeline.datamanager.stereo-rays-between must be in \[0, 1\]"):
-        DiffusioNeRFDataManagerConfig(stereo_rays_between=share)
 
 
 def test_nerfstudios_own_data_parsers_work_too(make, capture):
