@@ -34,9 +34,7 @@ _NOT_HASHED = (
     "pipeline.model.color_corrected_metrics",  # further metrics of ns-eval; a benchmark has its own
 )
 # What changes views only, not the weights that training gives.
-_AFTER_TRAINING = tuple(
-    f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen", "color_corrected_metrics")
-)
+_AFTER_TRAINING = tuple(f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen"))
 
 
 @dataclass(frozen=True, kw_only=True)
