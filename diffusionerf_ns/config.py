@@ -83,8 +83,8 @@ diffusionerf_tiny = MethodSpecification(
                 ],
                 implementation="torch",
                 patch_size=24,
-                # In runs of hundreds of steps the score costs more than it gives, images and time (docs/results.md):
-                # here the prior refines views only. --pipeline.model.score-weight 1 is the paper's.
+                # In runs of hundreds of steps the score costs more than it gives, images and time (docs/findings.md):
+                # here the prior completes depth and refines views. --pipeline.model.score-weight 1 is the paper's.
                 score_weight=0.0,
                 eval_num_rays_per_chunk=1 << 12,
             ),

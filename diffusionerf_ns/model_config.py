@@ -70,7 +70,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     tau_fixed: float | None = None
     """Noise level of the prior throughout, instead of the schedule; the viewer's control sets it."""
     metric_scale: float | None = None
-    """Metres per scene unit; None finds it from the scene's bounds, or else from the depth of the first steps."""
+    """Metres per scene unit; None finds it from stereo, else from the capture's bounds, else from the depth of the
+    first steps."""
     metric_scale_warmup: float = 0.05
     """Where the scene's bounds are unknown: fraction of the run without prior, after which the scale is read off the
     rendered depth."""
