@@ -41,6 +41,7 @@ Image: TypeAlias = Float[Tensor, "h w 3"]
 WINDOW = 7
 K1, K2 = 0.01, 0.03  # stabilisers of SSIM, in units of the data range (Wang et al., IEEE TIP 2004)
 DELTA = 1.25
+CORRECTION_ROUNDS = 5  # fits of colours, each over the pixels that the one before has not clipped
 CLIPPED = 0.5 / 255  # from the ends of the range: half a grey value of a photograph
 
 
@@ -131,7 +132,7 @@ def evaluate_view(
     return values | {f"{protocol}/{name}": value for name, value in judged.items()}
 
 
-def colour_correct(rgb_pred: Image, rgb_true: Image, *, rounds: int = 5) -> Image:
+def colour_correct(rgb_pred: Image, rgb_true: Image) -> Image:
     """The render with the exposure and white balance of the photograph, by a quadratic fit of its colours.
 
     For captures whose exposure changes: a test image's own is nothing that the training images tell, and PSNR counts
@@ -144,18 +145,18 @@ def colour_correct(rgb_pred: Image, rgb_true: Image, *, rounds: int = 5) -> Imag
     Args:
         rgb_pred: rendered image, colours in [0, 1]. One that is not finite is given back as it is.
         rgb_true: true image.
-        rounds: of the fit.
     """
     if not bool(rgb_pred.isfinite().all()):
         return rgb_pred
     pred, true = (rgb.detach().cpu().double().clamp(0.0, 1.0).reshape(-1, 3) for rgb in (rgb_pred, rgb_true))
-    open_before = _unclipped(pred)
-    for _ in range(rounds):
+    never_clipped = _unclipped(pred) & _unclipped(true)
+    for _ in range(CORRECTION_ROUNDS):
+        counted = never_clipped & _unclipped(pred)
         r, g, b = pred.unbind(dim=-1)
         terms = torch.stack([r * r, r * g, r * b, g * g, g * b, b * b, r, g, b, torch.ones_like(r)], dim=-1)
         fitted = []
         for c in range(3):
-            counts = open_before[:, c] & _unclipped(pred[:, c]) & _unclipped(true[:, c])
+            counts = counted[:, c]
             if not bool(counts.any()):
                 fitted.append(pred[:, c])
                 continue

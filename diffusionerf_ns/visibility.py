@@ -28,18 +28,15 @@ class Projections(nn.Module):
     centre: Float[Tensor, "cameras 2"]
     size: Float[Tensor, "cameras 2"]
     lens: Float[Tensor, "cameras 6"] | None
-    reach: Float[Tensor, " cameras"] | None
+    reach: Float[Tensor, " cameras"]
 
     def __init__(self, cameras: Cameras) -> None:
         super().__init__()
         pose = cameras.camera_to_worlds.reshape(-1, 3, 4).float()
         pair = lambda x, y: torch.cat([x.reshape(-1, 1), y.reshape(-1, 1)], dim=1).float()  # noqa: E731
-        lens, reach = cameras.distortion_params, None
-        if lens is None or not bool(lens.any()) or not are_perspective(cameras):
-            lens = None
-        else:
-            lens = lens.reshape(-1, 6).float()
-            reach = torch.tensor([_reach(row) for row in lens], device=lens.device)
+        lens = cameras.distortion_params if are_perspective(cameras) else None
+        lens = None if lens is None or not bool(lens.any()) else lens.reshape(-1, 6).float()
+        reach = [math.inf] * len(pose) if lens is None else [_reach(row) for row in lens]
         buffers = {
             "rotation": pose[:, :, :3],
             "position": pose[:, :, 3],
@@ -47,7 +44,7 @@ class Projections(nn.Module):
             "centre": pair(cameras.cx, cameras.cy),
             "size": pair(cameras.width, cameras.height),
             "lens": lens,
-            "reach": reach,
+            "reach": torch.tensor(reach, device=pose.device),
         }
         for name, value in buffers.items():
             # Rebuilt from the data set with every start: nothing to keep in a checkpoint. A copy of its cameras.
@@ -75,7 +72,7 @@ class Projections(nn.Module):
         z = -local[..., 2]
         slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-9)[..., None]
         inside = z > 0
-        if self.lens is not None and self.reach is not None:
+        if self.lens is not None:
             inside = inside & (slope.norm(dim=-1) <= self.reach[index])
             slope = distort(slope, self.lens[index])
         pixel = slope * self.focal[index] + self.centre[index]

@@ -132,6 +132,18 @@ def write_llff(folder: Path, count: int = 10, **options: float) -> Path:
     return folder
 
 
+def drop_last_pose(folder: Path) -> None:
+    """Damage an LLFF capture: its table of poses is a row short."""
+    np.save(folder / "poses_bounds.npy", np.load(folder / "poses_bounds.npy")[:-1])
+
+
+def spoil_pose(folder: Path, row: int, column: int) -> None:
+    """Damage an LLFF capture: a number of its table of poses is none."""
+    table = np.load(folder / "poses_bounds.npy")
+    table[row, column] = np.nan
+    np.save(folder / "poses_bounds.npy", table)
+
+
 def remember_stereo(monkeypatch: Any) -> None:
     """Match the same images at the same poses once only in this process: many tests begin with it."""
     from diffusionerf_ns import stereo

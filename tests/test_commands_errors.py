@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import box_room
-import numpy as np
 import pytest
 import train_commands
 from commands import Commands
@@ -79,18 +78,13 @@ def test_a_capture_that_cannot_be_used_is_refused_in_one_line(
     assert digest(tmp_path) == before
 
 
-def llff_row_missing(data: Path) -> None:
-    np.save(data / "poses_bounds.npy", np.load(data / "poses_bounds.npy")[:-1])
-
-
 def llff_nan_pose(data: Path) -> None:
-    table = np.load(data / "poses_bounds.npy")
-    table[3, 7] = np.nan
-    np.save(data / "poses_bounds.npy", table)
+    box_room.spoil_pose(data, row=3, column=7)
 
 
 @pytest.mark.parametrize(
-    ("damage", "expected"), [(llff_row_missing, "9 rows, but images_8 holds 10"), (llff_nan_pose, "rows [3] hold NaN")]
+    ("damage", "expected"),
+    [(box_room.drop_last_pose, "9 rows, but images_8 holds 10"), (llff_nan_pose, "rows [3] hold NaN")],
 )
 def test_a_table_of_poses_that_does_not_fit_is_refused_in_one_line(commands, llff, prior, tmp_path, damage, expected):
     data = Path(shutil.copytree(llff, tmp_path / "capture"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import box_room
 import numpy as np
 import pytest
 import torch
@@ -264,14 +265,8 @@ def test_rays_of_matched_features_of_fern_meet_between_near_and_far(real_data):
     assert _triangulate(wrong, 0, 1, a, b)[0].median() > 5.0
 
 
-def break_rows(folder: Path) -> None:
-    np.save(folder / "poses_bounds.npy", np.load(folder / "poses_bounds.npy")[:-1])
-
-
 def break_nan(folder: Path) -> None:
-    table = np.load(folder / "poses_bounds.npy")
-    table[4, 3] = np.nan
-    np.save(folder / "poses_bounds.npy", table)
+    box_room.spoil_pose(folder, row=4, column=3)
 
 
 def break_shape(folder: Path) -> None:
@@ -315,7 +310,7 @@ def break_images(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (break_rows, "8 rows, but images holds 9"),
+        (box_room.drop_last_pose, "8 rows, but images holds 9"),
         (break_nan, r"rows \[4\] hold NaN"),
         (break_shape, r"\[n, 17\]"),
         (break_pickle, "cannot be read"),
