@@ -30,6 +30,7 @@ from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.score_loss import score_loss
 from diffusionerf_ns.viewer import InspectionPanel, LastPatch, draw_small_on_cpu
 from diffusionerf_ns.visibility import TrainingFrusta, are_perspective
 
@@ -372,47 +373,15 @@ class DiffusioNeRFModel(NerfactoModel):
             if stereo is not None:
                 losses.update(stereo_losses(self.config, outputs, stereo, log))
             if patches is not None:
-                losses["score_loss"] = self._score_loss(outputs, patches, log)
+                losses["score_loss"], self.last_patch = score_loss(
+                    self.config, outputs, patches, self.prior, tau=self.tau, factor=self.score_factor, log=log
+                )
+                log["metric_scale"] = self.metric_scale.clone()
             self._find_metric_scale(outputs)
             log |= inspection.depth_quantiles(outputs["depth"][:count, 0])
             self.camera_optimizer.get_loss_dict(losses)
         check_finite(losses, self.step)
         return losses
-
-    def _score_loss(self, outputs: dict[str, Any], patches: PatchBatch, log: dict[str, Any]) -> Tensor:
-        """The pseudo-loss whose gradient with respect to the patches is minus the weighted score."""
-        c = self.config
-        x, z = self._patch_of(outputs, patches)
-        tau, factor = self.tau, self.score_factor
-        score = self.prior.score(x, tau, replay=True)
-        if c.score_scaling == "variance":
-            factor *= self.prior.sigma(tau) ** 2 / patches.size**2
-        weighted = regularizers.weigh_score(
-            score,
-            z,
-            depth_weight=factor * c.score_depth_weight,
-            rgb_weight=factor * c.score_rgb_weight,
-            rgb_norm=c.score_rgb_norm,
-            max_depth=c.score_max_depth,
-        )
-        self.last_patch = LastPatch.of(outputs["ray_samples_list"][-1], patches, x.detach(), score, tau)
-        log["score_depth_rms"] = score[:, 3].square().mean().sqrt()
-        log["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
-        log["tau"] = torch.tensor(tau)
-        log["metric_scale"] = self.metric_scale.clone()
-        return regularizers.score_pseudo_loss(x, weighted)
-
-    def _patch_of(
-        self, outputs: dict[str, Any], patches: PatchBatch
-    ) -> tuple[Float[Tensor, "b 4 p p"], Float[Tensor, "b p p"]]:
-        """The patches as the prior sees them, and their planar depth in metres."""
-        shape = (len(patches), patches.size, patches.size)
-        z = outputs["planar_depth"][patches.first_ray :, 0].reshape(shape)
-        rgb = outputs["rgb"][patches.first_ray :].reshape(*shape, 3).permute(0, 3, 1, 2)
-        known = [None if c is None else c.permute(2, 0, 1) for c in patches.rgb]
-        # Colours of a training image replace the rendered ones: no gradient reaches the NeRF's colours then.
-        rgb = torch.stack([rendered if c is None else c.to(rendered) for rendered, c in zip(rgb, known)])
-        return rgbd.encode(rgb, z, self.prior.spec.near), z
 
     @torch.no_grad()
     def _find_metric_scale(self, outputs: dict[str, Any]) -> None:
