@@ -17,7 +17,7 @@ Notation
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -137,11 +137,8 @@ class DepthCompleter(nn.Module):
         correction, log_b = F.pixel_shuffle(out.float(), STEM).unbind(1)
         return base.log() + correction, log_b.clamp(*LOG_B)
 
-    @torch.no_grad()
-    def complete(
-        self, rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]
-    ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-        """Depth of all pixels of an image of any size, in the unit of ``depth``, and its expected relative error.
+    def see(self, rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]) -> "CompletionInput":
+        """What `forward` takes, of an image of any size.
 
         Args:
             rgb: in [0, 1].
@@ -153,10 +150,44 @@ class DepthCompleter(nn.Module):
         small = F.interpolate(rgb.permute(2, 0, 1)[None], size=size, mode=mode)
         known = shrink_known(depth[None], size)
         base = torch.from_numpy(membrane.interpolate(small[0].permute(1, 2, 0).numpy(), known[0].numpy()))
-        log_z, log_b = self(small, known, base[None])
+        return CompletionInput(small, known, base[None])
+
+    def enlarge(
+        self, log_z: Float[Tensor, "1 h w"], log_b: Float[Tensor, "1 h w"], size: tuple[int, int]
+    ) -> tuple[Float[Tensor, "_h _w"], Float[Tensor, "_h _w"]]:
+        """Depth and its expected relative error in the pixels of the image, from what `forward` gave.
+
+        Args:
+            log_z: of `forward`.
+            log_b: of `forward`.
+            size: height and width of the image.
+        """
         error = log_b.exp() + 0.5 * local_range(log_z)
-        log_z, error = F.interpolate(torch.stack([log_z, error], dim=1), size=(height, width), mode="bilinear")[0]
+        log_z, error = F.interpolate(torch.stack([log_z, error], dim=1), size=size, mode="bilinear")[0]
         return log_z.exp(), error
+
+    @torch.no_grad()
+    def complete(
+        self, rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]
+    ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+        """Depth of all pixels of an image of any size, in the unit of ``depth``, and its expected relative error.
+
+        Args:
+            rgb: in [0, 1].
+            depth: planar, 0 where unknown; some of it must be known.
+        """
+        log_z, log_b = self(*self.see(rgb, depth))
+        return self.enlarge(log_z, log_b, (depth.shape[0], depth.shape[1]))
+
+
+class CompletionInput(NamedTuple):
+    """An image as `DepthCompleter.forward` takes it, in few pixels."""
+
+    rgb: Float[Tensor, "1 3 h w"]
+    known: Float[Tensor, "1 h w"]
+    """Planar depth; 0 where unknown."""
+    base: Float[Tensor, "1 h w"]
+    """The same interpolated."""
 
 
 def local_range(x: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:

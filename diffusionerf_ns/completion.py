@@ -5,6 +5,7 @@ A prior may bring a network for it (`ddm_training.completion`); without one dept
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,14 +13,44 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddm_training import membrane
+from diffusionerf_ns.views import MatchedView
+
+if TYPE_CHECKING:
+    from ddm_training.completion import DepthCompleter
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
 SAME_SURFACE = 0.02  # relative difference of depth
 LEAST_PIXELS = 30  # of a patch of surface that is believed
 
-Completer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(rgb [h, w, 3] in [0, 1], planar depth [h, w], 0 where unknown) -> depth of all pixels and the relative error to
-expect of it, both [h, w]; the error is infinite where it is not known."""
+ImageCompleter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(rgb [h, w, 3] in [0, 1], planar depth [h, w], 0 where unknown but not everywhere) -> depth of all pixels and the
+relative error to expect of it, both [h, w]; the error is infinite where it is not known."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """Depth of all pixels of an image; 0 throughout where nothing is matched."""
+
+    depth: Float[Tensor, "h w"]
+    """Planar, scene units."""
+    error: Float[Tensor, "h w"]
+    """Relative error to expect of it; infinite where it is not known."""
+    alone: Float[Tensor, "h w"]
+    """The same by this image alone: what two images say without knowing of each other means more."""
+
+    @classmethod
+    def by_itself(cls, depth: Float[Tensor, "h w"], error: Float[Tensor, "h w"]) -> "Completed":
+        """Of an image that was completed alone."""
+        return cls(depth, error, alone=depth)
+
+    @classmethod
+    def unknown(cls, view: MatchedView) -> "Completed":
+        """Of a view of which nothing is matched."""
+        return cls.by_itself(view.depth, torch.full_like(view.depth, torch.inf))
+
+
+Completer = Callable[[Sequence[MatchedView]], list[Completed]]
+"""The views of a capture -> depth of all pixels of each."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +126,25 @@ def without_speckle(depth: Float[Tensor, "h w"], least: int = LEAST_PIXELS) -> F
 def by_membrane(
     rgb: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"]
 ) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """The `Completer` that needs no network: interpolation along the image. How far it is off, it does not tell."""
+    """The `ImageCompleter` without a network: interpolation along the image. How far it is off, it does not tell."""
     filled = torch.from_numpy(membrane.interpolate(rgb.numpy(), depth.numpy()))
     return filled, torch.full_like(filled, torch.inf)
 
 
-def find_completer(prior: str, revision: str | None = None) -> Completer | None:
-    """The `Completer` of a prior; None where it has none.
+def alone(complete: ImageCompleter) -> Completer:
+    """The `Completer` that completes each view by itself."""
+
+    def complete_all(views: Sequence[MatchedView]) -> list[Completed]:
+        return [
+            Completed.by_itself(*complete(view.rgb, view.depth)) if view.is_matched else Completed.unknown(view)
+            for view in views
+        ]
+
+    return complete_all
+
+
+def find_network(prior: str, revision: str | None = None) -> "DepthCompleter | None":
+    """The network of a prior that completes depth; None where it has none.
 
     Args:
         prior: a built-in name, a prior folder, or a Hugging Face hub id.
@@ -114,7 +157,7 @@ def find_completer(prior: str, revision: str | None = None) -> Completer | None:
     from diffusionerf_ns.prior import find_prior
 
     folder = find_prior(prior, revision) / FOLDER
-    return load_completer(folder).complete if folder.is_dir() else None
+    return load_completer(folder) if folder.is_dir() else None
 
 
 def _shifted(x: np.ndarray, down: int, right: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
+from diffusionerf_ns.agreement import complete_together
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 from diffusionerf_ns.visibility import are_perspective
@@ -101,12 +103,19 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Prior whose network that is; None: the model's."""
     completion_revision: str | None = None
     """Revision of a hub id."""
+    completion_steps: int = 60
+    """Steps of training by which that network is brought to contradict itself less between the images of the capture,
+    see `agreement`; 0: each image is completed alone. Not in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.image_patch_share <= 1.0:
             raise InputError(
                 f"--pipeline.datamanager.image-patch-share must be in [0, 1], found {self.image_patch_share}."
+            )
+        if self.completion_steps < 0:
+            raise InputError(
+                f"--pipeline.datamanager.completion-steps must be 0 or more, found {self.completion_steps}."
             )
 
 
@@ -191,11 +200,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """What the configuration says that depth is completed by, in words and as a function."""
         prior = self.config.completion_prior
         if self.config.completion == "prior" and prior is not None:
-            found = completion.find_completer(prior, self.config.completion_revision)
-            if found is not None:
-                return f"completed by the prior {prior}", found
+            network = completion.find_network(prior, self.config.completion_revision)
+            if network is not None:
+                steps = self.config.completion_steps
+                return f"completed by the prior {prior}", partial(complete_together, network, steps=steps)
             CONSOLE.print(f"The prior {prior} has no network that completes depth.")
-        return "interpolated", completion.by_membrane
+        return "interpolated", completion.alone(completion.by_membrane)
 
     def set_ray_wishes(
         self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], StereoRequest | None]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusionerf_ns import completion, semi_global
+from diffusionerf_ns.views import MatchedView, View
 
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
@@ -36,33 +37,6 @@ TOLERANCE = 0.03  # relative difference of depth up to which two views agree
 SEEN_THROUGH = 0.05  # relative difference of depth from which a view that sees farther contradicts
 COMPLETED_TOLERANCE, COMPLETED_SEEN_THROUGH = 0.05, 0.1  # the same of depth that is interpolated
 TEXTURE = 3e-5  # variance of grey values, in [0, 1], of windows with much less of which ncc says nothing
-
-
-@dataclass(frozen=True)
-class View:
-    """A camera and its grey image at the working size, lens distortion left out."""
-
-    grey: Float[Tensor, "1 1 h w"]
-    focal: Float[Tensor, "2"]
-    centre: Float[Tensor, "2"]
-    rotation: Float[Tensor, "3 3"]
-    position: Float[Tensor, "3"]
-
-    def directions(self) -> Float[Tensor, "h w 3"]:
-        """World directions of all pixels with planar depth 1."""
-        height, width = self.grey.shape[-2:]
-        v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        x, y = (u - self.centre[0]) / self.focal[0], (v - self.centre[1]) / self.focal[1]
-        return torch.stack([x, -y, -torch.ones_like(x)], dim=-1) @ self.rotation.T
-
-    def project(self, points: Float[Tensor, "*batch 3"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
-        """Position for `grid_sample` and planar depth of world points."""
-        local = (points - self.position) @ self.rotation
-        z = -local[..., 2]
-        slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-6)[..., None]
-        size = torch.tensor([self.grey.shape[-1], self.grey.shape[-2]], dtype=torch.float32)
-        grid = 2.0 * (slope * self.focal + self.centre) / size - 1.0
-        return torch.where((z > 1e-6)[..., None], grid, torch.full_like(grid, 2.0)), z
 
 
 @dataclass(frozen=True)
@@ -115,7 +89,7 @@ def match(
     cameras: Cameras,
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
     masks: Sequence[Bool[Tensor, "_h _w"] | None] | None = None,
-    complete: completion.Completer = completion.by_membrane,
+    complete: completion.Completer | None = None,
 ) -> MatchedDepth:
     """Depth of all training images as far as they tell it, with no bounds given.
 
@@ -125,7 +99,7 @@ def match(
         cameras: of the images, perspective, in scene units.
         images: RGB.
         masks: of each image, the pixels that belong to the scene; None: all.
-        complete: gives the depth of all pixels from that of those that are matched.
+        complete: gives the depth of all pixels from that of those that are matched; None: `completion.by_membrane`.
     """
     centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
     distance = torch.cdist(centres, centres)
@@ -142,8 +116,9 @@ def match(
     near, far = np.quantile(found.numpy(), [0.03, 0.97])
     fine = [_view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
     depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), STEP)
-    masks = masks or [None] * len(images)
-    depths = [completion.without_speckle(_inside(depth, mask)) for depth, mask in zip(depths, masks)]
+    sizes = [depth.shape for depth in depths]
+    small_masks = [None if m is None else _small_mask(m, size) for m, size in zip(masks or [None] * len(images), sizes)]
+    depths = [completion.without_speckle(_inside(depth, mask)) for depth, mask in zip(depths, small_masks)]
     if sum(int((depth > 0).sum()) for depth in depths) < MIN_MATCHES:
         return nothing
     parts = []
@@ -153,30 +128,31 @@ def match(
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
-    pairs = [_complete(image, depth, complete) for image, depth in zip(images, depths)]
-    completed = [_inside(depth, mask) for (depth, _), mask in zip(pairs, masks)]
+    completed = (complete or completion.alone(completion.by_membrane))(
+        [
+            MatchedView(view=view, rgb=_small_rgb(image, depth.shape), depth=depth, mask=mask, nearest=others)
+            for view, image, depth, mask, others in zip(fine, images, depths, small_masks, nearest)
+        ]
+    )
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    maps = completion.DepthMaps.of(*cross_checked(fine, nearest, completed), [error for _, error in pairs])
+    kept, together = cross_checked(fine, nearest, [_inside(c.depth, mask) for c, mask in zip(completed, small_masks)])
+    _, alone = cross_checked(fine, nearest, [_inside(c.alone, mask) for c, mask in zip(completed, small_masks)])
+    maps = completion.DepthMaps.of(kept, [a & b for a, b in zip(together, alone)], [c.error for c in completed])
     return MatchedDepth(view, pixel, z, maps)
 
 
-def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "_h _w"] | None) -> Float[Tensor, "h w"]:
-    """Depth inside the mask, which may be of another size; 0 elsewhere."""
-    if mask is None:
-        return depth
-    small = F.interpolate(mask[None, None].float(), size=depth.shape, mode="nearest")[0, 0]
-    return torch.where(small > 0, depth, 0.0)
+def _small_mask(mask: Bool[Tensor, "_h _w"], size: torch.Size) -> Bool[Tensor, "h w"]:
+    return F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0] > 0
 
 
-def _complete(
-    image: UInt8[np.ndarray, "_h _w 3"], depth: Float[Tensor, "h w"], complete: completion.Completer
-) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """Depth of all pixels of an image and its error; 0 throughout where none is known."""
-    if not bool((depth > 0).any()):
-        return depth, torch.full_like(depth, torch.inf)
+def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"] | None) -> Float[Tensor, "h w"]:
+    """Depth inside the mask; 0 elsewhere."""
+    return depth if mask is None else torch.where(mask, depth, 0.0)
+
+
+def _small_rgb(image: UInt8[np.ndarray, "_h _w 3"], size: torch.Size) -> Float[Tensor, "h w 3"]:
     rgb = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
-    small = F.interpolate(rgb, size=depth.shape, mode="area")[0].permute(1, 2, 0)
-    return complete(small, depth)
+    return F.interpolate(rgb, size=size, mode="area")[0].permute(1, 2, 0)
 
 
 def cross_checked(

@@ -1,4 +1,4 @@
-"""How far completed depth is off: by the prior's network and by interpolation, on real matches of captures.
+"""How far completed depth is off: by the prior's network, images together or each alone, and by interpolation.
 
 python scripts/completion_errors.py [--prior PRIOR] CAPTURE ...      writes docs/figures/completion.md
 
@@ -9,6 +9,9 @@ in half of the squares of an eighth of the image, and compared with what is comp
 import contextlib
 import io
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +19,24 @@ import numpy as np
 import torch
 
 from diffusionerf_ns import completion, stereo
+from diffusionerf_ns.agreement import complete_together
+from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataset import FewViewDataset
+from diffusionerf_ns.views import MatchedView
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS = 3
 TEST_SIZES = {"fern": 16, "flower": 16, "scan24": 2}  # as in the benchmark
 
 
-def matched_images(capture: Path) -> list[tuple[Any, Any, Any]]:
-    """Of each training image: colours [h, w, 3], matched depth [h, w], and true depth or None, scene units."""
-    found: list[tuple[Any, Any]] = []
+def matched_views(capture: Path) -> tuple[list[MatchedView], list[Any]]:
+    """The training images with what is matched, and of each the true depth [h, w] in scene units or None."""
+    found: list[MatchedView] = []
 
-    def record(rgb: Any, depth: Any) -> tuple[Any, Any]:
-        found.append((rgb, depth))
-        return completion.by_membrane(rgb, depth)
+    def record(views: Sequence[MatchedView]) -> list[completion.Completed]:
+        found.extend(views)
+        return completion.alone(completion.by_membrane)(views)
 
     factor = TEST_SIZES.get(capture.name)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -42,38 +48,39 @@ def matched_images(capture: Path) -> list[tuple[Any, Any, Any]]:
     if outputs.mask_filenames is not None:
         masks = [dataset[i]["mask"][..., 0] for i in range(len(dataset))]
     stereo.match(outputs.cameras, images, masks, record)
-    if len(found) < len(images):
-        sys.exit(f"{capture}: of {len(images) - len(found)} images nothing is matched, so nothing can be said.")
+    if not found or not all(view.is_matched for view in found):
+        sys.exit(f"{capture}: of some images nothing is matched, so nothing can be said.")
     units = dataset.metadata.get("scene_units_per_metre")
-    rows = []
-    for index, (rgb, depth) in enumerate(found):
+    truth: list[Any] = []
+    for index, view in enumerate(found):
         item = dataset[index]
         true = None
         if "depth_image" in item and units is not None:
             full = item["depth_image"][..., 0] * units
-            row, column = (((torch.arange(n) + 0.5) * m / n).long() for n, m in zip(depth.shape, full.shape))
+            row, column = (((torch.arange(n) + 0.5) * m / n).long() for n, m in zip(view.depth.shape, full.shape))
             true = full[row][:, column]
-        rows.append((rgb, depth, true))
-    return rows
+        truth.append(true)
+    return found, truth
 
 
-def errors(images: list[tuple[Any, Any, Any]], complete: completion.Completer) -> tuple[float | None, float]:
+def errors(views: list[MatchedView], truth: list[Any], complete: completion.Completer) -> tuple[float | None, float]:
     """Mean relative error where nothing is matched, and mean |log error| of matches that were left out."""
     unknown, left_out = [], []
+    if truth[0] is not None:
+        for view, true, completed in zip(views, truth, complete(views)):
+            unknown.append((completed.depth / true.clamp_min(1e-6) - 1.0).abs()[(view.depth == 0) & (true > 0)])
     rng = np.random.default_rng(0)
-    for rgb, depth, true in images:
-        if true is not None:
-            free = (depth == 0) & (true > 0)
-            unknown.append((complete(rgb, depth)[0] / true.clamp_min(1e-6) - 1.0).abs()[free])
-        height, width = depth.shape
+    fewer = []
+    for view in views:
+        height, width = view.depth.shape
         side = max(height, width) // 8
         squares = rng.random((height // side + 1, width // side + 1)) < 0.5
         hidden = torch.from_numpy(squares.repeat(side, 0).repeat(side, 1)[:height, :width])
-        out = hidden & (depth > 0)
-        if not bool((~hidden & (depth > 0)).any()):
-            continue
-        completed, _ = complete(rgb, torch.where(hidden, 0.0, depth))
-        left_out.append((completed / depth.clamp_min(1e-6)).log().abs()[out])
+        fewer.append(replace(view, depth=torch.where(hidden, 0.0, view.depth)))
+    for view, less, completed in zip(views, fewer, complete(fewer)):
+        if less.is_matched:
+            out = (view.depth > 0) & (less.depth == 0)
+            left_out.append((completed.depth / view.depth.clamp_min(1e-6)).log().abs()[out])
     return float(torch.cat(unknown).mean()) if unknown else None, float(torch.cat(left_out).mean())
 
 
@@ -82,21 +89,27 @@ def main() -> None:
     words = sys.argv[1:]
     prior = words.pop(words.index("--prior") + 1) if "--prior" in words else "builtin"
     captures = [Path(word) for word in words if word != "--prior"]
-    network = completion.find_completer(prior)
+    network = completion.find_network(prior)
     if network is None or not captures:
         sys.exit(__doc__ if captures == [] else f"prior {prior} has no network that completes depth.")
     lines = [
-        f"Depth of the 3 training images, real matches: completed by the prior `{Path(prior).name}` / interpolated.",
+        f"Depth of the 3 training images, real matches: completed by the prior `{Path(prior).name}`, images together / "
+        "the same, each image alone / interpolated.",
         "",
         "| capture | pixels that are matched | AbsRel where nothing is matched | error of matches that were left out |",
         "|---|---:|---:|---:|",
     ]
+    completers = (
+        partial(complete_together, network, steps=DiffusioNeRFDataManagerConfig().completion_steps),
+        completion.alone(network.complete),
+        completion.alone(completion.by_membrane),
+    )
     for capture in captures:
-        images = matched_images(capture)
-        share = float(torch.cat([(depth > 0).flatten().float() for _, depth, _ in images]).mean())
-        (a, b), (c, d) = errors(images, network), errors(images, completion.by_membrane)
-        absrel = "no true depth" if a is None or c is None else f"{a:.3f} / {c:.3f}"
-        lines.append(f"| {capture.name} | {share:.2f} | {absrel} | {b:.3f} / {d:.3f} |")
+        views, truth = matched_views(capture)
+        share = float(torch.cat([(view.depth > 0).flatten().float() for view in views]).mean())
+        unknown, left_out = zip(*(errors(views, truth, complete) for complete in completers))
+        absrel = "no true depth" if unknown[0] is None else " / ".join(f"{x:.3f}" for x in unknown)
+        lines.append(f"| {capture.name} | {share:.2f} | {absrel} | {' / '.join(f'{x:.3f}' for x in left_out)} |")
         print(lines[-1])
     (ROOT / "docs" / "figures" / "completion.md").write_text("\n".join(lines) + "\n")
 

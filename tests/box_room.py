@@ -152,10 +152,11 @@ def remember_stereo(monkeypatch: Any) -> None:
 
     def match(cameras: Any, images: list[np.ndarray], masks: Any, complete: Any) -> Any:
         shapes = [] if masks is None else [mask.numpy().tobytes() for mask in masks]
-        network = getattr(complete, "__self__", None)
-        weights = () if network is None else tuple(p.numpy().tobytes() for p in network.parameters())
+        arguments = getattr(complete, "args", ()), getattr(complete, "keywords", {})  # of a partial
+        weights = tuple(p.numpy().tobytes() for network in arguments[0] for p in network.parameters())
         key = (
-            complete.__qualname__,
+            getattr(complete, "func", complete).__qualname__,
+            tuple(arguments[1].items()),
             weights,
             cameras.camera_to_worlds.numpy().tobytes(),
             *(image.tobytes() for image in images),

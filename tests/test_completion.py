@@ -56,4 +56,4 @@ def test_depth_maps_of_several_sizes_are_looked_up_by_pixels_of_larger_images() 
 
 
 def test_a_prior_without_a_network_for_it_completes_nothing(tmp_path) -> None:
-    assert completion.find_completer(str(tmp_path)) is None
+    assert completion.find_network(str(tmp_path)) is None

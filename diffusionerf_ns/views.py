@@ -1,0 +1,64 @@
+"""Training images at a working size, as stereo and the completion of depth see them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """A camera and its grey image at the working size, lens distortion left out."""
+
+    grey: Float[Tensor, "1 1 h w"]
+    focal: Float[Tensor, "2"]
+    centre: Float[Tensor, "2"]
+    rotation: Float[Tensor, "3 3"]
+    position: Float[Tensor, "3"]
+
+    def directions(self, size: tuple[int, int] | None = None) -> Float[Tensor, "_h _w 3"]:
+        """World directions with planar depth 1, of all pixels.
+
+        Args:
+            size: height and width of the image in other pixels than the working size's.
+        """
+        height, width = self.grey.shape[-2:]
+        rows, columns = size or (height, width)
+        v, u = torch.meshgrid(
+            (torch.arange(rows) + 0.5) * (height / rows),
+            (torch.arange(columns) + 0.5) * (width / columns),
+            indexing="ij",
+        )
+        x, y = (u - self.centre[0]) / self.focal[0], (v - self.centre[1]) / self.focal[1]
+        return torch.stack([x, -y, -torch.ones_like(x)], dim=-1) @ self.rotation.T
+
+    def project(self, points: Float[Tensor, "*batch 3"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
+        """Position for `grid_sample` and planar depth of world points."""
+        local = (points - self.position) @ self.rotation
+        z = -local[..., 2]
+        slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-6)[..., None]
+        size = torch.tensor([self.grey.shape[-1], self.grey.shape[-2]], dtype=torch.float32)
+        grid = 2.0 * (slope * self.focal + self.centre) / size - 1.0
+        return torch.where((z > 1e-6)[..., None], grid, torch.full_like(grid, 2.0)), z
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedView:
+    """A view, and what stereo knows of it."""
+
+    view: View
+    rgb: Float[Tensor, "h w 3"]
+    """In [0, 1], at the working size."""
+    depth: Float[Tensor, "h w"]
+    """Planar, scene units; 0 where it is not matched."""
+    mask: Bool[Tensor, "h w"] | None = None
+    """Pixels that belong to the scene; None: all."""
+    nearest: Sequence[int] = ()
+    """Indices of the views that it is compared with."""
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether any pixel is."""
+        return bool((self.depth > 0).any())
