@@ -2,8 +2,8 @@
 
 python scripts/completion_errors.py [--prior PRIOR] CAPTURE ...      writes docs/figures/completion.md
 
-Where a capture has true depth: mean relative error of all pixels that are not matched. Everywhere: matches are left out
-in half of the squares of an eighth of the image, and compared with what is completed there from the others.
+Where a capture has true depth: mean relative error of all pixels that are not matched. Everywhere: the matches of half
+of the scene are left out, in all images alike, and compared with what is completed there from the others.
 """
 
 import contextlib
@@ -63,20 +63,28 @@ def matched_views(capture: Path) -> tuple[list[MatchedView], list[Any]]:
     return found, truth
 
 
+def without_cubes(views: list[MatchedView]) -> list[MatchedView]:
+    """The views without the matches in half of the cubes of space, an eighth of an image wide: none knows them then."""
+    points = [view.view.position + view.view.directions() * view.depth[..., None] for view in views]
+    middle = torch.cat([view.depth[view.depth > 0] for view in views]).median()
+    side = middle * max(views[0].depth.shape) / 8 / views[0].view.focal[0]
+    cubes = torch.cat([(p / side).floor().reshape(-1, 3) for p in points]).long().numpy()
+    _, cube = np.unique(cubes, axis=0, return_inverse=True)
+    hidden = torch.from_numpy((np.random.default_rng(0).random(cube.max() + 1) < 0.5)[cube.ravel()])
+    parts = hidden.split([view.depth.numel() for view in views])
+    return [
+        replace(view, depth=torch.where(part.reshape(view.depth.shape), 0.0, view.depth))
+        for view, part in zip(views, parts)
+    ]
+
+
 def errors(views: list[MatchedView], truth: list[Any], complete: completion.Completer) -> tuple[float | None, float]:
     """Mean relative error where nothing is matched, and mean |log error| of matches that were left out."""
     unknown, left_out = [], []
     if truth[0] is not None:
         for view, true, completed in zip(views, truth, complete(views)):
             unknown.append((completed.depth / true.clamp_min(1e-6) - 1.0).abs()[(view.depth == 0) & (true > 0)])
-    rng = np.random.default_rng(0)
-    fewer = []
-    for view in views:
-        height, width = view.depth.shape
-        side = max(height, width) // 8
-        squares = rng.random((height // side + 1, width // side + 1)) < 0.5
-        hidden = torch.from_numpy(squares.repeat(side, 0).repeat(side, 1)[:height, :width])
-        fewer.append(replace(view, depth=torch.where(hidden, 0.0, view.depth)))
+    fewer = without_cubes(views)
     for view, less, completed in zip(views, fewer, complete(fewer)):
         if less.is_matched:
             out = (view.depth > 0) & (less.depth == 0)
