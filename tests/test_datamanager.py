@@ -16,7 +16,7 @@ from PIL import Image
 from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
 from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import patches
+from diffusionerf_ns import completion, patches
 from diffusionerf_ns.datamanager import (
     DiffusioNeRFDataManager,
     DiffusioNeRFDataManagerConfig,
@@ -202,7 +202,7 @@ def test_depth_is_completed_by_the_network_of_a_prior_that_has_one(make, tmp_pat
     network = make_network()
     torch.nn.init.constant_(network.conv_out.bias, 0.0)
     save_completer(tmp_path / FOLDER, network, CompletionSpec(size=(32, 24)))
-    completed = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
+    completed = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path), completion_steps=2)
     assert f"completed by the prior {tmp_path}" in " ".join(capsys.readouterr().out.split()).replace("/ ", "/")
     interpolated = make(stereo_rays_per_batch=24, completion="membrane", completion_prior=str(tmp_path))
     assert "interpolated between them" in " ".join(capsys.readouterr().out.split())
@@ -312,6 +312,25 @@ def test_patches_larger_than_an_image_are_found_before_the_first_step(make, tmp_
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(InputError, match=r"image-patch-share must be in \[0, 1\]"):
         DiffusioNeRFDataManagerConfig(image_patch_share=share)
+
+
+def test_a_negative_number_of_completion_steps_is_refused():
+    with pytest.raises(InputError, match=r"completion-steps must be 0 or more, found -1"):
+        DiffusioNeRFDataManagerConfig(completion_steps=-1)
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+def test_the_images_are_completed_together_in_as_many_steps_as_are_asked_for(make, tmp_path, monkeypatch, steps):
+    asked = []
+
+    def complete(network, views, steps):
+        asked.append((len(views), steps))
+        return completion.alone(network.complete)(views)
+
+    monkeypatch.setattr("diffusionerf_ns.datamanager.complete_together", complete)
+    save_completer(tmp_path / FOLDER, make_network(), CompletionSpec(size=(32, 24)))
+    manager = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path), completion_steps=steps)
+    assert asked == [(len(manager.train_dataset), steps)]
 
 
 def test_nerfstudios_own_data_parsers_work_too(make, capture):
