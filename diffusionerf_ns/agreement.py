@@ -89,12 +89,12 @@ def complete_together(network: DepthCompleter, views: Sequence[MatchedView], ste
 
 @torch.no_grad()
 def _completed(network: DepthCompleter, trained: DepthCompleter, image: _Image) -> Completed:
-    """What both make of an image: by as much as it was changed, the new depth may be wrong as well."""
+    """What both make of an image: by as much as it was changed, the new depth may at least be wrong."""
     size = (image.of.depth.shape[0], image.of.depth.shape[1])
     log_z, _ = trained(*image.given)
     depth, error = network.enlarge(log_z, image.log_b[None], size)
     first, _ = network.enlarge(image.first[None], image.log_b[None], size)
-    return Completed(depth, error + (depth / first).log().abs(), alone=first)
+    return Completed(depth, error.maximum((depth / first).log().abs()), alone=first)
 
 
 @torch.enable_grad()

@@ -130,7 +130,9 @@ def test_images_that_agree_stay_as_they_are(network: DepthCompleter) -> None:
         assert float((completed.depth / 3.0 - 1.0).abs().max()) < 0.01
 
 
-def test_depth_that_was_changed_may_be_off_by_as_much(network: DepthCompleter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_depth_that_was_changed_may_at_least_be_off_by_as_much(
+    network: DepthCompleter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     views = wall_and_guess()
     plain = DepthCompleter.forward
 
@@ -141,7 +143,7 @@ def test_depth_that_was_changed_may_be_off_by_as_much(network: DepthCompleter, m
     monkeypatch.setattr(DepthCompleter, "forward", changed)
     for together, by_itself in zip(agreement.complete_together(network, views, 1), alone(network.complete)(views)):
         assert torch.allclose(together.depth, math.e * by_itself.depth, rtol=0.02)
-        assert float((together.error - by_itself.error).median()) == pytest.approx(1.0, abs=0.02)
+        assert float((together.error - by_itself.error.clamp_min(1.0)).abs().max()) < 0.02
 
 
 def test_the_network_itself_is_left_as_it_is(network: DepthCompleter) -> None:
