@@ -135,13 +135,12 @@ def match(
         ]
     )
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    (kept, sure), (kept_alone, sure_alone) = (
-        cross_checked(fine, nearest, [_inside(depth, mask) for depth, mask in zip(depths, small_masks)])
-        for depths in ([c.depth for c in completed], [c.alone for c in completed])
-    )
+    inside = lambda maps: [_inside(depth, mask) for depth, mask in zip(maps, small_masks)]  # noqa: E731
+    kept, sure = cross_checked(fine, nearest, inside(c.depth for c in completed))
+    kept_alone, sure_alone = cross_checked(fine, nearest, inside(c.alone for c in completed))
     # What was contradicted at first was brought to agree, and is often wrong all the same.
-    kept = [torch.where(first > 0, depth, 0.0) for depth, first in zip(kept, kept_alone)]
-    sure = [a & b for a, b in zip(sure, sure_alone)]
+    kept = [torch.where(alone > 0, depth, 0.0) for depth, alone in zip(kept, kept_alone)]
+    sure = [together & alone for together, alone in zip(sure, sure_alone)]
     maps = completion.DepthMaps.of(kept, sure, [c.error for c in completed])
     return MatchedDepth(view, pixel, z, maps)
 
