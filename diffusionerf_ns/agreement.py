@@ -9,11 +9,13 @@ changes, and not the depth of single pixels, walls move as a whole.
 That a surface lies *behind* what another image sees asks for nothing: it may be hidden there.
 
 Notation
-    log_z    logarithm of planar depth, scene units, as the copy completes it                  [h, w] of each image
-    first    the same as the network completes each image alone                               [h, w]
-    b        expected |error| of ``first``, as the network tells it                            [h, w]
+    log_z    logarithm of planar depth, scene units, as the copy completes it                   [h, w] of each image
+    first    the same as the network completes each image alone                                [h, w]
+    b        expected |error| of ``first`` as the network tells it, and `MORE_B`                [h, w]
     r        of a point of one image, seen from another: log of its depth there, less log_z of what is seen there; the
              point is before what is seen if it is negative
+
+h and w are those of the few pixels that the network sees.
 """
 
 import copy
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +36,7 @@ LEARNING_RATE = 1e-4
 MAX_VIEWS = 12  # with more, most is matched, and the time would grow with them
 TOLERANCE = 0.02  # of r, up to which two depths are one
 MOST = 1.0  # of r: what is farther apart is no worse
-LEAST_B = 0.02  # added to b: no pixel is held more firmly
+MORE_B = 0.02  # added to the error that the network tells
 ANCHOR_WEIGHT = 0.15
 WRONG_MATCH = 0.2  # difference in log depth from a match, from which on more costs no more
 
@@ -42,7 +45,7 @@ WRONG_MATCH = 0.2  # difference in log depth from a match, from which on more co
 class _Image:
     """A view as the network sees it."""
 
-    of: MatchedView
+    source: MatchedView
     given: CompletionInput
     first: Float[Tensor, "h w"]
     log_b: Float[Tensor, "h w"]
@@ -55,24 +58,28 @@ class _Image:
     def __post_init__(self) -> None:
         known = self.given.known[0]
         size = (known.shape[0], known.shape[1])
-        self.b = self.log_b.exp() + LEAST_B
+        self.b = self.log_b.exp() + MORE_B
         self.matched = known > 0
         self.log_matched = torch.where(self.matched, known.clamp_min(1e-12).log(), 0.0)
-        self.directions = self.of.view.directions(size)
-        mask = self.of.mask
+        self.directions = self.source.view.directions(size)
+        mask = self.source.mask
         self.mask = torch.ones(size) if mask is None else F.adaptive_avg_pool2d(mask[None].float(), size)[0]
 
 
 def complete_together(network: DepthCompleter, views: Sequence[MatchedView], steps: int) -> list[Completed]:
-    """Depth of all pixels of each view, and the relative error to expect, as `completion.Completer` says.
+    """Depth of all pixels of each view, and the relative error to expect: a `completion.Completer`.
 
     Args:
         network: that completes an image; it is left as it is.
         views: of a capture. More than `MAX_VIEWS` are completed each alone.
         steps: of the training; 0 completes each view alone.
+
+    Returns:
+        One for each view, in its pixels; the error is at least what the depth was changed by.
     """
     places = [place for place, view in enumerate(views) if view.is_matched]
-    if steps == 0 or not 2 <= len(places) <= MAX_VIEWS:
+    compared = any(other in places for place in places for other in views[place].nearest)
+    if steps == 0 or len(views) > MAX_VIEWS or not compared:
         return alone(network.complete)(views)
     images: dict[int, _Image] = {}
     for place in places:
@@ -81,16 +88,20 @@ def complete_together(network: DepthCompleter, views: Sequence[MatchedView], ste
             first, log_b = network(*given)
         images[place] = _Image(views[place], given, first[0], log_b[0])
     trained = _train(copy.deepcopy(network), images, steps)
-    return [
+    completed = [
         _completed(network, trained, images[k]) if k in images else Completed.unknown(view)
         for k, view in enumerate(views)
     ]
+    if not all(bool(c.depth.isfinite().all()) for c in completed):
+        CONSOLE.print("[yellow]The images' depth could not be brought to agree (not finite): each is completed alone.")
+        return alone(network.complete)(views)
+    return completed
 
 
 @torch.no_grad()
 def _completed(network: DepthCompleter, trained: DepthCompleter, image: _Image) -> Completed:
     """What both make of an image: by as much as it was changed, the new depth may at least be wrong."""
-    size = (image.of.depth.shape[0], image.of.depth.shape[1])
+    size = (image.source.depth.shape[0], image.source.depth.shape[1])
     log_z, _ = trained(*image.given)
     depth, error = network.enlarge(log_z, image.log_b[None], size)
     first, _ = network.enlarge(image.first[None], image.log_b[None], size)
@@ -122,22 +133,26 @@ def disagreement(images: dict[int, _Image], log_z: dict[int, Float[Tensor, "_h _
 
     Of two depths that contradict each other, each gives way by its share of the error to expect of both; matches do
     not give way.
+
+    Args:
+        images: by their place in the capture; some of them must be compared with one another.
+        log_z: of each, in the pixels that the network sees.
     """
     log_z = {k: torch.where(images[k].matched, images[k].log_matched, z) for k, z in log_z.items()}
     parts = []
     for place, image in images.items():
-        for other in image.of.nearest:
+        for other in image.source.nearest:
             if other not in images:
                 continue
-            points = image.of.view.position + image.directions * log_z[place].exp()[..., None]
-            grid, z = images[other].of.view.project(points)
+            points = image.source.view.position + image.directions * log_z[place].exp()[..., None]
+            grid, z = images[other].source.view.project(points)
             seen, b, mask = _look_up([log_z[other], images[other].b, images[other].mask], grid.detach())
             here = z.clamp_min(1e-6).log()
             share = image.b / (image.b + b)
             violation = share * _before(here - seen.detach()) + (1.0 - share) * _before(here.detach() - seen)
             inside = (grid.abs() < 1.0).all(dim=-1) * image.mask * mask
             parts.append((violation * inside / (image.b + b)).mean())
-    return torch.stack(parts).mean() if parts else torch.zeros(())
+    return torch.stack(parts).mean()
 
 
 def _before(r: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:

@@ -5,7 +5,6 @@ A prior may bring a network for it (`ddm_training.completion`); without one dept
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,10 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ddm_training import membrane
+from ddm_training.completion import FOLDER, DepthCompleter, load_completer
 from diffusionerf_ns.views import MatchedView
-
-if TYPE_CHECKING:
-    from ddm_training.completion import DepthCompleter
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
 SAME_SURFACE = 0.02  # relative difference of depth
@@ -50,7 +47,7 @@ class Completed:
 
 
 Completer = Callable[[Sequence[MatchedView]], list[Completed]]
-"""The views of a capture -> depth of all pixels of each."""
+"""The views of a capture -> depth of all pixels of each, and the error to expect of it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class DepthMaps:
     values: Float[Tensor, " pixels"]
     """All maps, row by row, one after the other; 0 where unknown."""
     confirmed: Bool[Tensor, " pixels"]
-    """Where another image's depth says the same."""
+    """Where another image's depth says the same, also where each is completed alone."""
     error: Float[Tensor, " pixels"]
     """Relative error to expect of ``values``; infinite where it is not known."""
     shapes: Int[Tensor, "images 2"]
@@ -143,7 +140,7 @@ def alone(complete: ImageCompleter) -> Completer:
     return complete_all
 
 
-def find_network(prior: str, revision: str | None = None) -> "DepthCompleter | None":
+def find_network(prior: str, revision: str | None = None) -> DepthCompleter | None:
     """The network of a prior that completes depth; None where it has none.
 
     Args:
@@ -153,8 +150,7 @@ def find_network(prior: str, revision: str | None = None) -> "DepthCompleter | N
     Raises:
         InputError: no such prior, or a network that cannot be read.
     """
-    from ddm_training.completion import FOLDER, load_completer  # diffusers is slow to import
-    from diffusionerf_ns.prior import find_prior
+    from diffusionerf_ns.prior import find_prior  # diffusers is slow to import
 
     folder = find_prior(prior, revision) / FOLDER
     return load_completer(folder) if folder.is_dir() else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
-from diffusionerf_ns.agreement import complete_together
+from diffusionerf_ns.agreement import MAX_VIEWS, complete_together
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 from diffusionerf_ns.visibility import are_perspective
@@ -55,7 +55,7 @@ class StereoBatch:
     completed: Float[Tensor, " pixel_rays"]
     """Distance along each pixel ray to about where its surface is, scene units; 0 where even that is unknown."""
     confirmed: Bool[Tensor, " pixel_rays"]
-    """Which of these distances another image confirms."""
+    """Which of these distances another image confirms, also where each is completed alone."""
     error: Float[Tensor, " pixel_rays"]
     """Relative error to expect of these distances; infinite where it is not known."""
 
@@ -105,7 +105,7 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Revision of a hub id."""
     completion_steps: int = 60
     """Steps of training by which that network is brought to contradict itself less between the images of the capture,
-    see `agreement`; 0: each image is completed alone. Not in the paper."""
+    see `agreement`; 0, or more than 12 images: each is completed alone. Not in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +171,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         masks = None
         if self.train_dataparser_outputs.mask_filenames is not None:
             masks = [self.train_dataset[i]["mask"][..., 0] for i in range(len(self.train_dataset))]
-        matched = stereo.match(cameras, images, masks, completer)
+        with CONSOLE.status(f"Matching {len(images)} training images and completing their depth..."):
+            matched = stereo.match(cameras, images, masks, completer)
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(
@@ -203,7 +204,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             network = completion.find_network(prior, self.config.completion_revision)
             if network is not None:
                 steps = self.config.completion_steps
-                return f"completed by the prior {prior}", partial(complete_together, network, steps=steps)
+                how = "images together" if steps > 0 and len(self.train_dataset) <= MAX_VIEWS else "each image alone"
+                return f"completed by the prior {prior} ({how})", partial(complete_together, network, steps=steps)
             CONSOLE.print(f"The prior {prior} has no network that completes depth.")
         return "interpolated", completion.alone(completion.by_membrane)
 

@@ -51,7 +51,7 @@ class MatchedDepth:
     """Planar depth, scene units."""
     completed: completion.DepthMaps | None = None
     """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
-    image contradicts it, outside masks, and in images of which nothing is matched."""
+    image contradicts it, together or each completed alone, outside masks, and in images of which nothing is matched."""
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -135,12 +135,15 @@ def match(
         ]
     )
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    inside = lambda maps: [_inside(depth, mask) for depth, mask in zip(maps, small_masks)]  # noqa: E731
-    kept, sure = cross_checked(fine, nearest, inside(c.depth for c in completed))
-    kept_alone, sure_alone = cross_checked(fine, nearest, inside(c.alone for c in completed))
+    depth, first = (
+        [_inside(depth, mask) for depth, mask in zip(maps, small_masks)]
+        for maps in ([c.depth for c in completed], [c.alone for c in completed])
+    )
+    kept, sure = cross_checked(fine, nearest, depth)
+    kept_first, sure_first = cross_checked(fine, nearest, first)
     # What was contradicted at first was brought to agree, and is often wrong all the same.
-    kept = [torch.where(alone > 0, depth, 0.0) for depth, alone in zip(kept, kept_alone)]
-    sure = [together & alone for together, alone in zip(sure, sure_alone)]
+    kept = [torch.where(before > 0, now, 0.0) for now, before in zip(kept, kept_first)]
+    sure = [now & before for now, before in zip(sure, sure_first)]
     maps = completion.DepthMaps.of(kept, sure, [c.error for c in completed])
     return MatchedDepth(view, pixel, z, maps)
 
@@ -164,7 +167,8 @@ def cross_checked(
 ) -> tuple[list[Float[Tensor, "_h _w"]], list[Bool[Tensor, "_h _w"]]]:
     """Completed depth without what another view contradicts, and where another view confirms it.
 
-    Each view is completed alone, and where two of them say the same of a point they are mostly right: in four made
+    Where two views that are completed alone say the same of a point they are mostly right (less so if they were brought
+    to agree): in four made
     rooms, 3 views, confirmed depth is off by .04 to .08 of itself on average, the rest by .10 to .33, and only what is
     contradicted is known to be too near. Matched pixels are no exception: contradicted ones are off by .08 to .17, the
     others by .02 to .04 (`docs/findings.md`, fifth round).

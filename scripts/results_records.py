@@ -1,9 +1,10 @@
 """Keep the figures of a benchmark as one text file, and make a results folder of it again.
 
 python scripts/results_records.py pack RESULTS FILE       one line of JSON a finished job; jobs that FILE has stay there
-python scripts/results_records.py unpack FILE RESULTS     then `diffusionerf-bench table`, or `run` for more jobs
+python scripts/results_records.py unpack FILE RESULTS     then `diffusionerf-bench table`, or `run` for other jobs
 
-Left out: pictures, the curves of training, the configuration (its hash stays), and where the capture lay.
+Left out: pictures, the curves of training, the configuration (its hash stays), and in which folders capture and prior
+lay. A `run` of a job that was unpacked does it again: its configuration says where its capture lies.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench.jobs import Job
-from diffusionerf_ns.bench.results import FORMAT, RESULT_FILE, Entry, merge_entries, read_entries, write_json
+from diffusionerf_ns.bench.results import FORMAT, RESULT_FILE, Entry, lock, merge_entries, read_entries, write_json
 
 LEFT_OUT: dict[str, Any] = {"pictures": [], "curve": [], "config": {}}
 
@@ -21,7 +22,13 @@ LEFT_OUT: dict[str, Any] = {"pictures": [], "curve": [], "config": {}}
 def record_of(result: dict[str, Any]) -> dict[str, Any]:
     """What is kept of the content of a `result.json`."""
     job = result["job"]
-    return {k: v for k, v in result.items() if k not in LEFT_OUT} | {"job": job | {"data": Path(job["data"]).name}}
+    overrides = {k: _without_folder(v) for k, v in job["overrides"].items()}
+    job = job | {"data": Path(job["data"]).name, "overrides": overrides}
+    return {k: v for k, v in result.items() if k not in LEFT_OUT} | {"job": job}
+
+
+def _without_folder(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
@@ -34,7 +41,7 @@ def read_records(file: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         try:
             record = json.loads(line)
-            found, name = record["format"], Job.from_dict(record["job"]).name
+            found, name, _ = record["format"], Job.from_dict(record["job"]).name, record["hash"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{file}, line {number}, is no record of a job: {type(error).__name__} {error}."
@@ -49,19 +56,28 @@ def pack(folder: Path, file: Path) -> int:
     """Write the records of a results folder into a file, in place of those of the same jobs. Returns how many."""
     found = {entry.job.name: record_of(result) for entry in read_entries(folder) if (result := entry.result())}
     records = (read_records(file) if file.is_file() else {}) | found
-    file.write_text("".join(json.dumps(records[name]) + "\n" for name in sorted(records)))
+    part = file.with_name(f"{file.name}.part")
+    part.write_text("".join(json.dumps(records[name]) + "\n" for name in sorted(records)))
+    part.replace(file)
     return len(found)
 
 
 def unpack(file: Path, folder: Path) -> int:
-    """Put records into a results folder, a new one or with what it has; returns how many."""
+    """Put records into a results folder, a new one or with what it has; returns how many.
+
+    A result of the same configuration stays as it is, one of another is set aside as `diffusionerf-bench run` does it.
+    """
     records = read_records(file)
-    entries = []
-    for name, record in records.items():
-        entries.append(Entry(job=Job.from_dict(record["job"]), hash=record["hash"], folder=folder / name))
-    merge_entries(folder, entries)
-    for entry, record in zip(entries, records.values()):
-        write_json(entry.folder / RESULT_FILE, record | LEFT_OUT)
+    entries = [
+        Entry(job=Job.from_dict(record["job"]), hash=record["hash"], folder=folder / name)
+        for name, record in records.items()
+    ]
+    with lock(folder):
+        merge_entries(folder, entries)
+        for entry, record in zip(entries, records.values()):
+            entry.set_aside()
+            if entry.result() is None:
+                write_json(entry.folder / RESULT_FILE, record | LEFT_OUT)
     return len(records)
 
 

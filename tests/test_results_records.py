@@ -51,11 +51,29 @@ def test_tables_of_an_unpacked_folder_are_those_of_the_packed_one(
         assert (tmp_path / "ours" / name).read_text() == (tmp_path / "theirs" / name).read_text()
 
 
-def test_a_record_tells_no_path_of_the_machine(records: ModuleType, results: Path, tmp_path: Path) -> None:
+def test_a_record_tells_no_path_of_the_machine(records: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    overrides = {"pipeline.model.prior": str(tmp_path / "priors/mine"), "pipeline.model.refine_tau": 0.1}
+    job = Job(scene="fern", data=str(tmp_path / "fern"), views=3, variant="full", overrides=overrides)
+    records.pack(folder_of_results(tmp_path / "results", [job], lambda job: 20.0), file)
+    assert str(tmp_path) not in file.read_text()
+    (kept,) = (record["job"] for record in lines(file))
+    assert kept["data"] == "fern"
+    assert kept["overrides"] == {"pipeline.model.prior": "mine", "pipeline.model.refine_tau": 0.1}
+
+
+def test_results_that_a_folder_has_are_kept(records: ModuleType, results: Path, tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     records.pack(results, file)
-    assert str(tmp_path) not in file.read_text()
-    assert [record["job"]["data"] for record in lines(file)] == ["fern"]
+    (entry,) = (entry for entry in read_entries(results) if entry.status() == "done")
+    result = entry.folder / "result.json"
+    before = result.read_text()
+    records.unpack(file, results)
+    assert result.read_text() == before
+    file.write_text(file.read_text().replace('"hash": "h"', '"hash": "other"'))
+    records.unpack(file, results)
+    assert (entry.folder / "result.h.json").read_text() == before
+    assert json.loads(result.read_text())["hash"] == "other"
 
 
 def test_jobs_that_a_file_has_stay_there_unless_they_were_run_again(
@@ -74,7 +92,14 @@ def test_jobs_that_a_file_has_stay_there_unless_they_were_run_again(
     [
         ("nothing\n", "line 1, is no record of a job"),
         ('{"format": "diffusionerf-bench-1"}\n', "line 1, is no record of a job"),
-        ('{"format": "other", "job": {"scene": "a", "data": "a", "views": 3, "variant": "full"}}\n', "'other'"),
+        (
+            '{"format": "diffusionerf-bench-1", "job": {"scene": "a", "data": "a", "views": 3, "variant": "full"}}\n',
+            "line 1, is no record of a job: KeyError 'hash'",
+        ),
+        (
+            '{"hash": "h", "format": "other", "job": {"scene": "a", "data": "a", "views": 3, "variant": "full"}}\n',
+            "'other'",
+        ),
     ],
 )
 def test_what_is_no_record_is_refused(records: ModuleType, tmp_path: Path, content: str, message: str) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
 
-from diffusionerf_ns import stereo
+from diffusionerf_ns import completion, stereo
+from diffusionerf_ns.views import View
 
 HEIGHT, WIDTH, FOCAL = 60, 80, 90.0
 
@@ -118,7 +119,7 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
     assert float((again / matched.depth - 1.0).abs().median()) < 0.01
 
 
-def blank_views(count: int) -> list[stereo.View]:
+def blank_views(count: int) -> list[View]:
     cameras = make_cameras([(0.1 * i, 0.0, 0.0) for i in range(count)])
     return [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(count)]
 
@@ -161,6 +162,40 @@ def test_completed_depth_is_kept_confirmed_or_dropped_by_what_others_have(here, 
     left, sure = stereo.cross_checked(blank_views(len(depths)), nearest, depths)
     assert (left[0][middle] == kept).all()
     assert (sure[0][middle] == confirmed).all()
+
+
+def test_what_images_say_together_counts_only_where_it_was_not_contradicted_when_each_was_alone() -> None:
+    views = [plane_view(c, 4.0, 0.0) for c in CENTRES]
+    masks = [torch.ones(HEIGHT, WIDTH, dtype=torch.bool) for _ in CENTRES]
+    masks[1][:10] = False
+    blob, unsure = (slice(20, 30), slice(30, 40)), (slice(35, 45), slice(30, 40))
+
+    def complete(found):
+        assert [tuple(view.rgb.shape) for view in found] == [(HEIGHT, WIDTH, 3)] * 3
+        assert [list(view.nearest) for view in found] == [[1, 2], [0, 2], [1, 0]]
+        assert [int(view.mask.sum()) for view in found] == [int(mask.sum()) for mask in masks]
+        plane = torch.full((HEIGHT, WIDTH), 4.0)
+        alone = [plane.clone() for _ in found]
+        alone[1][blob] = 2.0  # others see through it
+        for image in (0, 2):
+            alone[image][:] = 3.7  # before the plane, as far as the plane's image is asked, and no confirmation of it
+            alone[image][:30] = 4.0
+        error = torch.full((HEIGHT, WIDTH), 0.1)
+        return [completion.Completed(plane, error, first) for first in alone]
+
+    matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views], masks, complete)
+    assert matched.completed is not None
+    depth, sure, error = (
+        x.reshape(3, HEIGHT, WIDTH)[1]
+        for x in (getattr(matched.completed, n) for n in ("values", "confirmed", "error"))
+    )
+    assert not depth[blob].any()
+    assert (depth[unsure] == 4.0).all()
+    assert not sure[blob].any()
+    assert not sure[unsure].any()
+    assert sure[12:18, 30:50].all()
+    assert not depth[:10].any()
+    assert (error == 0.1).all()
 
 
 def test_a_second_picture_from_the_same_place_takes_nothing_away() -> None:

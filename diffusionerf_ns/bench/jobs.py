@@ -203,6 +203,8 @@ def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool) -> s
     model: Any = config.pipeline.model
     if completing := completing_prior(config):
         content["completion"] = prior_hash(*completing)
+    else:
+        content["pipeline"]["datamanager"].pop("completion_steps", None)
     if prior and (getattr(model, "score_weight", 0.0) or getattr(model, "refine_tau", 0.0)):
         content["prior"] = prior_hash(model.prior, model.prior_revision)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
