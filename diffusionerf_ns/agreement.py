@@ -66,6 +66,11 @@ class _Image:
         self.mask = torch.ones(size) if mask is None else F.adaptive_avg_pool2d(mask[None].float(), size)[0]
 
 
+def can_complete_together(count: int, steps: int) -> bool:
+    """Whether so many views are completed together, as far as their number and that of the steps decide it."""
+    return steps > 0 and count <= MAX_VIEWS
+
+
 def complete_together(network: DepthCompleter, views: Sequence[MatchedView], steps: int) -> list[Completed]:
     """Depth of all pixels of each view, and the relative error to expect: a `completion.Completer`.
 
@@ -79,7 +84,7 @@ def complete_together(network: DepthCompleter, views: Sequence[MatchedView], ste
     """
     places = [place for place, view in enumerate(views) if view.is_matched]
     compared = any(other in places for place in places for other in views[place].nearest)
-    if steps == 0 or len(views) > MAX_VIEWS or not compared:
+    if not compared or not can_complete_together(len(views), steps):
         return alone(network.complete)(views)
     images: dict[int, _Image] = {}
     for place in places:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddm_training import membrane
 from ddm_training.completion import FOLDER, DepthCompleter, load_completer
+from diffusionerf_ns.prior import find_prior
 from diffusionerf_ns.views import MatchedView
 
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0))  # rows and columns from a pixel to one beside it
@@ -150,8 +151,6 @@ def find_network(prior: str, revision: str | None = None) -> DepthCompleter | No
     Raises:
         InputError: no such prior, or a network that cannot be read.
     """
-    from diffusionerf_ns.prior import find_prior  # diffusers is slow to import
-
     folder = find_prior(prior, revision) / FOLDER
     return load_completer(folder) if folder.is_dir() else None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
-from diffusionerf_ns.agreement import MAX_VIEWS, complete_together
+from diffusionerf_ns.agreement import can_complete_together, complete_together
 from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
 from diffusionerf_ns.visibility import are_perspective
@@ -204,7 +204,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             network = completion.find_network(prior, self.config.completion_revision)
             if network is not None:
                 steps = self.config.completion_steps
-                how = "images together" if steps > 0 and len(self.train_dataset) <= MAX_VIEWS else "each image alone"
+                together = can_complete_together(len(self.train_dataset), steps)
+                how = "images together" if together else "each image alone"
                 return f"completed by the prior {prior} ({how})", partial(complete_together, network, steps=steps)
             CONSOLE.print(f"The prior {prior} has no network that completes depth.")
         return "interpolated", completion.alone(completion.by_membrane)

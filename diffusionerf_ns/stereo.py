@@ -135,12 +135,10 @@ def match(
         ]
     )
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    depth, first = (
-        [_inside(depth, mask) for depth, mask in zip(maps, small_masks)]
-        for maps in ([c.depth for c in completed], [c.alone for c in completed])
+    kept, sure = cross_checked(fine, nearest, [_inside(c.depth, mask) for c, mask in zip(completed, small_masks)])
+    kept_first, sure_first = cross_checked(
+        fine, nearest, [_inside(c.alone, mask) for c, mask in zip(completed, small_masks)]
     )
-    kept, sure = cross_checked(fine, nearest, depth)
-    kept_first, sure_first = cross_checked(fine, nearest, first)
     # What was contradicted at first was brought to agree, and is often wrong all the same.
     kept = [torch.where(before > 0, now, 0.0) for now, before in zip(kept, kept_first)]
     sure = [now & before for now, before in zip(sure, sure_first)]

@@ -14,7 +14,16 @@ from typing import Any
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench.jobs import Job
-from diffusionerf_ns.bench.results import FORMAT, RESULT_FILE, Entry, lock, merge_entries, read_entries, write_json
+from diffusionerf_ns.bench.results import (
+    FORMAT,
+    RESULT_FILE,
+    Entry,
+    lock,
+    merge_entries,
+    read_entries,
+    write_json,
+    write_text,
+)
 
 LEFT_OUT: dict[str, Any] = {"pictures": [], "curve": [], "config": {}}
 
@@ -56,9 +65,7 @@ def pack(folder: Path, file: Path) -> int:
     """Write the records of a results folder into a file, in place of those of the same jobs. Returns how many."""
     found = {entry.job.name: record_of(result) for entry in read_entries(folder) if (result := entry.result())}
     records = (read_records(file) if file.is_file() else {}) | found
-    part = file.with_name(f"{file.name}.part")
-    part.write_text("".join(json.dumps(records[name]) + "\n" for name in sorted(records)))
-    part.replace(file)
+    write_text(file, "".join(json.dumps(records[name]) + "\n" for name in sorted(records)))
     return len(found)
 
 

@@ -40,11 +40,11 @@ def network() -> DepthCompleter:
     return DepthCompleter(unet, CompletionSpec()).requires_grad_(False)
 
 
-def two_planes(near: float = 2.0, far: float = 3.0, *, b: float = 1.0, matched: bool = False) -> dict:
-    """Two cameras in one place; one sees a wall at ``near``, the other one at ``far``."""
+def two_planes(near: float = 2.0, far: float = 3.0, *, b: float = 1.0, matched: Sequence[int] = ()) -> dict:
+    """Two cameras in one place; one sees a wall at ``near``, the other one at ``far``; some of them have matches."""
     images = {}
     for place, z in enumerate((near, far)):
-        known = torch.full((1, HEIGHT, WIDTH), z) if matched else torch.zeros(1, HEIGHT, WIDTH)
+        known = torch.full((1, HEIGHT, WIDTH), z) if place in matched else torch.zeros(1, HEIGHT, WIDTH)
         given = CompletionInput(torch.zeros(1, 3, HEIGHT, WIDTH), known, torch.full((1, HEIGHT, WIDTH), z))
         first = torch.full((HEIGHT, WIDTH), math.log(z))
         log_b = torch.full_like(first, math.log(b - agreement.MORE_B))
@@ -72,11 +72,7 @@ def test_each_of_two_depths_gives_way_by_its_share_of_the_error() -> None:
 
 
 def test_matches_do_not_give_way() -> None:
-    images = two_planes()
-    far = images[1]
-    images[1] = agreement._Image(
-        far.source, far.given._replace(known=torch.full((1, HEIGHT, WIDTH), 3.0)), far.first, far.log_b
-    )
+    images = two_planes(matched=[1])
     log_z = {k: image.first.clone().requires_grad_(True) for k, image in images.items()}
     agreement.disagreement(images, log_z).backward()
     assert float(log_z[0].grad.abs().sum()) > 0.0  # pyright: ignore[reportOptionalMemberAccess]

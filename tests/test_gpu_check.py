@@ -1,6 +1,5 @@
 """The GPU check: what it says without CUDA, and that its comparison finds what differs (with the CPU on both sides)."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,20 +10,13 @@ from typing import Any
 import pytest
 import torch
 from bench_runs import small_prior, wall_capture
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from script_modules import SCRIPTS, load_script
 
 
 @pytest.fixture(scope="module")
 def gpu_check() -> ModuleType:
     """`scripts/gpu_check.py` as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPTS / "gpu_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_check")
 
 
 def test_without_cuda_it_says_so_and_exits_0() -> None:

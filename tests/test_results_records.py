@@ -1,6 +1,5 @@
 """Keeping a benchmark's figures as one text file."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,23 +7,17 @@ from typing import Any
 
 import pytest
 from bench_runs import folder_of_results
+from script_modules import load_script
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench import table
 from diffusionerf_ns.bench.jobs import Job, make_jobs
 from diffusionerf_ns.bench.results import read_entries
 
-SCRIPT = Path(__file__).parents[1] / "scripts/results_records.py"
-
 
 @pytest.fixture(scope="module")
 def records() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_records", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("results_records")
 
 
 @pytest.fixture

@@ -68,16 +68,20 @@ class Entry:
         return True
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one step: a reader meets the old one, none, or the new one."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: a reader meets the old one, none, or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with part.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

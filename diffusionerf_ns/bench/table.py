@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.bench.results import Entry, read_entries
+from diffusionerf_ns.bench.results import Entry, read_entries, write_text
 from diffusionerf_ns.bench.variants import VARIANTS
 
 # Name in result files -> heading and decimals; the order is that of the columns.
@@ -192,8 +192,8 @@ def write_tables(results: Path, output: Path) -> str:
     peers = read_peers()
     text = _markdown(settings, peers, entries, [result for _, result in done])
     output.mkdir(parents=True, exist_ok=True)
-    _write_text(output / "table.md", text)
-    _write_text(output / "times.md", _times([result for _, result in done]))
+    write_text(output / "table.md", text)
+    write_text(output / "times.md", _times([result for _, result in done]))
     _write_csv(output / "table.csv", _table_rows(settings, peers))
     _write_csv(output / "jobs.csv", _job_rows(done))
     return text
@@ -391,12 +391,6 @@ def _job_rows(done: Sequence[tuple[Entry, dict[str, Any]]]) -> list[dict[str, An
         }
         for entry, result in done
     ]
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
