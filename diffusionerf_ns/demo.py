@@ -34,7 +34,7 @@ class DemoConfig:
     """Train a few-view NeRF without and with the regularisation, and compare them on held-out images."""
 
     data: Path | None = None
-    """Folder of a capture; unset: a made room, whose true depth is known."""
+    """Folder of a capture, or of photographs alone; unset: a made room, whose true depth is known."""
     steps: int | None = None
     """Length of each of the two runs; unset: as the method has it."""
     num_views: int | Literal["all"] = 3
@@ -57,7 +57,10 @@ class DemoConfig:
         from diffusionerf_ns.bench.jobs import Job
         from diffusionerf_ns.bench.pictures import SheetRow, contact_sheet
 
-        data = self.data or make_room(self.output / "room")
+        if self.data is None:
+            data = make_room(self.output / "room")
+        else:
+            data = find_capture(self.data, self.output / "capture")
         rows = []
         for number, (variant, title) in enumerate(TITLES.items(), start=1):
             job = Job(
@@ -74,7 +77,7 @@ class DemoConfig:
             result = train(job, folder, f"run {number} of {len(TITLES)}: {title}")
             rows.append(SheetRow(title=title, folder=folder, result=result))
         sheet = self.output / "sheet.png"
-        name = "a made room" if self.data is None else data.resolve().name
+        name = "a made room" if self.data is None else self.data.resolve().name
         contact_sheet(sheet, rows, title=f"{name}, {self.num_views} training images, {rows[0].result['steps']} steps")
         write_markdown(self.output / "table.md", rows)
         show(rows, sheet)
@@ -85,6 +88,19 @@ def make_room(folder: Path) -> Path:
     from ddm_training.rooms import RoomsConfig
 
     RoomsConfig(output="capture", folder=folder, seed=ROOM_SEED).main()
+    return folder
+
+
+def find_capture(data: Path, folder: Path) -> Path:
+    """The capture itself; of photographs alone one that is made in ``folder``, where it replaces an earlier one."""
+    from diffusionerf_ns.dataparsers.few_view import is_photographs
+    from diffusionerf_ns.photographs import find_poses, was_made_here
+
+    if not is_photographs(data):
+        return data
+    if was_made_here(folder):
+        shutil.rmtree(folder)
+    print(find_poses(data, folder).summary())
     return folder
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
+from diffusionerf_ns.dataparsers.images import list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
@@ -49,19 +50,33 @@ def detect_layout(data: Path) -> Layout:
         InputError: no such folder, an empty one, or none of the layouts.
     """
     check_folder(data)
+    if layout := _find_layout(data):
+        return layout
+    if is_photographs(data):
+        raise InputError(
+            f"--data {data} holds photographs without camera poses. Find them with "
+            f"`diffusionerf-poses --data {data} --output FOLDER`, then give that folder."
+        )
+    found = sorted(p.name for p in data.iterdir())
+    raise InputError(
+        f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
+        f"{TRANSFORMS_FILE} (nerfstudio; diffusionerf-poses makes it from photographs); "
+        "scanN/image and scanN/cameras.npz, or Rectified/scanN and Calibration (DTU). "
+        f"Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
+    )
+
+
+def is_photographs(data: Path) -> bool:
+    """Whether a folder holds images, and nothing that says where they were taken."""
+    return data.is_dir() and bool(list_images(data)) and _find_layout(data) is None
+
+
+def _find_layout(data: Path) -> Layout | None:
     if data.suffix == ".json" or (data / TRANSFORMS_FILE).is_file():
         return "transforms"
     if (data / POSES_FILE).is_file():
         return "llff"
-    if is_dtu(data):
-        return "dtu"
-    found = sorted(p.name for p in data.iterdir())
-    raise InputError(
-        f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
-        f"{TRANSFORMS_FILE} (nerfstudio; ns-process-data makes it from photographs); "
-        "scanN/image and scanN/cameras.npz, or Rectified/scanN and Calibration (DTU). "
-        f"Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
-    )
+    return "dtu" if is_dtu(data) else None
 
 
 def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:

@@ -1,0 +1,101 @@
+"""Poses that `diffusionerf-poses` finds from a few photographs, against those that their capture has.
+
+python scripts/pose_errors.py [--views 3 6 9] CAPTURE ...      writes docs/figures/poses.md
+
+A capture's poses were found with all its images (LLFF) or are the calibration of a robot (DTU).
+"""
+
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
+from diffusionerf_ns.dataparsers.transforms import read_transforms
+from diffusionerf_ns.photographs import FILE, find_poses
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pose_errors(
+    found: Float[np.ndarray, "n 3 4"], true: Float[np.ndarray, "n 3 4"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Degrees between rotations, and distances of positions in parts of their mean distance from their centre.
+
+    Both after the similarity that brings rotations, centres and scale together best; camera-to-world, the same axes.
+    """
+    rotations, true_rotations = found[:, :, :3], true[:, :, :3]
+    u, _, vt = np.linalg.svd(np.einsum("nij,nkj->ik", true_rotations, rotations))
+    align = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
+    between = np.einsum("ij,njk,nlk->nil", align, rotations, true_rotations)
+    degrees = np.degrees(np.arccos(np.clip((np.trace(between, axis1=1, axis2=2) - 1.0) / 2.0, -1.0, 1.0)))
+    a, b = ((x - x.mean(axis=0)) for x in (found[:, :, 3] @ align.T, true[:, :, 3]))
+    scale = (a * b).sum() / (a * a).sum()
+    return degrees, np.linalg.norm(scale * a - b, axis=1) / np.linalg.norm(b, axis=1).mean()
+
+
+def compare(capture: Path, views: int, folder: Path) -> str:
+    """A row of the table for the training images of so many views."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        outputs = FewViewDataParserConfig(data=capture, num_views=views).setup().get_dataparser_outputs("train")
+    for number, file in enumerate(outputs.image_filenames):
+        target = folder / "photographs" / f"{number:03d}{file.suffix}"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    width, height = int(outputs.cameras.width[0]), int(outputs.cameras.height[0])
+    begin = time.time()
+    row = f"| {capture.name} | {width} x {height} | {len(outputs.image_filenames)} |"
+    try:
+        posed = find_poses(folder / "photographs", folder / "capture")
+    except InputError:
+        return f"{row} 0 | | | | | {time.time() - begin:.0f} |"
+    seconds = time.time() - begin
+    frames = read_transforms(folder / "capture" / FILE)["frames"]
+    placed = [int(Path(frame["file_path"]).stem) for frame in frames]
+    true = outputs.cameras.camera_to_worlds[placed].to(torch.float64).numpy()
+    degrees, distances = pose_errors(np.array([frame["transform_matrix"] for frame in frames])[:, :3], true)
+    focal = float(np.mean([frame["fl_x"] for frame in frames])) / float(outputs.cameras.fx.mean())
+    return (
+        f"{row} {len(frames)} | {posed.num_points} | {degrees.max():.2f} | {100.0 * distances.max():.1f} | "
+        f"{100.0 * (focal - 1.0):+.1f} | {seconds:.0f} |"
+    )
+
+
+def main() -> None:
+    """Write the table."""
+    words = sys.argv[1:]
+    views = [3, 6, 9]
+    if words[:1] == ["--views"]:
+        views = [int(word) for word in words[1:] if word.isdigit()]
+        words = [word for word in words[1:] if not word.isdigit()]
+    if not words:
+        sys.exit(__doc__)
+    lines = [
+        "Poses found from the training images alone; the largest error of an image each.",
+        "",
+        "| capture | pixels | photographs | placed | points | rotation, degrees | position, % of the cameras' spread "
+        "| focal length, % | seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for word in words:
+        for count in views:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    lines.append(compare(Path(word), count, Path(folder)))
+                except InputError as error:
+                    print(f"{word}, {count} views: {error}", file=sys.stderr)
+                    continue
+            print(lines[-1], flush=True)
+    (ROOT / "docs" / "figures" / "poses.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

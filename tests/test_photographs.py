@@ -1,0 +1,300 @@
+"""Poses of a few photographs: found, written as a capture, and refused with a reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import corner
+import numpy as np
+import pytest
+from PIL import Image
+from script_modules import load_script
+
+from ddm_training.errors import InputError
+from diffusionerf_ns import demo, photographs
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
+from diffusionerf_ns.photographs import find_poses
+
+pose_errors = load_script("pose_errors").pose_errors
+FOCAL_35 = corner.FOCAL * photographs.FILM_DIAGONAL / float(np.hypot(corner.WIDTH, corner.HEIGHT))
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory) -> tuple[Path, np.ndarray]:
+    """A folder of three photographs, and their true poses."""
+    folder = tmp_path_factory.mktemp("taken") / "photographs"
+    return folder, corner.photographs(folder)
+
+
+@pytest.fixture(scope="module")
+def placed(taken, tmp_path_factory) -> tuple[Path, photographs.Posed]:
+    """The capture of them."""
+    capture = tmp_path_factory.mktemp("placed") / "capture"
+    return capture, find_poses(taken[0], capture)
+
+
+def noise(path: Path, seed: int = 0) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 255, (corner.HEIGHT // 12, corner.WIDTH // 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((corner.WIDTH, corner.HEIGHT)).save(path)
+
+
+def errors_of(frames: list[dict], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Degrees, and distances in parts of the cameras' spread.
+
+    Args:
+        frames: of `transforms.json`.
+        truth: world-to-camera [n, 3, 4] in OpenCV axes.
+    """
+    rotations = truth[:, :, :3].transpose(0, 2, 1)
+    centers = -(rotations @ truth[:, :, 3:])
+    found = np.array([frame["transform_matrix"] for frame in frames])[:, :3]
+    return pose_errors(found, np.concatenate([rotations * [1.0, -1.0, -1.0], centers], axis=2))
+
+
+def test_errors_of_poses_are_of_the_best_alignment():
+    true = corner.poses(4)
+    turn = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    moved = np.concatenate([turn @ true[:, :, :3], 3.0 * (turn @ true[:, :, 3:]) + 5.0], axis=2)
+    degrees, distances = pose_errors(moved, true)
+    assert degrees.max() < 1e-4
+    assert distances.max() < 1e-9
+    angle = np.radians(4.0)
+    about_z = np.array([[np.cos(angle), -np.sin(angle), 0.0], [np.sin(angle), np.cos(angle), 0.0], [0.0, 0.0, 1.0]])
+    moved[0, :, :3] = moved[0, :, :3] @ about_z
+    assert pose_errors(moved, true)[0].tolist() == pytest.approx([3.0, 1.0, 1.0, 1.0], abs=0.05)
+    spread = np.linalg.norm(true[:, :, 3] - true[:, :, 3].mean(axis=0), axis=1).mean()
+    apart = true.copy()
+    apart[0, :, 3] += [0.0, 0.01 * spread, 0.0]
+    assert 0.003 < pose_errors(apart, true)[1].max() < 0.012
+
+
+def test_three_photographs_have_their_poses_and_the_focal_length(taken, placed):
+    capture, found = placed
+    content = json.loads((capture / "transforms.json").read_text())
+    degrees, distances = errors_of(content["frames"], taken[1])
+    assert degrees.max() < 0.3
+    assert distances.max() < 0.02
+    assert content["frames"][0]["fl_x"] == pytest.approx(corner.FOCAL, rel=0.02)
+    assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
+    assert not found.focal_known
+    assert found.error < 0.5
+    assert found.missing == ()
+    assert min(found.points.values()) > photographs.FEW_POINTS
+
+
+def test_the_capture_holds_the_photographs_and_cameras_and_nothing_else(taken, placed):
+    capture, _ = placed
+    assert sorted(p.name for p in capture.iterdir()) == ["images", "transforms.json"]
+    assert sorted(p.name for p in capture.parent.iterdir()) == ["capture"]
+    for name in ("0.png", "1.png", "2.png"):
+        assert (capture / "images" / name).read_bytes() == (taken[0] / name).read_bytes()
+
+
+def test_the_data_parser_reads_the_capture(placed):
+    outputs = FewViewDataParserConfig(data=placed[0]).setup().get_dataparser_outputs("train")
+    assert [path.name for path in outputs.image_filenames] == ["0.png", "1.png", "2.png"]
+    assert outputs.cameras.fx.mean() == pytest.approx(corner.FOCAL, rel=0.02)
+
+
+def test_the_same_photographs_give_the_same_poses(taken, placed, tmp_path):
+    again = find_poses(taken[0], tmp_path / "again")
+    assert again == placed[1]
+    first, second = (json.loads((p / "transforms.json").read_text()) for p in (placed[0], tmp_path / "again"))
+    assert first == second
+
+
+def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where_the_search_begins(taken, tmp_path):
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for source in sorted(taken[0].iterdir()):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        exif.get_ifd(0x8769)[0xA405] = round(FOCAL_35)
+        image = Image.open(source).transpose(Image.Transpose.ROTATE_90)
+        image.save(turned / f"{source.stem}.jpg", quality=97, exif=exif)
+    found = find_poses(turned, tmp_path / "capture")
+    assert found.focal_known
+    assert found.missing == ()
+    written = Image.open(tmp_path / "capture" / "images" / "0.jpg")
+    assert written.size == (corner.WIDTH, corner.HEIGHT)
+    assert written.getexif().get(0x0112, 1) == 1
+    difference = np.asarray(written, dtype=float) - np.asarray(Image.open(taken[0] / "0.png"), dtype=float)
+    assert np.abs(difference).mean() < 4
+    content = json.loads((tmp_path / "capture" / "transforms.json").read_text())
+    assert errors_of(content["frames"], taken[1])[0].max() < 0.5
+
+
+def test_a_focal_length_that_is_given_is_where_the_search_begins(taken, tmp_path):
+    found = find_poses(taken[0], tmp_path / "capture", focal_35mm=35.0)
+    assert found.focal_known
+    assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
+    with pytest.raises(InputError, match=r"--focal-35mm must be positive, found -1"):
+        photographs.PosesConfig(data=taken[0], output=tmp_path / "x", focal_35mm=-1.0)
+
+
+def test_a_photograph_of_another_place_is_left_out_and_named(taken, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(taken[0], mixed)
+    noise(mixed / "elsewhere.png")
+    found = find_poses(mixed, tmp_path / "capture")
+    assert found.missing == ("elsewhere.png",)
+    assert "3 of 4 photographs have a pose" in found.summary()
+    assert "Without a pose, and left out: elsewhere.png" in found.summary()
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert [frame["file_path"] for frame in frames] == ["images/0.png", "images/1.png", "images/2.png"]
+
+
+def test_unrelated_photographs_are_refused_and_nothing_is_left_behind(tmp_path, capsys):
+    folder = tmp_path / "unrelated"
+    folder.mkdir()
+    for seed in range(3):
+        noise(folder / f"{seed}.png", seed)
+    with pytest.raises(SystemExit) as stopped:
+        photographs.main(["--data", str(folder), "--output", str(tmp_path / "capture")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "no two of the 3 photographs could be placed; the best pair has 0 matches" in said
+    assert "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
+
+
+def test_upright_photographs_are_turned_where_others_lie(taken, placed, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(taken[0], mixed)
+    Image.open(mixed / "1.png").transpose(Image.Transpose.ROTATE_270).save(mixed / "1.png")
+    assert find_poses(mixed, tmp_path / "capture") == placed[1]
+    assert "Turned to lie as the others: 1.png" in capsys.readouterr().out
+    turned, lying = (Image.open(p / "images" / "1.png") for p in (tmp_path / "capture", placed[0]))
+    assert np.array_equal(np.asarray(turned), np.asarray(lying))
+
+
+def test_upright_photographs_alone_stay_upright(taken, tmp_path):
+    upright = tmp_path / "upright"
+    upright.mkdir()
+    for source in taken[0].iterdir():
+        Image.open(source).transpose(Image.Transpose.ROTATE_270).save(upright / source.name)
+    find_poses(upright, tmp_path / "capture")
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert {(frame["w"], frame["h"]) for frame in frames} == {(corner.HEIGHT, corner.WIDTH)}
+    truth = taken[1].copy()
+    truth[:, 0], truth[:, 1] = -taken[1][:, 1], taken[1][:, 0]  # what was up is right
+    assert errors_of(frames, truth)[0].max() < 0.3
+
+
+def test_photographs_of_different_sizes_are_refused(taken, tmp_path):
+    sizes = tmp_path / "sizes"
+    shutil.copytree(taken[0], sizes)
+    Image.open(sizes / "1.png").resize((360, 270)).save(sizes / "1.png")
+    with pytest.raises(InputError, match=r"different sizes \(0\.png 480 x 360, 1\.png 360 x 270, 2\.png 480 x 360\)"):
+        find_poses(sizes, tmp_path / "capture")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sizes"]
+
+
+def test_each_photograph_may_have_a_lens_of_its_own(taken, tmp_path):
+    find_poses(taken[0], tmp_path / "capture", cameras="each", focal_35mm=FOCAL_35)
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert len({frame["fl_x"] for frame in frames}) == 3
+    assert errors_of(frames, taken[1])[0].max() < 5
+
+
+def test_other_modes_and_formats_become_rgb(tmp_path):
+    rgba, gray = tmp_path / "a.png", tmp_path / "b.tif"
+    Image.new("RGBA", (40, 30), (10, 20, 30, 255)).save(rgba)
+    Image.new("L", (40, 30), 99).save(gray)
+    assert photographs.write_images([rgba, gray], tmp_path / "images") == ["a.png", "b.png"]
+    for name, color in (("a.png", (10, 20, 30)), ("b.png", (99, 99, 99))):
+        image = Image.open(tmp_path / "images" / name)
+        assert image.mode == "RGB"
+        assert image.getpixel((3, 3)) == color
+
+
+def test_two_photographs_of_one_name_are_refused(tmp_path):
+    for name in ("a.tif", "a.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    with pytest.raises(InputError, match=r"both be written as a\.png"):
+        photographs.write_images([tmp_path / "a.png", tmp_path / "a.tif"], tmp_path / "images")
+
+
+def test_photographs_of_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png has more than 8 bits a colour \(I;16\)"):
+        photographs.write_images([tmp_path / "a.png"], tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "has 0 photographs"),
+        (("a.png",), "has 1 photographs"),
+        (("a.png", "b.HEIC"), r"cannot be read here: b\.HEIC.*Save them as JPEG"),
+        (("a.png", "broken.jpg"), r"broken\.jpg cannot be read as an image"),
+    ],
+)
+def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
+    for name in files:
+        if name == "a.png":
+            Image.new("RGB", (40, 30)).save(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match=message):
+        photographs.find_photographs(tmp_path)
+
+
+def test_an_output_that_holds_something_is_refused(taken, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="exists and holds something"):
+        find_poses(taken[0], tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_training_on_photographs_alone_says_how_to_find_their_poses(taken):
+    with pytest.raises(InputError, match=rf"diffusionerf-poses --data {taken[0]} --output FOLDER"):
+        FewViewDataParserConfig(data=taken[0]).setup().get_dataparser_outputs("train")
+
+
+def test_few_points_are_told():
+    posed = photographs.Posed(
+        names=("a", "b"),
+        points={"a": photographs.FEW_POINTS - 1, "b": photographs.FEW_POINTS},
+        num_points=60,
+        error=0.4,
+        focal=28.0,
+        focal_known=True,
+        longest=photographs.FEW_PIXELS - 1,
+    )
+    assert "Few points hold the poses of a (49):" in posed.summary()
+    assert "b (" not in posed.summary()
+    assert "Larger images" in posed.summary()
+
+
+def test_the_demo_makes_a_capture_of_photographs_and_replaces_only_its_own(taken, placed, tmp_path):
+    assert demo.find_capture(placed[0], tmp_path / "unused") == placed[0]
+    assert not (tmp_path / "unused").exists()
+    folder = tmp_path / "capture"
+    for _ in range(2):
+        assert demo.find_capture(taken[0], folder) == folder
+        assert (folder / "transforms.json").is_file()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "transforms.json").write_text("{}")
+    with pytest.raises(InputError, match="exists and holds something"):
+        demo.find_capture(taken[0], other)
+
+
+@pytest.mark.parametrize(("scene", "train"), [("fern", (1, 10, 19)), ("flower", (1, 17, 33))])
+def test_three_real_photographs_have_the_poses_that_were_found_with_all(real_data, tmp_path, scene, train):
+    source = real_data(f"llff/{scene}")
+    images = sorted((source / "images_8").iterdir())
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in train:
+        shutil.copy(images[i], folder)
+    found = find_poses(folder, tmp_path / "capture")
+    assert found.missing == ()
+    down_right_back = np.load(source / "poses_bounds.npy")[list(train), :15].reshape(-1, 3, 5)[:, :, :4]
+    pose = down_right_back[:, :, [1, 0, 2, 3]] * [1.0, 1.0, -1.0, 1.0]  # right, down, forward, position
+    rotation = pose[:, :, :3].transpose(0, 2, 1)
+    truth = np.concatenate([rotation, -rotation @ pose[:, :, 3:]], axis=2)
+    degrees, distances = errors_of(json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"], truth)
+    assert degrees.max() < 1.0
+    assert distances.max() < 0.15
