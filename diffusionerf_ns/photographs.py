@@ -302,6 +302,8 @@ def run_search(
 ) -> tuple[list["pycolmap.Reconstruction"], int]:
     """COLMAP's features, exhaustive matching and incremental mapping, all on the CPU.
 
+    Matching and mapping have one thread each: with more, the same photographs give other poses every time.
+
     Args:
         images: folder of the photographs.
         names: of them.
@@ -329,11 +331,11 @@ def run_search(
         pycolmap.extract_features(database, images, names, mode, reader, features)
         if focal_35mm is not None:
             _set_focal(database, focal_35mm)
-        matching = pycolmap.FeatureMatchingOptions(use_gpu=False, guided_matching=search.guided)
+        matching = pycolmap.FeatureMatchingOptions(use_gpu=False, num_threads=1, guided_matching=search.guided)
         pycolmap.match_exhaustive(database, matching_options=matching)
         with pycolmap.Database.open(database) as opened:
             inliers = opened.read_two_view_geometry_num_inliers()[1]
-        options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)  # repeats itself
+        options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
         options.ba_refine_extra_params = search.refine_distortion
         options.mapper.init_min_num_inliers = search.least_inliers
         options.mapper.init_min_tri_angle = search.least_angle
