@@ -98,10 +98,14 @@ def find_capture(data: Path, folder: Path) -> Path:
 
     if not is_photographs(data):
         return data
-    if was_made_here(folder):
-        shutil.rmtree(folder)
-    print(find_poses(data, folder).summary())
-    return folder
+    if not was_made_here(folder):
+        print(find_poses(data, folder).summary())
+        return folder
+    new = folder.with_name(f"{folder.name}-new")
+    shutil.rmtree(new, ignore_errors=True)
+    print(find_poses(data, new).summary())
+    shutil.rmtree(folder)
+    return new.rename(folder)
 
 
 def train(job: Any, folder: Path, title: str) -> dict[str, Any]:

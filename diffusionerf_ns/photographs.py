@@ -1,7 +1,4 @@
-"""`diffusionerf-poses`: camera poses of a few photographs, by COLMAP's structure from motion (pycolmap).
-
-COLMAP's defaults are for hundreds of photographs: with three, its first pair rarely has the matches and the angle that
-it asks for. So a search asks for less, and one with more features follows where that is not enough.
+"""`diffusionerf-poses`: a few photographs become a capture, by structure from motion.
 
 Layout of what is written::
 
@@ -10,57 +7,39 @@ Layout of what is written::
 """
 
 import json
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image, ImageOps
 
 from ddm_training.errors import InputError
+from diffusionerf_ns import structure_from_motion
 from diffusionerf_ns.dataparsers.images import SUFFIXES, check_readable, image_size, list_images
-
-if TYPE_CHECKING:
-    import pycolmap
+from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
 
 FILE = "transforms.json"
 MADE_BY = {"made_by": "diffusionerf-poses"}
 JPEG = (".jpg", ".jpeg")
-COPIED = (*JPEG, ".png")  # written as they are where they need no turning; others become PNG
-RAW = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
-ORIENTATION = 0x0112  # EXIF tag
+COPIED = {".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".png": ("PNG",)}  # suffix -> formats of its content
+RAW = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".jxl")
+ORIENTATION, EXIF_IFD, FOCAL_35MM = 0x0112, 0x8769, 0xA405  # EXIF tags
 FILM_DIAGONAL = 43.27  # millimetres of 35 mm film: what lenses are compared by
+FOCAL_RANGE = (8.0, 400.0)  # millimetres as on 35 mm film, of lenses that people have
+SAME_FOCAL = 1.05  # ratio of EXIF's focal lengths up to which they are one
+FAR_FOCAL = 1.4  # ratio of what was found and what was known, from which on one of them is wrong
+LEAST_IMAGES = 3  # COLMAP does not build on points that two images alone see
 FEW_POINTS = 50  # that an image sees, below which its pose is in doubt
+MANY_MATCHES = 100  # of a pair of images: enough to place them, were there an angle between them
 FEW_PIXELS = 500  # of the longer side
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """How hard features and poses are looked for."""
-
-    peak_threshold: float
-    """Least contrast of a SIFT feature."""
-    guided: bool
-    """Match again along the epipolar lines of what was matched."""
-    refine_distortion: bool
-    """Find the lens's radial distortion as well: one more unknown."""
-    least_inliers: int
-    """Matches that the first pair needs."""
-    least_angle: float = 4.0  # COLMAP: 16
-    """Degrees between the rays of the first pair's points, in the median."""
-    least_points: int = 15  # COLMAP: 30
-    """Points by which a further image is placed."""
-
-
-SEARCHES = (
-    Search(peak_threshold=0.02 / 3, guided=False, refine_distortion=True, least_inliers=30),  # COLMAP: 100
-    Search(peak_threshold=0.002, guided=True, refine_distortion=False, least_inliers=15, least_angle=2.0),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +50,11 @@ class PosesConfig:
     """Folder of the photographs."""
     output: Path
     """Folder of the capture; it must not exist yet, or be empty."""
-    cameras: Literal["one", "each"] = "one"
+    cameras: Cameras = "one"
     """Whether all photographs were taken with one lens and zoom, or each with its own, which few can hardly tell."""
     focal_35mm: float | None = None
-    """Focal length in millimetres as on 35 mm film (many phones: 24 to 28). Unset: what EXIF says, else found."""
-
-    def __post_init__(self) -> None:
-        if self.focal_35mm is not None and not self.focal_35mm > 0:
-            raise InputError(f"--focal-35mm must be positive, found {self.focal_35mm}.")
+    """Focal length in millimetres as on 35 mm film (many phones: 24 to 28), not the lens's own (many phones: 4 to 7).
+    Unset: what EXIF says, else found."""
 
     def main(self) -> None:
         """Do it.
@@ -88,7 +64,7 @@ class PosesConfig:
         """
         found = find_poses(self.data, self.output, cameras=self.cameras, focal_35mm=self.focal_35mm)
         print(found.summary())
-        print(f"Now: ns-train diffusionerf-tiny --data {self.output}")
+        print(f"Now: ns-train diffusionerf-tiny --data {shlex.quote(str(self.output))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +72,7 @@ class Posed:
     """What was found of a folder of photographs."""
 
     names: tuple[str, ...]
-    """All photographs, sorted."""
+    """All photographs as they were written, sorted."""
     points: dict[str, int]
     """Points that each of the placed ones sees."""
     num_points: int
@@ -105,8 +81,8 @@ class Posed:
     """Mean distance in pixels between a point and where it was found in an image."""
     focal: float
     """Focal length in millimetres as on 35 mm film, mean over the placed photographs."""
-    focal_known: bool
-    """Whether EXIF or the user said where to begin with it."""
+    known_focal: float | None
+    """Where the search for it began, by EXIF or the user."""
     longest: int
     """Longer side of the images, pixels."""
 
@@ -117,7 +93,9 @@ class Posed:
 
     def summary(self) -> str:
         """What was found and what is in doubt, for people."""
-        origin = "begun with what was known" if self.focal_known else "found: neither EXIF nor --focal-35mm says it"
+        origin = "neither EXIF nor --focal-35mm says it"
+        if self.known_focal:
+            origin = f"known: {self.known_focal:.0f}"
         lines = [
             f"{len(self.points)} of {len(self.names)} photographs have a pose: {self.num_points} points, off by "
             f"{self.error:.2f} pixels in the mean; focal length {self.focal:.0f} mm as on 35 mm film ({origin})."
@@ -134,250 +112,260 @@ class Posed:
                 + ("Larger images than these would have more. " if self.longest < FEW_PIXELS else "")
                 + "Photographs with more in common are safer."
             )
+        far = self.known_focal and max(self.focal / self.known_focal, self.known_focal / self.focal) > FAR_FOCAL
+        if far or not FOCAL_RANGE[0] <= self.focal <= FOCAL_RANGE[1]:
+            lines.append(
+                "That focal length is unlikely, so all poses may be wrong. Give another --focal-35mm, leave out "
+                "photographs of another zoom, or add some from in between."
+            )
         return "\n".join(lines)
 
 
-def find_poses(
-    data: Path,
-    output: Path,
-    *,
-    cameras: Literal["one", "each"] = "one",
-    focal_35mm: float | None = None,
-) -> Posed:
-    """Place the photographs of a folder and write a capture; nothing is left behind where that fails.
+def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm: float | None = None) -> Posed:
+    """Place the photographs of a folder and write a capture; where that fails, nothing is written.
 
     Args:
-        data: folder of the photographs; files of other kinds are ignored.
+        data: folder of the photographs.
         output: folder of the capture; must not exist yet, or be empty.
-        cameras: as of `PosesConfig`.
-        focal_35mm: millimetres.
+        cameras: whether all were taken with one lens and zoom.
+        focal_35mm: focal length in millimetres as on 35 mm film, to begin with.
 
     Raises:
-        InputError: fewer than two photographs, one that cannot be read, none that can be placed, or an output folder
-            that holds something.
+        InputError: fewer than `LEAST_IMAGES` photographs, one that cannot be read, several lenses, none that can be
+            placed, a focal length that no lens has, or an output folder that holds something or cannot be written.
     """
+    if focal_35mm is not None and not FOCAL_RANGE[0] <= focal_35mm <= FOCAL_RANGE[1]:
+        raise InputError(
+            f"--focal-35mm must be within {FOCAL_RANGE[0]:g} and {FOCAL_RANGE[1]:g}, found {focal_35mm:g}: it is "
+            "meant as on 35 mm film (many phones: 24 to 28), not the lens's own."
+        )
     sources = find_photographs(data)
+    output = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output} exists and holds something; expected a new folder, or an empty one.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
     try:
-        part.chmod(0o755)  # mkdtemp gives 0700
-        names = write_images(sources, part / "images")
-        size = _one_size(part / "images", names)
-        model = _place(part, names, cameras, focal_35mm)
-        frames = frames_of(model)
-        content = {"camera_model": "OPENCV", **MADE_BY, "frames": frames}
+        part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=place))
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error.strerror}.") from error
+    try:
+        posed, frames = _pose_all(sources, part / "images", cameras, focal_35mm)
+        content = {"camera_model": "OPENCV", **MADE_BY, **frames}
         (part / FILE).write_text(json.dumps(content, indent=2) + "\n")
-        if output.exists():
-            output.rmdir()
-        part.rename(output)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in ("images", FILE):
+            (part / name).rename(output / name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    focals = [frame["fl_x"] * FILM_DIAGONAL / np.hypot(frame["w"], frame["h"]) for frame in frames]
-    return Posed(
-        names=tuple(names),
-        points={image.name: image.num_points3D for image in _placed(model)},
-        num_points=model.num_points3D(),
-        error=model.compute_mean_reprojection_error(),
-        focal=float(np.mean(focals)),
-        focal_known=all(model.cameras[image.camera_id].has_prior_focal_length for image in _placed(model)),
-        longest=max(size),
+    return posed
+
+
+def _pose_all(
+    sources: Sequence[Path], folder: Path, cameras: Cameras, focal_35mm: float | None
+) -> tuple[Posed, dict[str, Any]]:
+    """What was found, and the frames of `transforms.json` with how they are oriented; images go to ``folder``."""
+    focals = write_images(sources, folder)
+    names = tuple(focals)
+    (width, height), turned = _one_size(folder, names)
+    if focal_35mm is None and cameras == "one":
+        focal_35mm = _one_focal(focals)
+    diagonal = float(np.hypot(width, height)) / FILM_DIAGONAL
+    focal = None if focal_35mm is None else focal_35mm * diagonal
+    model = _best_model(folder, list(names), cameras, focal)
+    found = float(np.mean([image.focal for image in model.images])) / diagonal
+    known = None
+    if all(image.focal_known for image in model.images):
+        known = focal_35mm or found  # COLMAP's own reading of EXIF, which it does not tell
+    posed = Posed(
+        names=names,
+        points={image.name: image.points for image in model.images},
+        num_points=model.points,
+        error=model.error,
+        focal=found,
+        known_focal=known,
+        longest=max(width, height),
     )
+    return posed, frames_of(model, turned)
 
 
 def find_photographs(data: Path) -> list[Path]:
     """The photographs of a folder, each wholly readable.
 
     Raises:
-        InputError: no such folder, fewer than two photographs, a damaged one, or some of a kind that cannot be read.
+        InputError: no such folder, fewer than `LEAST_IMAGES` photographs, a damaged one, or some of a kind that cannot
+            be read.
     """
     if not data.is_dir():
         raise InputError(f"--data {data} is no folder; expected one with photographs.")
-    raw = sorted(p.name for p in data.iterdir() if p.suffix.lower() in RAW)
-    if raw:
+    files = sorted(p for p in data.iterdir() if not p.name.startswith("."))
+    if raw := [p.name for p in files if p.suffix.lower() in RAW]:
         raise InputError(
-            f"--data {data} has photographs of kinds that cannot be read here: {', '.join(raw[:5])}"
-            f"{', ...' if len(raw) > 5 else ''}. Save them as JPEG, and take these files out."
+            f"--data {data} has photographs of kinds that cannot be read here: {_some(raw)}. Save them as JPEG, and "
+            "take these files out."
         )
     sources = list_images(data)
-    if len(sources) < 2:
-        raise InputError(f"--data {data} has {len(sources)} photographs ({', '.join(SUFFIXES)}); expected 2 or more.")
-    check_readable(sources)
+    if len(sources) < LEAST_IMAGES:
+        raise InputError(
+            f"--data {data} has {len(sources)} photographs ({', '.join(SUFFIXES)}); expected {LEAST_IMAGES} or more."
+        )
+    if others := [p.name for p in files if p not in sources]:
+        CONSOLE.print(f"[yellow]Not taken for photographs: {_some(others)}.")
+    if unknown := [p.name for p in sources if p.name.encode(errors="replace").decode() != p.name]:
+        raise InputError(f"--data {data} has a file whose name is no UTF-8, {unknown[0]!a}: rename it.")
+    try:
+        check_readable(sources)
+    except InputError as error:
+        raise InputError(f"{str(error).split(': ')[0]}: fetch it again, or take it out of {data}.") from error
     return sources
 
 
-def write_images(sources: Sequence[Path], folder: Path) -> list[str]:
-    """Copies of the photographs, turned as their EXIF says and without an alpha channel; gives their names.
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | None]:
+    """Copies of the photographs, turned as their EXIF says and without an alpha channel.
 
     A JPEG or PNG that needs neither is copied to the byte.
 
+    Returns:
+        Name of each copy -> EXIF's focal length in millimetres as on 35 mm film, None where it says none.
+
     Raises:
-        InputError: two would have the same name, or one has more than 8 bits a colour.
+        InputError: two would have the same name, one's EXIF cannot be read, or one has too many bits a colour.
     """
     folder.mkdir(parents=True)
-    names = []
+    focals: dict[str, float | None] = {}
     for source in sources:
-        with Image.open(source) as image:
-            if image.mode[0] in "IF":
-                raise InputError(
-                    f"{source} has more than 8 bits a colour ({image.mode}); save it as JPEG or 8-bit PNG."
-                )
-            plain = image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
-            if plain and source.suffix.lower() in COPIED:
-                name = source.name
-                shutil.copyfile(source, folder / name)
-            else:
-                jpeg = image.mode == "RGB" and source.suffix.lower() in JPEG
-                name = source.name if jpeg else f"{source.stem}.png"
-                turned = ImageOps.exif_transpose(image).convert("RGB")
-                _save(turned, folder / name)
-        if name in names:
-            raise InputError(f"two photographs would both be written as {name}, {source.name} is one: rename it.")
-        names.append(name)
-    return names
+        try:
+            with Image.open(source) as image:
+                exif = image.getexif()
+                focal = float(exif.get_ifd(EXIF_IFD).get(FOCAL_35MM) or 0.0)
+                if image.mode[0] in "IF":
+                    raise InputError(
+                        f"{source} has more than 8 bits a colour ({image.mode}); save it as JPEG or 8-bit PNG."
+                    )
+                kept = image.mode == "RGB" and image.format in COPIED.get(source.suffix.lower(), ())
+                name = source.name if kept else f"{source.stem}.png"
+                if name in focals:
+                    raise InputError(f"two photographs would be written as {name}, {source.name} is one: rename it.")
+                if kept and exif.get(ORIENTATION, 1) not in range(2, 9):
+                    shutil.copyfile(source, folder / name)
+                else:
+                    turned = ImageOps.exif_transpose(image).convert("RGB")
+                    exif.pop(ORIENTATION, None)
+                    _save(turned, folder / name, exif)
+        except (OSError, SyntaxError, TypeError) as error:
+            raise InputError(f"{source} cannot be copied: {error}. Save it as JPEG anew, or take it out.") from error
+        focals[name] = focal if FOCAL_RANGE[0] <= focal <= FOCAL_RANGE[1] else None
+    return focals
 
 
-def _save(image: Image.Image, path: Path, exif: Image.Exif | None = None) -> None:
-    """With its EXIF, or that of another; a JPEG loses little."""
+def _save(image: Image.Image, path: Path, exif: Image.Exif) -> None:
+    """A JPEG loses little."""
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix.lower() in JPEG else {}
-    image.save(path, exif=(exif or image.getexif()).tobytes(), **options)
+    image.save(path, exif=exif.tobytes(), **options)
 
 
-def _one_size(folder: Path, names: Sequence[str]) -> tuple[int, int]:
+def _one_focal(focals: dict[str, float | None]) -> float | None:
+    """EXIF's focal length, in millimetres as on 35 mm film; None where no photograph says it.
+
+    Raises:
+        InputError: several.
+    """
+    known = {name: focal for name, focal in focals.items() if focal is not None}
+    if not known:
+        return None
+    if max(known.values()) > SAME_FOCAL * min(known.values()):
+        said = ", ".join(f"{name} {focal:g} mm" for name, focal in known.items())
+        raise InputError(
+            f"the photographs were taken with different lenses or zooms ({said}); expected one. Take those of the "
+            "others out; or --cameras each, which needs many photographs."
+        )
+    return float(np.mean(list(known.values())))
+
+
+def _one_size(folder: Path, names: Sequence[str]) -> tuple[tuple[int, int], tuple[str, ...]]:
     """Width and height of all images; where some lie and some are upright, the latter are turned to the left.
+
+    Returns:
+        That size, and the names of those that were turned.
 
     Raises:
         InputError: they are of different sizes, which training does not take.
     """
     sizes = {name: image_size(folder / name) for name in names}
+    turned: tuple[str, ...] = ()
     if len(set(sizes.values())) > 1:
-        upright = [name for name, (width, height) in sizes.items() if height > width]
-        for name in upright:
-            with Image.open(folder / name) as image:
-                _save(image.transpose(Image.Transpose.ROTATE_90), folder / name, image.getexif())
-            sizes[name] = sizes[name][1], sizes[name][0]
-        if len(set(sizes.values())) > 1:
+        turned = tuple(name for name, (width, height) in sizes.items() if height > width)
+        lying = {(max(size), min(size)) for size in sizes.values()}
+        if len(lying) > 1:
             found = ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes.items())
             raise InputError(f"the photographs are of different sizes ({found}); expected one: do not crop them.")
-        CONSOLE.print(f"Turned to lie as the others: {', '.join(upright)}.")
-    return next(iter(sizes.values()))
+        for name in turned:
+            with Image.open(folder / name) as image:
+                _save(image.transpose(Image.Transpose.ROTATE_90), folder / name, image.getexif())
+        CONSOLE.print(f"Turned to lie as the others: {', '.join(turned)}.")
+        return lying.pop(), turned
+    return next(iter(sizes.values())), turned
 
 
-def _place(part: Path, names: list[str], cameras: str, focal_35mm: float | None) -> "pycolmap.Reconstruction":
+def _best_model(images: Path, names: list[str], cameras: Cameras, focal: float | None) -> Model:
     """The best model of the searches: the first that places all images well, else the one that places most."""
-    best: pycolmap.Reconstruction | None = None
+    best: Model | None = None
     matches = 0
-    for number, search in enumerate(SEARCHES):
-        models, most = run_search(part / "images", names, search, cameras, focal_35mm, part / f"search-{number}")
+    for number, how in enumerate(SEARCHES):
+        CONSOLE.print(f"Looking for the poses of {len(names)} photographs{', harder' if number else ''} ...")
+        models, most = structure_from_motion.search(images, names, how, cameras, focal)
         matches = max(matches, most)
-        for model in models:
-            if best is None or _rank(model) > _rank(best):
-                best = model
-        if best is not None and len(_placed(best)) == len(names) and _rank(best)[1] >= FEW_POINTS:
+        best = max([*models, *([best] if best else [])], key=lambda model: model.rank, default=None)
+        if best is not None and len(best.images) == len(names) and best.rank[1] >= FEW_POINTS:
             break
     if best is None:
+        why = (
+            "they seem to be taken from one place: take them a step apart, not by turning on the spot"
+            if matches > MANY_MATCHES
+            else "they should share more than half of what they show, be taken a step apart, and be sharp and not small"
+        )
         raise InputError(
-            f"no two of the {len(names)} photographs could be placed; the best pair has {matches} matches that agree "
-            "with one motion. Photographs should share more than half of what they show, be taken a step apart rather "
-            "than by turning on the spot, and be sharp and not small; --focal-35mm helps where EXIF does not say it. "
-            "More of them from in between help most: --num-views chooses afterwards which are trained on."
+            f"none of the {len(names)} photographs could be placed; {matches} points at most agree between two of "
+            f"them. Probably {why}. --focal-35mm helps where EXIF does not say it. More photographs from in between "
+            "help most: --num-views chooses afterwards which are trained on."
         )
     return best
 
 
-def _placed(model: "pycolmap.Reconstruction") -> list["pycolmap.Image"]:
-    """The images that have a pose, by name."""
-    return sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
-
-
-def _rank(model: "pycolmap.Reconstruction") -> tuple[int, int]:
-    """Images that are placed, and the points of the one that sees fewest."""
-    counts = [image.num_points3D for image in _placed(model)]
-    return len(counts), min(counts, default=0)
-
-
-def run_search(
-    images: Path, names: list[str], search: Search, cameras: str, focal_35mm: float | None, folder: Path
-) -> tuple[list["pycolmap.Reconstruction"], int]:
-    """COLMAP's features, exhaustive matching and incremental mapping, all on the CPU.
-
-    Matching and mapping have one thread each: with more, the same photographs give other poses every time.
+def frames_of(model: Model, turned: Sequence[str] = ()) -> dict[str, Any]:
+    """Frames of `transforms.json`: camera-to-world in OpenGL axes (right, up, back), intrinsics in pixels.
 
     Args:
-        images: folder of the photographs.
-        names: of them.
-        search: how hard.
-        cameras: as of `PosesConfig`.
-        focal_35mm: the same.
-        folder: for COLMAP's files; removed at the end.
-
-    Returns:
-        Models that share no image's pose, and the most matches of a pair of images that agree with one motion.
+        model: of which the images are.
+        turned: images whose up is no photographer's. With some of them the world is turned so that the others' mean up
+            is its z, and the file says so; else the data parser turns it so.
     """
-    import pycolmap  # here: a compiled library that nothing else needs
-
-    level, pycolmap.logging.minloglevel = pycolmap.logging.minloglevel, int(pycolmap.logging.FATAL)
-    folder.mkdir()
-    database = folder / "database.db"
-    try:
-        features = pycolmap.FeatureExtractionOptions(use_gpu=False)
-        features.sift.peak_threshold = search.peak_threshold
-        reader = pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL")
-        mode = pycolmap.CameraMode.SINGLE if cameras == "one" else pycolmap.CameraMode.PER_IMAGE
-        pycolmap.set_random_seed(0)
-        pycolmap.Database.open(database).close()
-        pycolmap.import_images(database, images, mode, image_names=names, options=reader)  # so that their order is ours
-        pycolmap.extract_features(database, images, names, mode, reader, features)
-        if focal_35mm is not None:
-            _set_focal(database, focal_35mm)
-        matching = pycolmap.FeatureMatchingOptions(use_gpu=False, num_threads=1, guided_matching=search.guided)
-        pycolmap.match_exhaustive(database, matching_options=matching)
-        with pycolmap.Database.open(database) as opened:
-            inliers = opened.read_two_view_geometry_num_inliers()[1]
-        options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
-        options.ba_refine_extra_params = search.refine_distortion
-        options.mapper.init_min_num_inliers = search.least_inliers
-        options.mapper.init_min_tri_angle = search.least_angle
-        options.mapper.abs_pose_min_num_inliers = search.least_points
-        models = pycolmap.incremental_mapping(database, images, folder, options)
-        return list(models.values()), max(inliers, default=0)
-    finally:
-        pycolmap.logging.minloglevel = level
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _set_focal(database: Path, focal_35mm: float) -> None:
-    """Let all cameras begin with a focal length, as if EXIF said it."""
-    import pycolmap
-
-    with pycolmap.Database.open(database) as opened:
-        for camera in opened.read_all_cameras():
-            focal = focal_35mm * float(np.hypot(camera.width, camera.height)) / FILM_DIAGONAL
-            camera.params = [focal, *camera.params[1:]]
-            camera.has_prior_focal_length = True
-            opened.update_camera(camera)
-
-
-def frames_of(model: "pycolmap.Reconstruction") -> list[dict[str, Any]]:
-    """Frames of `transforms.json`, by name: camera-to-world in OpenGL axes (right, up, back), intrinsics in pixels."""
     frames = []
-    for image in _placed(model):
-        camera = model.cameras[image.camera_id]
-        right, down, forward = image.cam_from_world().rotation.matrix()
-        focal, cx, cy, k1 = map(float, camera.params)
+    upright = [image for image in model.images if image.name not in turned]
+    world, oriented = np.eye(3), {}
+    if len(upright) < len(model.images) and upright:
+        world = turn_to_z(-np.mean([image.rotation[1] for image in upright], axis=0))
+        oriented = {"orientation_override": "none"}
+    for image in model.images:
+        right, down, forward = np.array(image.rotation) @ world.T
         pose = np.eye(4)
-        pose[:3] = np.stack([right, -down, -forward, image.projection_center()], axis=1)
-        frames.append(
-            {
-                "file_path": f"images/{image.name}",
-                "transform_matrix": pose.tolist(),
-                "w": int(camera.width),
-                "h": int(camera.height),
-                **{"fl_x": focal, "fl_y": focal, "cx": cx, "cy": cy, "k1": k1},
-            }
-        )
-    return frames
+        pose[:3] = np.stack([right, -down, -forward, world @ np.array(image.center)], axis=1)
+        intrinsics = {"fl_x": image.focal, "fl_y": image.focal, "k1": image.distortion}
+        intrinsics |= dict(zip(("cx", "cy", "w", "h"), (*image.principal, *image.size)))
+        frames.append({"file_path": f"images/{image.name}", "transform_matrix": pose.tolist(), **intrinsics})
+    return {**oriented, "frames": frames}
+
+
+def turn_to_z(up: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
+    """The smallest rotation that brings a direction to z."""
+    x, y, z = up / np.linalg.norm(up)
+    if z < -1.0 + 1e-9:
+        return np.diag([1.0, -1.0, -1.0])
+    cross = np.array([[0.0, 0.0, -x], [0.0, 0.0, -y], [x, y, 0.0]])  # of up x z
+    return np.eye(3) + cross + cross @ cross / (1.0 + z)
 
 
 def was_made_here(capture: Path) -> bool:
@@ -398,6 +386,8 @@ def main(args: list[str] | None = None) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Poses that `diffusionerf-poses` finds from a few photographs, against those that their capture has.
 
-python scripts/pose_errors.py [--views 3 6 9] CAPTURE ...      writes docs/figures/poses.md
+python scripts/pose_errors.py CAPTURE ... [--views 3 6 9]      writes docs/figures/poses.md
 
 A capture's poses were found with all its images (LLFF) or are the calibration of a robot (DTU).
 """
 
+import argparse
 import contextlib
 import io
 import shutil
@@ -44,7 +45,7 @@ def pose_errors(
 
 def compare(capture: Path, views: int, folder: Path) -> str:
     """A row of the table for the training images of so many views."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):  # the parser's table
         outputs = FewViewDataParserConfig(data=capture, num_views=views).setup().get_dataparser_outputs("train")
     for number, file in enumerate(outputs.image_filenames):
         target = folder / "photographs" / f"{number:03d}{file.suffix}"
@@ -71,13 +72,10 @@ def compare(capture: Path, views: int, folder: Path) -> str:
 
 def main() -> None:
     """Write the table."""
-    words = sys.argv[1:]
-    views = [3, 6, 9]
-    if words[:1] == ["--views"]:
-        views = [int(word) for word in words[1:] if word.isdigit()]
-        words = [word for word in words[1:] if not word.isdigit()]
-    if not words:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("captures", nargs="+", type=Path)
+    parser.add_argument("--views", nargs="+", type=int, default=[3, 6, 9])
+    given = parser.parse_args()
     lines = [
         "Poses found from the training images alone; the largest error of an image each.",
         "",
@@ -85,13 +83,13 @@ def main() -> None:
         "| focal length, % | seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for word in words:
-        for count in views:
+    for capture in given.captures:
+        for count in given.views:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    lines.append(compare(Path(word), count, Path(folder)))
+                    lines.append(compare(capture, count, Path(folder)))
                 except InputError as error:
-                    print(f"{word}, {count} views: {error}", file=sys.stderr)
+                    print(f"{capture}, {count} views: {error}", file=sys.stderr)
                     continue
             print(lines[-1], flush=True)
     (ROOT / "docs" / "figures" / "poses.md").write_text("\n".join(lines) + "\n")

@@ -24,12 +24,15 @@ def poses(count: int) -> Float[np.ndarray, "n 3 4"]:
     return np.stack(found)
 
 
-def render(pose: Float[np.ndarray, "3 4"]) -> UInt8[np.ndarray, "h w 3"]:
+def render(
+    pose: Float[np.ndarray, "3 4"], contrast: float = 55.0, size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> UInt8[np.ndarray, "h w 3"]:
     """What a camera sees; two by two rays a pixel."""
+    width, height = size
     rng = np.random.default_rng(5)
     textures = [np.sum([_noise(rng, n) / n**0.3 for n in (16, 48, 128, 320)], axis=0) for _ in PLANES]
-    x, y = np.meshgrid((np.arange(2 * WIDTH) + 0.5) / 2, (np.arange(2 * HEIGHT) + 0.5) / 2)
-    rays = np.stack([(x - WIDTH / 2) / FOCAL, (y - HEIGHT / 2) / FOCAL, np.ones_like(x)], axis=-1) @ pose[:, :3]
+    x, y = np.meshgrid((np.arange(2 * width) + 0.5) / 2, (np.arange(2 * height) + 0.5) / 2)
+    rays = np.stack([(x - width / 2) / FOCAL, (y - height / 2) / FOCAL, np.ones_like(x)], axis=-1) @ pose[:, :3]
     center = -pose[:, :3].T @ pose[:, 3]
     distance, value = np.full(x.shape, np.inf), np.zeros(x.shape)
     for plane, texture in zip(PLANES, textures):
@@ -39,8 +42,8 @@ def render(pose: Float[np.ndarray, "3 4"]) -> UInt8[np.ndarray, "h w 3"]:
         row, column = ((np.floor(w * 64) % 640).astype(int) for w in (u, v))
         nearer = (t > 0) & (t < distance)
         distance, value = np.where(nearer, t, distance), np.where(nearer, texture[row, column], value)
-    value = value.reshape(HEIGHT, 2, WIDTH, 2).mean(axis=(1, 3))
-    return np.repeat((127.0 + 55.0 * value).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    value = value.reshape(height, 2, width, 2).mean(axis=(1, 3))
+    return np.repeat((127.0 + contrast * value).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _noise(rng: np.random.Generator, cells: int) -> Float[np.ndarray, "640 640"]:
@@ -48,10 +51,10 @@ def _noise(rng: np.random.Generator, cells: int) -> Float[np.ndarray, "640 640"]
     return np.asarray(coarse.resize((640, 640), Image.Resampling.BICUBIC))
 
 
-def photographs(folder: Path, count: int = 3, suffix: str = ".png") -> Float[np.ndarray, "n 3 4"]:
+def photographs(folder: Path, count: int = 3, contrast: float = 55.0) -> Float[np.ndarray, "n 3 4"]:
     """Write photographs `0.png` ... and give their true poses."""
     folder.mkdir(parents=True, exist_ok=True)
     given = poses(count)
     for number, pose in enumerate(given):
-        Image.fromarray(render(pose)).save(folder / f"{number}{suffix}")
+        Image.fromarray(render(pose, contrast)).save(folder / f"{number}.png")
     return given

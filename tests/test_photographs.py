@@ -11,12 +11,12 @@ from PIL import Image
 from script_modules import load_script
 
 from ddm_training.errors import InputError
-from diffusionerf_ns import demo, photographs
-from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
+from diffusionerf_ns import demo, photographs, structure_from_motion
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig, is_photographs
 from diffusionerf_ns.photographs import find_poses
 
 pose_errors = load_script("pose_errors").pose_errors
-FOCAL_35 = corner.FOCAL * photographs.FILM_DIAGONAL / float(np.hypot(corner.WIDTH, corner.HEIGHT))
+FOCAL_35 = 30.3  # millimetres: 43.27 mm of film are the 600 pixels of the corner's diagonal, 420 its focal length
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_three_photographs_have_their_poses_and_the_focal_length(taken, placed):
     assert distances.max() < 0.02
     assert content["frames"][0]["fl_x"] == pytest.approx(corner.FOCAL, rel=0.02)
     assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
-    assert not found.focal_known
+    assert found.known_focal is None
     assert found.error < 0.5
     assert found.missing == ()
     assert min(found.points.values()) > photographs.FEW_POINTS
@@ -113,7 +113,7 @@ def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where
         image = Image.open(source).transpose(Image.Transpose.ROTATE_90)
         image.save(turned / f"{source.stem}.jpg", quality=97, exif=exif)
     found = find_poses(turned, tmp_path / "capture")
-    assert found.focal_known
+    assert found.known_focal == 30.0
     assert found.missing == ()
     written = Image.open(tmp_path / "capture" / "images" / "0.jpg")
     assert written.size == (corner.WIDTH, corner.HEIGHT)
@@ -124,12 +124,81 @@ def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where
     assert errors_of(content["frames"], taken[1])[0].max() < 0.5
 
 
-def test_a_focal_length_that_is_given_is_where_the_search_begins(taken, tmp_path):
+def test_a_focal_length_that_is_given_is_where_the_search_begins(taken, tmp_path, monkeypatch):
+    began = []
+    search = structure_from_motion.search
+    monkeypatch.setattr(structure_from_motion, "search", lambda *given: (began.append(given[-1]), search(*given))[1])
     found = find_poses(taken[0], tmp_path / "capture", focal_35mm=35.0)
-    assert found.focal_known
+    assert began == [pytest.approx(35.0 * 600.0 / 43.27)]
+    assert found.known_focal == 35.0
     assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
-    with pytest.raises(InputError, match=r"--focal-35mm must be positive, found -1"):
-        photographs.PosesConfig(data=taken[0], output=tmp_path / "x", focal_35mm=-1.0)
+    for focal in (-1.0, 4.25, float("inf")):  # the second is the lens's own
+        with pytest.raises(InputError, match=r"--focal-35mm must be within 8 and 400, found .*not the lens's own"):
+            find_poses(taken[0], tmp_path / "x", focal_35mm=focal)
+
+
+def test_a_search_begins_with_the_focal_length_it_is_given(taken):
+    """And from one that no lens has it does not come to the right one: so it is used."""
+    how = structure_from_motion.SEARCHES[0]
+    names = ["0.png", "1.png", "2.png"]
+    models, matches = structure_from_motion.search(taken[0], names, how, "one", 420.0)
+    assert [image.focal_known for image in models[0].images] == [True] * 3
+    assert models[0].images[0].focal == pytest.approx(420.0, rel=0.02)
+    assert matches > 100
+    lost, _ = structure_from_motion.search(taken[0], names, how, "one", 4.0)
+    assert not lost or lost[0].images[0].focal != pytest.approx(420.0, rel=0.1)
+
+
+def test_photographs_of_little_contrast_need_the_second_search(tmp_path):
+    truth = corner.photographs(tmp_path / "faint", contrast=10.0)
+    names = ["0.png", "1.png", "2.png"]
+    first = structure_from_motion.search(tmp_path / "faint", names, structure_from_motion.SEARCHES[0], "one", None)
+    assert first[0] == []
+    find_poses(tmp_path / "faint", tmp_path / "capture")
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert errors_of(frames, truth)[0].max() < 0.5
+
+
+def with_focal(source: Path, target: Path, focal: int | None, orientation: int | None = None) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    if focal is not None:
+        exif[0x8769] = {0xA405: focal}
+    Image.open(source).save(target, quality=97, exif=exif)
+
+
+def test_photographs_of_several_zooms_are_refused_by_name(taken, tmp_path):
+    zooms = tmp_path / "zooms"
+    zooms.mkdir()
+    for name, focal in (("0", 30), ("1", 30), ("2", 60)):
+        with_focal(taken[0] / f"{name}.png", zooms / f"{name}.jpg", focal)
+    with pytest.raises(InputError, match=r"different lenses or zooms \(0\.jpg 30 mm, 1\.jpg 30 mm, 2\.jpg 60 mm\)"):
+        find_poses(zooms, tmp_path / "capture")
+
+
+def test_the_focal_length_of_any_photograph_counts(taken, tmp_path):
+    for name, focal in (("0", None), ("1", 30), ("2", None)):
+        with_focal(taken[0] / f"{name}.png", tmp_path / f"{name}.jpg", focal)
+    focals = photographs.write_images(sorted(tmp_path.glob("*.jpg")), tmp_path / "images")
+    assert focals == {"0.jpg": None, "1.jpg": 30.0, "2.jpg": None}
+    assert photographs._one_focal(focals) == 30.0
+
+
+def test_an_orientation_that_means_nothing_changes_nothing(taken, tmp_path):
+    with_focal(taken[0] / "0.png", tmp_path / "0.jpg", None, orientation=0)
+    photographs.write_images([tmp_path / "0.jpg"], tmp_path / "images")
+    assert (tmp_path / "images" / "0.jpg").read_bytes() == (tmp_path / "0.jpg").read_bytes()
+
+
+def test_what_a_file_holds_decides_not_its_suffix(taken, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number, (kind, suffix) in enumerate((("WEBP", "jpg"), ("TIFF", "png"), ("PNG", "png"))):
+        Image.open(taken[0] / f"{number}.png").save(mixed / f"{number}.{suffix}", format=kind, lossless=True)
+    found = find_poses(mixed, tmp_path / "capture")
+    assert found.names == ("0.png", "1.png", "2.png")
+    assert found.missing == ()
 
 
 def test_a_photograph_of_another_place_is_left_out_and_named(taken, tmp_path):
@@ -153,7 +222,8 @@ def test_unrelated_photographs_are_refused_and_nothing_is_left_behind(tmp_path, 
         photographs.main(["--data", str(folder), "--output", str(tmp_path / "capture")])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "no two of the 3 photographs could be placed; the best pair has 0 matches" in said
+    assert "none of the 3 photographs could be placed; 0 points at most agree" in said
+    assert "share more than half" in said
     assert "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
 
@@ -166,6 +236,37 @@ def test_upright_photographs_are_turned_where_others_lie(taken, placed, tmp_path
     assert "Turned to lie as the others: 1.png" in capsys.readouterr().out
     turned, lying = (Image.open(p / "images" / "1.png") for p in (tmp_path / "capture", placed[0]))
     assert np.array_equal(np.asarray(turned), np.asarray(lying))
+
+
+def test_a_turned_photograph_does_not_tilt_the_scene(taken, tmp_path):
+    """Two that lie and one that was taken upright: its picture is turned, and its up counts no more."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number in (0, 2):
+        shutil.copy(taken[0] / f"{number}.png", mixed)
+    pose = taken[1][1].copy()
+    pose[0], pose[1] = -taken[1][1][1], taken[1][1][0]  # the camera turned: its right is where its up was
+    upright = corner.render(pose, size=(corner.HEIGHT, corner.WIDTH))
+    Image.fromarray(upright).save(mixed / "1.png")
+    assert find_poses(mixed, tmp_path / "capture").missing == ()
+    outputs = FewViewDataParserConfig(data=tmp_path / "capture").setup().get_dataparser_outputs("train")
+    found = outputs.cameras.camera_to_worlds.double().numpy()
+    true_up = np.array([0.0, -1.0, 0.0])  # of the corner
+    for number in (0, 2):
+        camera_up = taken[1][number][:, :3] @ true_up  # right, down, forward
+        up = found[number][:, :3] @ (camera_up * [1.0, -1.0, -1.0])
+        assert np.degrees(np.arccos(up[2])) < 20  # cameras look down by about 10 degrees
+    mean_up = found[[0, 2], :, 1].mean(axis=0)
+    assert np.degrees(np.arccos(mean_up[2] / np.linalg.norm(mean_up))) < 0.1
+
+
+def test_turn_to_z_is_the_smallest_rotation():
+    for up in (*np.random.default_rng(1).standard_normal((4, 3)), np.array([0.0, 0.0, -2.0])):
+        turn = photographs.turn_to_z(up)
+        unit = up / np.linalg.norm(up)
+        assert turn @ unit == pytest.approx([0.0, 0.0, 1.0], abs=1e-12)
+        assert np.linalg.det(turn) == pytest.approx(1.0)
+        assert (np.trace(turn) - 1.0) / 2.0 == pytest.approx(unit[2], abs=1e-12)
 
 
 def test_upright_photographs_alone_stay_upright(taken, tmp_path):
@@ -201,7 +302,7 @@ def test_other_modes_and_formats_become_rgb(tmp_path):
     rgba, gray = tmp_path / "a.png", tmp_path / "b.tif"
     Image.new("RGBA", (40, 30), (10, 20, 30, 255)).save(rgba)
     Image.new("L", (40, 30), 99).save(gray)
-    assert photographs.write_images([rgba, gray], tmp_path / "images") == ["a.png", "b.png"]
+    assert photographs.write_images([rgba, gray], tmp_path / "images") == {"a.png": None, "b.png": None}
     for name, color in (("a.png", (10, 20, 30)), ("b.png", (99, 99, 99))):
         image = Image.open(tmp_path / "images" / name)
         assert image.mode == "RGB"
@@ -211,7 +312,7 @@ def test_other_modes_and_formats_become_rgb(tmp_path):
 def test_two_photographs_of_one_name_are_refused(tmp_path):
     for name in ("a.tif", "a.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / name)
-    with pytest.raises(InputError, match=r"both be written as a\.png"):
+    with pytest.raises(InputError, match=r"would be written as a\.png"):
         photographs.write_images([tmp_path / "a.png", tmp_path / "a.tif"], tmp_path / "images")
 
 
@@ -225,14 +326,14 @@ def test_photographs_of_16_bits_are_refused(tmp_path):
     ("files", "message"),
     [
         ((), "has 0 photographs"),
-        (("a.png",), "has 1 photographs"),
+        (("a.png", "c.png"), "has 2 photographs .* expected 3 or more"),
         (("a.png", "b.HEIC"), r"cannot be read here: b\.HEIC.*Save them as JPEG"),
-        (("a.png", "broken.jpg"), r"broken\.jpg cannot be read as an image"),
+        (("a.png", "c.png", "broken.jpg"), r"broken\.jpg cannot be read as an image: fetch it again, or take it out"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
     for name in files:
-        if name == "a.png":
+        if name in ("a.png", "c.png"):
             Image.new("RGB", (40, 30)).save(tmp_path / name)
         else:
             (tmp_path / name).write_bytes(b"no image")
@@ -247,9 +348,62 @@ def test_an_output_that_holds_something_is_refused(taken, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
+def test_an_empty_output_folder_is_filled_also_behind_a_link(taken, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    find_poses(taken[0], tmp_path / "link")
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["images", "transforms.json"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    find_poses(taken[0], Path("."))
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["images", "transforms.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(taken, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        find_poses(taken[0], tmp_path / "file" / "capture")
+
+
+def test_folders_that_were_to_be_made_are_not_left_behind(tmp_path):
+    folder = tmp_path / "unrelated"
+    folder.mkdir()
+    for seed in range(3):
+        noise(folder / f"{seed}.png", seed)
+    with pytest.raises(InputError):
+        find_poses(folder, tmp_path / "new" / "capture")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
+
+
+def test_a_failure_of_colmap_is_told(taken, monkeypatch):
+    monkeypatch.setattr(structure_from_motion, "__name__", "diffusionerf_ns.no_such_module")
+    how = structure_from_motion.SEARCHES[0]
+    with pytest.raises(InputError, match=r"COLMAP failed .*exit status 1.*no_such_module"):
+        structure_from_motion.search(taken[0], ["0.png"], how, "one", None)
+
+
+def test_an_image_that_colmap_cannot_read_is_named(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"COLMAP cannot read b\.png"):
+        structure_from_motion.search(tmp_path, ["a.png", "b.png"], structure_from_motion.SEARCHES[0], "one", None)
+
+
 def test_training_on_photographs_alone_says_how_to_find_their_poses(taken):
     with pytest.raises(InputError, match=rf"diffusionerf-poses --data {taken[0]} --output FOLDER"):
         FewViewDataParserConfig(data=taken[0]).setup().get_dataparser_outputs("train")
+
+
+def test_other_folders_with_pictures_are_not_taken_for_photographs(taken, placed, tmp_path):
+    assert is_photographs(taken[0])
+    assert not is_photographs(placed[0] / "images")
+    with pytest.raises(InputError, match=rf"is a folder of a capture \(transforms\); give {placed[0]}"):
+        FewViewDataParserConfig(data=placed[0] / "images").setup().get_dataparser_outputs("train")
+    for other in ("transforms_train.json", "sparse"):
+        folder = tmp_path / other.split(".")[0]
+        shutil.copytree(taken[0], folder)
+        (folder / other).mkdir() if other == "sparse" else (folder / other).write_text("{}")
+        assert not is_photographs(folder)
 
 
 def test_few_points_are_told():
@@ -259,12 +413,21 @@ def test_few_points_are_told():
         num_points=60,
         error=0.4,
         focal=28.0,
-        focal_known=True,
+        known_focal=27.0,
         longest=photographs.FEW_PIXELS - 1,
     )
     assert "Few points hold the poses of a (49):" in posed.summary()
     assert "b (" not in posed.summary()
     assert "Larger images" in posed.summary()
+    assert "unlikely" not in posed.summary()
+
+
+@pytest.mark.parametrize(("found", "known"), [(16.0, 30.0), (45.0, 30.0), (5.0, None), (500.0, None)])
+def test_an_unlikely_focal_length_is_told(found, known):
+    posed = photographs.Posed(
+        names=("a",), points={"a": 400}, num_points=400, error=0.2, focal=found, known_focal=known, longest=2000
+    )
+    assert "That focal length is unlikely" in posed.summary()
 
 
 def test_the_demo_makes_a_capture_of_photographs_and_replaces_only_its_own(taken, placed, tmp_path):
@@ -273,7 +436,15 @@ def test_the_demo_makes_a_capture_of_photographs_and_replaces_only_its_own(taken
     folder = tmp_path / "capture"
     for _ in range(2):
         assert demo.find_capture(taken[0], folder) == folder
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["capture"]
         assert (folder / "transforms.json").is_file()
+    wrong = tmp_path.parent / "wrong"
+    wrong.mkdir()
+    for seed in range(3):
+        noise(wrong / f"{seed}.png", seed)
+    with pytest.raises(InputError):
+        demo.find_capture(wrong, folder)
+    assert (folder / "transforms.json").is_file()
     other = tmp_path / "other"
     other.mkdir()
     (other / "transforms.json").write_text("{}")

@@ -1,5 +1,6 @@
 """The default data parser: finds out what a folder holds and hands over to the parser of that layout."""
 
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
-from diffusionerf_ns.dataparsers.images import list_images
+from diffusionerf_ns.dataparsers.images import SUFFIXES, list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
@@ -55,8 +56,10 @@ def detect_layout(data: Path) -> Layout:
     if is_photographs(data):
         raise InputError(
             f"--data {data} holds photographs without camera poses. Find them with "
-            f"`diffusionerf-poses --data {data} --output FOLDER`, then give that folder."
+            f"`diffusionerf-poses --data {shlex.quote(str(data))} --output FOLDER`, then give that folder."
         )
+    if parent := _find_layout(data.resolve().parent):
+        raise InputError(f"--data {data} is a folder of a capture ({parent}); give {data.resolve().parent}.")
     found = sorted(p.name for p in data.iterdir())
     raise InputError(
         f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
@@ -67,8 +70,11 @@ def detect_layout(data: Path) -> Layout:
 
 
 def is_photographs(data: Path) -> bool:
-    """Whether a folder holds images, and nothing that says where they were taken."""
-    return data.is_dir() and bool(list_images(data)) and _find_layout(data) is None
+    """Whether a folder holds images, and nothing in it or above it that says where they were taken."""
+    if not data.is_dir() or _find_layout(data) or _find_layout(data.resolve().parent):
+        return False
+    others = [p for p in data.iterdir() if not p.name.startswith(".") and p.suffix.lower() not in SUFFIXES]
+    return bool(list_images(data)) and not any(p.is_dir() or p.suffix in (".json", ".npy", ".npz") for p in others)
 
 
 def _find_layout(data: Path) -> Layout | None:

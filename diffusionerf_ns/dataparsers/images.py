@@ -20,6 +20,7 @@ from PIL import Image
 from ddm_training.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 CACHE_FILE = "cache.json"
 STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed runs left behind
 
@@ -40,7 +41,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as an image: {error}.") from error
 
 
@@ -56,7 +57,7 @@ def check_readable(paths: Sequence[Path]) -> list[tuple[int, int]]:
             with Image.open(path) as image:
                 image.load()
                 sizes.append(image.size)
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"{path} cannot be read as an image: {error}. The file is damaged or cut short: fetch it again, or "
                 "choose other images with --train-ids and --test-ids."

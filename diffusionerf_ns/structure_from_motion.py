@@ -1,0 +1,207 @@
+"""COLMAP's structure from motion (pycolmap) for a few photographs, in a process of its own.
+
+COLMAP's defaults are for hundreds of photographs: with three, its first pair rarely has the matches and the angle that
+it asks for. So a search asks for less, and one with more features follows where that is not enough.
+
+A process of its own, because Pillow and OpenCV crash at writing PNG where pycolmap 4.2.1 was loaded before them
+("corrupted size vs. prev_size"; it exports functions of zlib), because COLMAP ends the process at what it cannot bear,
+and because its memory is free again.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ddm_training.errors import InputError
+
+if TYPE_CHECKING:
+    import pycolmap
+
+MAX_SIDE = 2000  # pixels, for features: training sees fewer, and memory grows with them
+MAX_THREADS = 4  # for features, each of which takes about a gigabyte
+Cameras = Literal["one", "each"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How hard features and poses are looked for."""
+
+    peak_threshold: float
+    """Least contrast of a SIFT feature."""
+    guided: bool
+    """Match again along the epipolar lines of what was matched."""
+    refine_distortion: bool
+    """Find the lens's radial distortion as well: one more unknown."""
+    least_inliers: int
+    """Matches that the first pair needs."""
+    least_angle: float
+    """Degrees between the rays of the first pair's points, in the median."""
+    least_points: int = 15  # COLMAP: 30
+    """Points by which a further image is placed."""
+
+
+# COLMAP: 100 inliers, 16 degrees.
+SEARCHES = (
+    Search(peak_threshold=0.02 / 3, guided=False, refine_distortion=True, least_inliers=30, least_angle=4.0),
+    Search(peak_threshold=0.002, guided=True, refine_distortion=False, least_inliers=15, least_angle=2.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """An image with a pose."""
+
+    name: str
+    """File name."""
+    rotation: tuple[tuple[float, float, float], ...]
+    """World to camera: rows are the camera's right, down and forward."""
+    center: tuple[float, float, float]
+    """Position of the camera; the unit of length is arbitrary."""
+    focal: float
+    """Pixels."""
+    principal: tuple[float, float]
+    """Pixels from the upper left corner of the image."""
+    distortion: float
+    """k1 of the radial distortion."""
+    size: tuple[int, int]
+    """Width and height, pixels."""
+    focal_known: bool
+    """Whether EXIF or the caller said where to begin with the focal length."""
+    points: int
+    """Points that it sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Images that were placed together."""
+
+    images: tuple[Placed, ...]
+    """By name."""
+    points: int
+    """Number of points in space."""
+    error: float
+    """Mean distance in pixels between a point and where it was found in an image."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The larger the better: placed images, and the points of the one that sees fewest."""
+        return len(self.images), min(image.points for image in self.images)
+
+
+def search(
+    images: Path, names: list[str], how: Search, cameras: Cameras, focal: float | None
+) -> tuple[list[Model], int]:
+    """Features, exhaustive matching and incremental mapping, all on the CPU.
+
+    Args:
+        images: folder of the images, all of one size.
+        names: their file names in it.
+        how: how hard.
+        cameras: whether all have one camera, or each its own.
+        focal: pixels to begin with; None: what EXIF says, else 1.2 times the longer side.
+
+    Returns:
+        Models, which may share images; and the most matches of a pair of images that agree with one motion.
+
+    Raises:
+        InputError: COLMAP cannot read an image, or fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffusionerf-poses-") as scratch:
+        task = {"images": str(images), "names": names, "how": asdict(how), "cameras": cameras, "focal": focal}
+        answer = Path(scratch) / "answer.json"
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, scratch, str(answer)],
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode != 0 or not answer.is_file():
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            raise InputError(f"COLMAP failed on the photographs (exit status {done.returncode}): {said[-1]}")
+        content = json.loads(answer.read_text())
+    if content["unread"]:
+        raise InputError(
+            f"COLMAP cannot read {', '.join(content['unread'][:5])}; save as JPEG or PNG anew, or leave out."
+        )
+    models = [
+        Model(
+            images=tuple(Placed(**{k: _tuples(v) for k, v in image.items()}) for image in model["images"]),
+            points=model["points"],
+            error=model["error"],
+        )
+        for model in content["models"]
+    ]
+    return models, content["matches"]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+# What runs in the process of its own.
+
+
+def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
+    import pycolmap
+
+    how, images, names = Search(**task["how"]), Path(task["images"]), task["names"]
+    database = scratch / "database.db"
+    reader = pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL")
+    mode = pycolmap.CameraMode.SINGLE if task["cameras"] == "one" else pycolmap.CameraMode.PER_IMAGE
+    pycolmap.set_random_seed(0)
+    pycolmap.Database.open(database).close()
+    pycolmap.import_images(database, images, mode, image_names=names, options=reader)  # so that their order is ours
+    with pycolmap.Database.open(database) as opened:
+        read = {image.name for image in opened.read_all_images()}
+        if task["focal"] is not None:
+            for camera in opened.read_all_cameras():
+                camera.params = [task["focal"], *camera.params[1:]]
+                camera.has_prior_focal_length = True
+                opened.update_camera(camera)
+    if len(read) < len(names):
+        return {"unread": [name for name in names if name not in read], "models": [], "matches": 0}
+
+    features = pycolmap.FeatureExtractionOptions(use_gpu=False, num_threads=MAX_THREADS, max_image_size=MAX_SIDE)
+    features.sift.peak_threshold = how.peak_threshold
+    pycolmap.extract_features(database, images, names, mode, reader, features)
+    # One thread each from here on: with more, the same photographs have other poses every time.
+    matching = pycolmap.FeatureMatchingOptions(use_gpu=False, num_threads=1, guided_matching=how.guided)
+    pycolmap.match_exhaustive(database, matching_options=matching)
+    with pycolmap.Database.open(database) as opened:
+        matches = max(opened.read_two_view_geometry_num_inliers()[1], default=0)
+    options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
+    options.ba_refine_extra_params = how.refine_distortion
+    options.mapper.init_min_num_inliers = how.least_inliers
+    options.mapper.init_min_tri_angle = how.least_angle
+    options.mapper.abs_pose_min_num_inliers = how.least_points
+    models = pycolmap.incremental_mapping(database, images, scratch, options)
+    return {"unread": [], "models": [_content(model) for model in models.values()], "matches": matches}
+
+
+def _content(model: "pycolmap.Reconstruction") -> dict[str, Any]:
+    images = []
+    for image in sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name):
+        camera = model.cameras[image.camera_id]
+        focal, cx, cy, k1 = map(float, camera.params)
+        placed = Placed(
+            name=image.name,
+            rotation=image.cam_from_world().rotation.matrix().tolist(),
+            center=image.projection_center().tolist(),
+            focal=focal,
+            principal=(cx, cy),
+            distortion=k1,
+            size=(int(camera.width), int(camera.height)),
+            focal_known=bool(camera.has_prior_focal_length),
+            points=int(image.num_points3D),
+        )
+        images.append(asdict(placed))
+    return {"images": images, "points": model.num_points3D(), "error": model.compute_mean_reprojection_error()}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(_search(Path(sys.argv[1]), json.load(sys.stdin))))
