@@ -1,7 +1,7 @@
 # make demo    a NeRF from three images of a made room, with and without the prior: a table and a picture sheet
 # make test    lint and tests; make test-all adds those that take minutes each
 #
-# make demo DATA=my/photos STEPS=3000 NUM_VIEWS=3 uses a capture of yours.
+# make demo DATA=my/photos STEPS=3000 NUM_VIEWS=3 uses a capture of yours, or photographs alone.
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv

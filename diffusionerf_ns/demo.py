@@ -92,20 +92,17 @@ def make_room(folder: Path) -> Path:
 
 
 def find_capture(data: Path, folder: Path) -> Path:
-    """The capture itself; of photographs alone one that is made in ``folder``, where it replaces an earlier one."""
+    """The capture itself; of photographs alone one that is made in ``folder``, or was before."""
     from diffusionerf_ns.dataparsers.few_view import is_photographs
     from diffusionerf_ns.photographs import find_poses, was_made_here
 
     if not is_photographs(data):
         return data
-    if not was_made_here(folder):
+    if was_made_here(folder, data):
+        print(f"The poses in {folder} are used again; remove it to find them anew.")
+    else:
         print(find_poses(data, folder).summary())
-        return folder
-    new = folder.with_name(f"{folder.name}-new")
-    shutil.rmtree(new, ignore_errors=True)
-    print(find_poses(data, new).summary())
-    shutil.rmtree(folder)
-    return new.rename(folder)
+    return folder
 
 
 def train(job: Any, folder: Path, title: str) -> dict[str, Any]:

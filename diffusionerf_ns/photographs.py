@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image, ImageOps
+from rich.markup import escape
 
 from ddm_training.errors import InputError
 from diffusionerf_ns import structure_from_motion
@@ -40,6 +41,10 @@ LEAST_IMAGES = 3  # COLMAP does not build on points that two images alone see
 FEW_POINTS = 50  # that an image sees, below which its pose is in doubt
 MANY_MATCHES = 100  # of a pair of images: enough to place them, were there an angle between them
 FEW_PIXELS = 500  # of the longer side
+
+
+class NotPlacedError(InputError):
+    """No photograph could be placed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,23 +145,24 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
             "meant as on 35 mm film (many phones: 24 to 28), not the lens's own."
         )
     sources = find_photographs(data)
-    output = output.resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output} exists and holds something; expected a new folder, or an empty one.")
-    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    part: Path | None = None
     try:
+        output = output.resolve()
+        if output.exists() and (not output.is_dir() or any(p for p in output.iterdir() if p.name[0] != ".")):
+            raise InputError(f"--output {output} exists and holds something; expected a new folder, or an empty one.")
+        place = next(folder for folder in (output, *output.parents) if folder.exists())
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=place))
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written: {error.strerror}.") from error
-    try:
         posed, frames = _pose_all(sources, part / "images", cameras, focal_35mm)
         content = {"camera_model": "OPENCV", **MADE_BY, **frames}
         (part / FILE).write_text(json.dumps(content, indent=2) + "\n")
         output.mkdir(parents=True, exist_ok=True)
         for name in ("images", FILE):
             (part / name).rename(output / name)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
     return posed
 
 
@@ -173,16 +179,14 @@ def _pose_all(
     focal = None if focal_35mm is None else focal_35mm * diagonal
     model = _best_model(folder, list(names), cameras, focal)
     found = float(np.mean([image.focal for image in model.images])) / diagonal
-    known = None
-    if all(image.focal_known for image in model.images):
-        known = focal_35mm or found  # COLMAP's own reading of EXIF, which it does not tell
+    known = [image.known_focal for image in model.images if image.known_focal is not None]
     posed = Posed(
         names=names,
         points={image.name: image.points for image in model.images},
         num_points=model.points,
         error=model.error,
         focal=found,
-        known_focal=known,
+        known_focal=float(np.mean(known)) / diagonal if len(known) == len(model.images) else None,
         longest=max(width, height),
     )
     return posed, frames_of(model, turned)
@@ -198,6 +202,8 @@ def find_photographs(data: Path) -> list[Path]:
     if not data.is_dir():
         raise InputError(f"--data {data} is no folder; expected one with photographs.")
     files = sorted(p for p in data.iterdir() if not p.name.startswith("."))
+    if unknown := [p.name for p in files if p.name.encode(errors="replace").decode() != p.name]:
+        raise InputError(f"--data {data} has a file whose name is no UTF-8, {unknown[0]!a}: rename it.")
     if raw := [p.name for p in files if p.suffix.lower() in RAW]:
         raise InputError(
             f"--data {data} has photographs of kinds that cannot be read here: {_some(raw)}. Save them as JPEG, and "
@@ -209,9 +215,7 @@ def find_photographs(data: Path) -> list[Path]:
             f"--data {data} has {len(sources)} photographs ({', '.join(SUFFIXES)}); expected {LEAST_IMAGES} or more."
         )
     if others := [p.name for p in files if p not in sources]:
-        CONSOLE.print(f"[yellow]Not taken for photographs: {_some(others)}.")
-    if unknown := [p.name for p in sources if p.name.encode(errors="replace").decode() != p.name]:
-        raise InputError(f"--data {data} has a file whose name is no UTF-8, {unknown[0]!a}: rename it.")
+        CONSOLE.print(f"[yellow]Not taken for photographs: {escape(_some(others))}.")
     try:
         check_readable(sources)
     except InputError as error:
@@ -232,7 +236,7 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
         Name of each copy -> EXIF's focal length in millimetres as on 35 mm film, None where it says none.
 
     Raises:
-        InputError: two would have the same name, one's EXIF cannot be read, or one has too many bits a colour.
+        InputError: two would have the same name, one cannot be read, or is gray with more than 8 bits.
     """
     folder.mkdir(parents=True)
     focals: dict[str, float | None] = {}
@@ -240,7 +244,7 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
         try:
             with Image.open(source) as image:
                 exif = image.getexif()
-                focal = float(exif.get_ifd(EXIF_IFD).get(FOCAL_35MM) or 0.0)
+                focal = _focal_of(exif)
                 if image.mode[0] in "IF":
                     raise InputError(
                         f"{source} has more than 8 bits a colour ({image.mode}); save it as JPEG or 8-bit PNG."
@@ -255,16 +259,29 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
                     turned = ImageOps.exif_transpose(image).convert("RGB")
                     exif.pop(ORIENTATION, None)
                     _save(turned, folder / name, exif)
-        except (OSError, SyntaxError, TypeError) as error:
+        except (SyntaxError, TypeError) as error:
             raise InputError(f"{source} cannot be copied: {error}. Save it as JPEG anew, or take it out.") from error
-        focals[name] = focal if FOCAL_RANGE[0] <= focal <= FOCAL_RANGE[1] else None
+        focals[name] = focal
     return focals
 
 
+def _focal_of(exif: Image.Exif) -> float | None:
+    """EXIF's focal length in millimetres as on 35 mm film; None where it says none that a lens has."""
+    try:
+        focal = float(exif.get_ifd(EXIF_IFD).get(FOCAL_35MM) or 0.0)
+    except (TypeError, ValueError):
+        return None
+    return focal if FOCAL_RANGE[0] <= focal <= FOCAL_RANGE[1] else None
+
+
 def _save(image: Image.Image, path: Path, exif: Image.Exif) -> None:
-    """A JPEG loses little."""
+    """With the EXIF as far as it can be written. A JPEG loses little."""
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix.lower() in JPEG else {}
-    image.save(path, exif=exif.tobytes(), **options)
+    try:
+        options["exif"] = exif.tobytes()
+    except Exception:  # whatever Pillow raises at tags of wrong types, struct.error among them
+        CONSOLE.print(f"[yellow]EXIF of {escape(path.name)} is left out: it cannot be written again.")
+    image.save(path, **options)
 
 
 def _one_focal(focals: dict[str, float | None]) -> float | None:
@@ -305,7 +322,7 @@ def _one_size(folder: Path, names: Sequence[str]) -> tuple[tuple[int, int], tupl
         for name in turned:
             with Image.open(folder / name) as image:
                 _save(image.transpose(Image.Transpose.ROTATE_90), folder / name, image.getexif())
-        CONSOLE.print(f"Turned to lie as the others: {', '.join(turned)}.")
+        CONSOLE.print(f"Turned to lie as the others: {escape(', '.join(turned))}.")
         return lying.pop(), turned
     return next(iter(sizes.values())), turned
 
@@ -327,7 +344,7 @@ def _best_model(images: Path, names: list[str], cameras: Cameras, focal: float |
             if matches > MANY_MATCHES
             else "they should share more than half of what they show, be taken a step apart, and be sharp and not small"
         )
-        raise InputError(
+        raise NotPlacedError(
             f"none of the {len(names)} photographs could be placed; {matches} points at most agree between two of "
             f"them. Probably {why}. --focal-35mm helps where EXIF does not say it. More photographs from in between "
             "help most: --num-views chooses afterwards which are trained on."
@@ -340,14 +357,15 @@ def frames_of(model: Model, turned: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         model: of which the images are.
-        turned: images whose up is no photographer's. With some of them the world is turned so that the others' mean up
-            is its z, and the file says so; else the data parser turns it so.
+        turned: images that were turned by 90 degrees to the left: the photographer's up is their left. With some of
+            them the world is turned so that the mean up of all is its z, and the file says so; else the data parser
+            turns it so.
     """
     frames = []
-    upright = [image for image in model.images if image.name not in turned]
     world, oriented = np.eye(3), {}
-    if len(upright) < len(model.images) and upright:
-        world = turn_to_z(-np.mean([image.rotation[1] for image in upright], axis=0))
+    if any(image.name in turned for image in model.images):
+        ups = [-np.array(image.rotation[0 if image.name in turned else 1]) for image in model.images]
+        world = turn_to_z(np.mean(ups, axis=0))
         oriented = {"orientation_override": "none"}
     for image in model.images:
         right, down, forward = np.array(image.rotation) @ world.T
@@ -368,13 +386,14 @@ def turn_to_z(up: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
     return np.eye(3) + cross + cross @ cross / (1.0 + z)
 
 
-def was_made_here(capture: Path) -> bool:
-    """Whether a folder is a capture that `find_poses` wrote."""
+def was_made_here(capture: Path, data: Path) -> bool:
+    """Whether a folder is a capture that `find_poses` wrote of photographs of these names."""
     try:
         content = json.loads((capture / FILE).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and MADE_BY.items() <= content.items()
+    names = [{p.stem for p in list_images(folder)} for folder in (data, capture / "images")]
+    return isinstance(content, dict) and MADE_BY.items() <= content.items() and names[0] == names[1]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -69,8 +69,8 @@ class Placed:
     """k1 of the radial distortion."""
     size: tuple[int, int]
     """Width and height, pixels."""
-    focal_known: bool
-    """Whether EXIF or the caller said where to begin with the focal length."""
+    known_focal: float | None
+    """Pixels that the search for the focal length began with; None where neither EXIF nor the caller said it."""
     points: int
     """Points that it sees."""
 
@@ -156,13 +156,15 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
     pycolmap.set_random_seed(0)
     pycolmap.Database.open(database).close()
     pycolmap.import_images(database, images, mode, image_names=names, options=reader)  # so that their order is ours
+    known: dict[int, float | None] = {}
     with pycolmap.Database.open(database) as opened:
         read = {image.name for image in opened.read_all_images()}
-        if task["focal"] is not None:
-            for camera in opened.read_all_cameras():
+        for camera in opened.read_all_cameras():
+            if task["focal"] is not None:
                 camera.params = [task["focal"], *camera.params[1:]]
                 camera.has_prior_focal_length = True
                 opened.update_camera(camera)
+            known[camera.camera_id] = float(camera.params[0]) if camera.has_prior_focal_length else None
     if len(read) < len(names):
         return {"unread": [name for name in names if name not in read], "models": [], "matches": 0}
 
@@ -180,10 +182,10 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
     options.mapper.init_min_tri_angle = how.least_angle
     options.mapper.abs_pose_min_num_inliers = how.least_points
     models = pycolmap.incremental_mapping(database, images, scratch, options)
-    return {"unread": [], "models": [_content(model) for model in models.values()], "matches": matches}
+    return {"unread": [], "models": [_content(model, known) for model in models.values()], "matches": matches}
 
 
-def _content(model: "pycolmap.Reconstruction") -> dict[str, Any]:
+def _content(model: "pycolmap.Reconstruction", known: dict[int, float | None]) -> dict[str, Any]:
     images = []
     for image in sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name):
         camera = model.cameras[image.camera_id]
@@ -196,7 +198,7 @@ def _content(model: "pycolmap.Reconstruction") -> dict[str, Any]:
             principal=(cx, cy),
             distortion=k1,
             size=(int(camera.width), int(camera.height)),
-            focal_known=bool(camera.has_prior_focal_length),
+            known_focal=known[image.camera_id],
             points=int(image.num_points3D),
         )
         images.append(asdict(placed))

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,10 +17,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import read_transforms
-from diffusionerf_ns.photographs import FILE, find_poses
+from diffusionerf_ns.photographs import FILE, NotPlacedError, find_poses
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +29,8 @@ def pose_errors(
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Degrees between rotations, and distances of positions in parts of their mean distance from their centre.
 
-    Both after the similarity that brings rotations, centres and scale together best; camera-to-world, the same axes.
+    Both after the rotation that brings the rotations together best, and then the best shift and scale of the positions.
+    Camera-to-world, the same axes.
     """
     rotations, true_rotations = found[:, :, :3], true[:, :, :3]
     u, _, vt = np.linalg.svd(np.einsum("nij,nkj->ik", true_rotations, rotations))
@@ -56,7 +55,7 @@ def compare(capture: Path, views: int, folder: Path) -> str:
     row = f"| {capture.name} | {width} x {height} | {len(outputs.image_filenames)} |"
     try:
         posed = find_poses(folder / "photographs", folder / "capture")
-    except InputError:
+    except NotPlacedError:
         return f"{row} 0 | | | | | {time.time() - begin:.0f} |"
     seconds = time.time() - begin
     frames = read_transforms(folder / "capture" / FILE)["frames"]
@@ -86,11 +85,7 @@ def main() -> None:
     for capture in given.captures:
         for count in given.views:
             with tempfile.TemporaryDirectory() as folder:
-                try:
-                    lines.append(compare(capture, count, Path(folder)))
-                except InputError as error:
-                    print(f"{capture}, {count} views: {error}", file=sys.stderr)
-                    continue
+                lines.append(compare(capture, count, Path(folder)))
             print(lines[-1], flush=True)
     (ROOT / "docs" / "figures" / "poses.md").write_text("\n".join(lines) + "\n")
 

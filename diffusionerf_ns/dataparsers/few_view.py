@@ -8,7 +8,7 @@ from typing import Literal
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
-from diffusionerf_ns.dataparsers.images import SUFFIXES, list_images
+from diffusionerf_ns.dataparsers.images import list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
@@ -71,10 +71,17 @@ def detect_layout(data: Path) -> Layout:
 
 def is_photographs(data: Path) -> bool:
     """Whether a folder holds images, and nothing in it or above it that says where they were taken."""
-    if not data.is_dir() or _find_layout(data) or _find_layout(data.resolve().parent):
+    if not data.is_dir() or any(_find_layout(f) or _has_cameras(f) for f in (data, data.resolve().parent)):
         return False
-    others = [p for p in data.iterdir() if not p.name.startswith(".") and p.suffix.lower() not in SUFFIXES]
-    return bool(list_images(data)) and not any(p.is_dir() or p.suffix in (".json", ".npy", ".npz") for p in others)
+    return bool(list_images(data)) and not any(p.is_dir() and not p.name.startswith(".") for p in data.iterdir())
+
+
+def _has_cameras(folder: Path) -> bool:
+    """Whether files of cameras lie there, of layouts that are read here and of others."""
+    return any(
+        p.name in ("sparse", "colmap") or p.suffix in (".npy", ".npz") or p.match("transforms*.json")
+        for p in folder.iterdir()
+    )
 
 
 def _find_layout(data: Path) -> Layout | None:
