@@ -1,6 +1,6 @@
 """COLMAP's structure from motion (pycolmap) for a few photographs, in a process of its own.
 
-COLMAP's defaults are for hundreds of photographs: with three, its first pair rarely has the matches and the angle that
+COLMAP's defaults are for hundreds of photographs: with three, its first pair often lacks the matches and the angle that
 it asks for. So a search asks for less, and one with more features follows where that is not enough.
 
 A process of its own, because Pillow and OpenCV crash at writing PNG where pycolmap 4.2.1 was loaded before them
