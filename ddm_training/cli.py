@@ -5,7 +5,7 @@ import sys
 from dataclasses import make_dataclass
 from typing import Any
 
-from ddm_training.errors import InputError
+from ddm_training.errors import ends_plainly
 
 # Subcommand -> module and config class (a frozen dataclass with a method `main`). Two words: a command within a group.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -51,13 +51,8 @@ def parse(args: list[str]) -> Any:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. Mistakes in what the user gives end with a message and exit status 2, without a traceback."""
-    try:
+    with ends_plainly():
         parse(sys.argv[1:] if args is None else args).main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Layout of what is written::
 import json
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image, ImageOps
 from rich.markup import escape
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, ends_plainly
+from ddm_training.transforms import FILE
 from diffusionerf_ns import structure_from_motion
 from diffusionerf_ns.dataparsers.images import SUFFIXES, check_readable, image_size, list_images
 from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
 
-FILE = "transforms.json"
 MADE_BY = {"made_by": "diffusionerf-poses"}
 JPEG = (".jpg", ".jpeg")
 COPIED = {".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".png": ("PNG",)}  # suffix -> formats of its content
@@ -400,13 +399,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point. Mistakes in what the user gives end with a message and exit status 2, without a traceback."""
     import tyro
 
-    try:
+    with ends_plainly():
         tyro.cli(PosesConfig, args=args, prog="diffusionerf-poses").main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def test_upright_photographs_are_turned_where_others_lie(taken, placed, tmp_path
 
 
 def test_a_turned_photograph_does_not_tilt_the_scene(taken, tmp_path):
-    """Two that lie and one that was taken upright: its picture is turned, and its up counts no more."""
+    """Two that lie and one that was taken upright: its picture is turned, and its left counts as up."""
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for number in (0, 2):
