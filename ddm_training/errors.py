@@ -10,10 +10,13 @@ class InputError(ValueError):
 
 
 @contextmanager
-def ends_plainly() -> Iterator[None]:
+def ends_plainly(*, at_ctrl_c: str | None = None) -> Iterator[None]:
     """Let a command end without a traceback: at an `InputError` with its message and status 2, at Ctrl-C with 130.
 
     The exit status at Ctrl-C is that of shells.
+
+    Args:
+        at_ctrl_c: what to say then.
     """
     try:
         yield
@@ -21,4 +24,6 @@ def ends_plainly() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        if at_ctrl_c is not None:
+            print(at_ctrl_c, file=sys.stderr)
         raise SystemExit(130) from None

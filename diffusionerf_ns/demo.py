@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddm_training.errors import InputError
+from ddm_training.errors import ends_plainly
 
 ROOM_SEED = 7
 TITLES = {"photometric": "without regularisation (photometric)", "default": "as it is meant to be"}
@@ -94,7 +94,7 @@ def make_room(folder: Path) -> Path:
 def find_capture(data: Path, folder: Path) -> Path:
     """The capture itself; of photographs alone one that is made in ``folder``, or was before."""
     from diffusionerf_ns.dataparsers.few_view import is_photographs
-    from diffusionerf_ns.photographs import find_poses, was_made_here
+    from diffusionerf_ns.pose_search import find_poses, was_made_here
 
     if not is_photographs(data):
         return data
@@ -224,11 +224,8 @@ def main(args: list[str] | None = None) -> None:
     import tyro
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, about nerfstudio's decorators
-    try:
+    with ends_plainly():
         tyro.cli(DemoConfig, args=args).main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ both: X = R (u z, -v z, -z) + t for a pixel at u = (column + .5 - cx) / fx, v = 
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float, UInt16
 
-from diffusionerf_ns.errors import InputError
+from ddm_training.errors import InputError, ends_plainly
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.cameras import Cameras
@@ -174,11 +173,8 @@ def main(args: list[str] | None = None) -> None:
     """Entry point. Mistakes in what the user gives end with a message and exit status 2, without a traceback."""
     import tyro
 
-    try:
+    with ends_plainly():
         tyro.cli(ExportDepthConfig, args=args, prog="diffusionerf-export-depth").main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import FILE, read_transforms
-from diffusionerf_ns.photographs import NotPlacedError, find_poses
+from diffusionerf_ns.pose_search import NotPlacedError, find_poses
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import corner
+import numpy as np
 import pytest
 import torch
 
@@ -32,3 +34,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def taken(tmp_path_factory) -> tuple[Path, np.ndarray]:
+    """A folder of three photographs that structure from motion can place, and their true poses."""
+    folder = tmp_path_factory.mktemp("taken") / "photographs"
+    return folder, corner.photographs(folder)

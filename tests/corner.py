@@ -58,3 +58,13 @@ def photographs(folder: Path, count: int = 3, contrast: float = 55.0) -> Float[n
     for number, pose in enumerate(given):
         Image.fromarray(render(pose, contrast)).save(folder / f"{number}.png")
     return given
+
+
+def save_with_exif(source: Path, target: Path, focal: int | None, orientation: int | None = None) -> None:
+    """An image as a JPEG whose EXIF has a focal length in millimetres as on 35 mm film, and an orientation."""
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    if focal is not None:
+        exif[0x8769] = {0xA405: focal}
+    Image.open(source).save(target, quality=97, exif=exif)

@@ -1,8 +1,6 @@
 """The command `diffusionerf-bench`."""
 
-import sys
-
-from ddm_training.errors import InputError
+from ddm_training.errors import ends_plainly
 
 
 def main(args: list[str] | None = None) -> None:
@@ -13,15 +11,9 @@ def main(args: list[str] | None = None) -> None:
     from diffusionerf_ns.bench.run import RunConfig
     from diffusionerf_ns.bench.table import TableConfig
 
-    try:
-        commands = {"run": RunConfig, "table": TableConfig, "plot": PlotConfig}
+    commands = {"run": RunConfig, "table": TableConfig, "plot": PlotConfig}
+    with ends_plainly(at_ctrl_c="stopped; run the same command again to go on"):
         tyro.extras.subcommand_cli_from_dict(commands, args=args).main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

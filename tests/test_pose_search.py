@@ -1,0 +1,396 @@
+"""Poses of a few photographs: found, written as a capture, and refused with a reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import corner
+import numpy as np
+import pytest
+from PIL import Image
+from script_modules import load_script
+
+from ddm_training.errors import InputError
+from diffusionerf_ns import demo, pose_search, structure_from_motion
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig, is_photographs
+from diffusionerf_ns.pose_search import find_poses
+
+pose_errors = load_script("pose_errors").pose_errors
+FOCAL_35 = 30.3  # millimetres: 43.27 mm of film are the 600 pixels of the corner's diagonal, 420 its focal length
+
+
+@pytest.fixture(scope="module")
+def placed(taken, tmp_path_factory) -> tuple[Path, pose_search.Posed]:
+    """The capture of them."""
+    capture = tmp_path_factory.mktemp("placed") / "capture"
+    return capture, find_poses(taken[0], capture)
+
+
+def noise(path: Path, seed: int = 0) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 255, (corner.HEIGHT // 12, corner.WIDTH // 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((corner.WIDTH, corner.HEIGHT)).save(path)
+
+
+def errors_of(frames: list[dict], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Degrees, and distances in parts of the cameras' spread.
+
+    Args:
+        frames: of `transforms.json`.
+        truth: world-to-camera [n, 3, 4] in OpenCV axes.
+    """
+    rotations = truth[:, :, :3].transpose(0, 2, 1)
+    centers = -(rotations @ truth[:, :, 3:])
+    found = np.array([frame["transform_matrix"] for frame in frames])[:, :3]
+    return pose_errors(found, np.concatenate([rotations * [1.0, -1.0, -1.0], centers], axis=2))
+
+
+def test_errors_of_poses_are_of_the_best_alignment():
+    true = corner.poses(4)
+    turn = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    moved = np.concatenate([turn @ true[:, :, :3], 3.0 * (turn @ true[:, :, 3:]) + 5.0], axis=2)
+    degrees, distances = pose_errors(moved, true)
+    assert degrees.max() < 1e-4
+    assert distances.max() < 1e-9
+    angle = np.radians(4.0)
+    about_z = np.array([[np.cos(angle), -np.sin(angle), 0.0], [np.sin(angle), np.cos(angle), 0.0], [0.0, 0.0, 1.0]])
+    moved[0, :, :3] = moved[0, :, :3] @ about_z
+    assert pose_errors(moved, true)[0].tolist() == pytest.approx([3.0, 1.0, 1.0, 1.0], abs=0.05)
+    spread = np.linalg.norm(true[:, :, 3] - true[:, :, 3].mean(axis=0), axis=1).mean()
+    apart = true.copy()
+    apart[0, :, 3] += [0.0, 0.01 * spread, 0.0]
+    assert 0.003 < pose_errors(apart, true)[1].max() < 0.012
+
+
+def test_three_photographs_have_their_poses_and_the_focal_length(taken, placed):
+    capture, found = placed
+    content = json.loads((capture / "transforms.json").read_text())
+    degrees, distances = errors_of(content["frames"], taken[1])
+    assert degrees.max() < 0.3
+    assert distances.max() < 0.02
+    assert content["frames"][0]["fl_x"] == pytest.approx(corner.FOCAL, rel=0.02)
+    assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
+    assert found.known_focal is None
+    assert found.error < 0.5
+    assert found.missing == ()
+    assert min(found.points.values()) > pose_search.FEW_POINTS
+
+
+def test_the_capture_holds_the_photographs_and_cameras_and_nothing_else(taken, placed):
+    capture, _ = placed
+    assert sorted(p.name for p in capture.iterdir()) == ["images", "transforms.json"]
+    assert sorted(p.name for p in capture.parent.iterdir()) == ["capture"]
+    for name in ("0.png", "1.png", "2.png"):
+        assert (capture / "images" / name).read_bytes() == (taken[0] / name).read_bytes()
+
+
+def test_the_data_parser_reads_the_capture(placed):
+    outputs = FewViewDataParserConfig(data=placed[0]).setup().get_dataparser_outputs("train")
+    assert [path.name for path in outputs.image_filenames] == ["0.png", "1.png", "2.png"]
+    assert outputs.cameras.fx.mean() == pytest.approx(corner.FOCAL, rel=0.02)
+
+
+def test_the_same_photographs_give_the_same_poses(taken, placed, tmp_path):
+    again = find_poses(taken[0], tmp_path / "again")
+    assert again == placed[1]
+    first, second = (json.loads((p / "transforms.json").read_text()) for p in (placed[0], tmp_path / "again"))
+    assert first == second
+
+
+def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where_the_search_begins(taken, tmp_path):
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for source in sorted(taken[0].iterdir()):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        exif.get_ifd(0x8769)[0xA405] = round(FOCAL_35)
+        image = Image.open(source).transpose(Image.Transpose.ROTATE_90)
+        image.save(turned / f"{source.stem}.jpg", quality=97, exif=exif)
+    found = find_poses(turned, tmp_path / "capture")
+    assert found.known_focal == pytest.approx(30.0)
+    assert found.missing == ()
+    written = Image.open(tmp_path / "capture" / "images" / "0.jpg")
+    assert written.size == (corner.WIDTH, corner.HEIGHT)
+    assert written.getexif().get(0x0112, 1) == 1
+    difference = np.asarray(written, dtype=float) - np.asarray(Image.open(taken[0] / "0.png"), dtype=float)
+    assert np.abs(difference).mean() < 4
+    content = json.loads((tmp_path / "capture" / "transforms.json").read_text())
+    assert errors_of(content["frames"], taken[1])[0].max() < 0.5
+
+
+def test_a_focal_length_that_is_given_is_where_the_search_begins(taken, tmp_path, monkeypatch):
+    began = []
+    search = structure_from_motion.search
+    monkeypatch.setattr(structure_from_motion, "search", lambda *given: (began.append(given[-1]), search(*given))[1])
+    found = find_poses(taken[0], tmp_path / "capture", focal_35mm=35.0)
+    assert began == [pytest.approx(35.0 * 600.0 / 43.27)]
+    assert found.known_focal == pytest.approx(35.0)
+    assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
+    for focal in (-1.0, 4.25, float("inf")):  # the second is the lens's own
+        with pytest.raises(InputError, match=r"--focal-35mm must be within 8 and 400, found .*not the lens's own"):
+            find_poses(taken[0], tmp_path / "x", focal_35mm=focal)
+
+
+def test_photographs_of_little_contrast_need_the_second_search(tmp_path):
+    truth = corner.photographs(tmp_path / "faint", contrast=10.0)
+    names = ["0.png", "1.png", "2.png"]
+    first = structure_from_motion.search(tmp_path / "faint", names, structure_from_motion.SEARCHES[0], "one", None)
+    assert first[0] == []
+    find_poses(tmp_path / "faint", tmp_path / "capture")
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert errors_of(frames, truth)[0].max() < 0.5
+
+
+def test_photographs_of_several_zooms_are_refused_by_name(taken, tmp_path):
+    zooms = tmp_path / "zooms"
+    zooms.mkdir()
+    for name, focal in (("0", 30), ("1", 30), ("2", 60)):
+        corner.save_with_exif(taken[0] / f"{name}.png", zooms / f"{name}.jpg", focal)
+    with pytest.raises(InputError, match=r"different lenses or zooms \(0\.jpg 30 mm, 1\.jpg 30 mm, 2\.jpg 60 mm\)"):
+        find_poses(zooms, tmp_path / "capture")
+
+
+def test_what_a_file_holds_decides_not_its_suffix(taken, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number, (kind, suffix) in enumerate((("WEBP", "jpg"), ("TIFF", "png"), ("PNG", "png"))):
+        Image.open(taken[0] / f"{number}.png").save(mixed / f"{number}.{suffix}", format=kind, lossless=True)
+    found = find_poses(mixed, tmp_path / "capture")
+    assert found.names == ("0.png", "1.png", "2.png")
+    assert found.missing == ()
+
+
+def test_a_photograph_of_another_place_is_left_out_and_named(taken, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(taken[0], mixed)
+    noise(mixed / "elsewhere.png")
+    found = find_poses(mixed, tmp_path / "capture")
+    assert found.missing == ("elsewhere.png",)
+    assert "3 of 4 photographs have a pose" in found.summary()
+    assert "Without a pose, and left out: elsewhere.png" in found.summary()
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert [frame["file_path"] for frame in frames] == ["images/0.png", "images/1.png", "images/2.png"]
+
+
+def test_unrelated_photographs_are_refused_and_nothing_is_left_behind(tmp_path, capsys):
+    folder = tmp_path / "unrelated"
+    folder.mkdir()
+    for seed in range(3):
+        noise(folder / f"{seed}.png", seed)
+    with pytest.raises(SystemExit) as stopped:
+        pose_search.main(["--data", str(folder), "--output", str(tmp_path / "capture")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "none of the 3 photographs could be placed; 0 points at most agree" in said
+    assert "share more than half" in said
+    assert "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
+
+
+def test_upright_photographs_are_turned_where_others_lie(taken, placed, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(taken[0], mixed)
+    Image.open(mixed / "1.png").transpose(Image.Transpose.ROTATE_270).save(mixed / "1.png")  # turned back below
+    assert find_poses(mixed, tmp_path / "capture") == placed[1]
+    assert "Turned to lie as the others: 1.png" in capsys.readouterr().out
+    turned, lying = (Image.open(p / "images" / "1.png") for p in (tmp_path / "capture", placed[0]))
+    assert np.array_equal(np.asarray(turned), np.asarray(lying))
+
+
+def test_a_turned_photograph_does_not_tilt_the_scene(taken, tmp_path):
+    """Two that lie and one that was taken upright: its picture is turned, and its left counts as up."""
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number in (0, 2):
+        shutil.copy(taken[0] / f"{number}.png", mixed)
+    Image.fromarray(corner.render(taken[1][1], size=(corner.HEIGHT, corner.WIDTH))).save(mixed / "1.png")
+    assert find_poses(mixed, tmp_path / "capture").missing == ()
+    outputs = FewViewDataParserConfig(data=tmp_path / "capture").setup().get_dataparser_outputs("train")
+    found = outputs.cameras.camera_to_worlds.double().numpy()
+    true_up = np.array([0.0, -1.0, 0.0])  # of the corner
+    for number in (0, 2):
+        camera_up = taken[1][number][:, :3] @ true_up  # right, down, forward
+        up = found[number][:, :3] @ (camera_up * [1.0, -1.0, -1.0])
+        assert np.degrees(np.arccos(up[2])) < 20  # cameras look down by about 10 degrees
+    ups = np.stack([found[0][:, 1], -found[1][:, 0], found[2][:, 1]])  # of the turned one the left
+    mean_up = ups.mean(axis=0) / np.linalg.norm(ups.mean(axis=0))
+    assert np.degrees(np.arccos(mean_up[2])) < 0.1
+
+
+def test_a_scene_of_turned_photographs_alone_stands_upright():
+    rotation = ((0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0))  # right is down in the world
+    image = structure_from_motion.Placed(
+        name="a.png",
+        rotation=rotation,
+        center=(0.0, 0.0, 0.0),
+        focal=400.0,
+        principal=(240.0, 180.0),
+        distortion=0.0,
+        size=(480, 360),
+        known_focal=None,
+        points=99,
+    )
+    model = structure_from_motion.Model(images=(image,), points=99, error=0.1)
+    content = pose_search.frames_of(model, turned=["a.png"])
+    assert content["orientation_override"] == "none"
+    pose = np.array(content["frames"][0]["transform_matrix"])
+    assert pose[:3, 0] == pytest.approx([0.0, 0.0, -1.0])  # its right is down
+    assert "orientation_override" not in pose_search.frames_of(model)
+
+
+def test_turn_to_z_is_the_smallest_rotation():
+    for up in (*np.random.default_rng(1).standard_normal((4, 3)), np.array([0.0, 0.0, -2.0])):
+        turn = pose_search.turn_to_z(up)
+        unit = up / np.linalg.norm(up)
+        assert turn @ unit == pytest.approx([0.0, 0.0, 1.0], abs=1e-12)
+        assert np.linalg.det(turn) == pytest.approx(1.0)
+        assert (np.trace(turn) - 1.0) / 2.0 == pytest.approx(unit[2], abs=1e-12)
+
+
+def test_upright_photographs_alone_stay_upright(taken, tmp_path):
+    upright = tmp_path / "upright"
+    upright.mkdir()
+    for source in taken[0].iterdir():
+        Image.open(source).transpose(Image.Transpose.ROTATE_270).save(upright / source.name)
+    find_poses(upright, tmp_path / "capture")
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert {(frame["w"], frame["h"]) for frame in frames} == {(corner.HEIGHT, corner.WIDTH)}
+    truth = taken[1].copy()
+    truth[:, 0], truth[:, 1] = -taken[1][:, 1], taken[1][:, 0]  # what was up is right
+    assert errors_of(frames, truth)[0].max() < 0.3
+
+
+def test_photographs_of_different_sizes_are_refused(taken, tmp_path):
+    sizes = tmp_path / "sizes"
+    shutil.copytree(taken[0], sizes)
+    Image.open(sizes / "1.png").resize((360, 270)).save(sizes / "1.png")
+    with pytest.raises(InputError, match=r"different sizes \(0\.png 480 x 360, 1\.png 360 x 270, 2\.png 480 x 360\)"):
+        find_poses(sizes, tmp_path / "capture")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sizes"]
+
+
+def test_each_photograph_may_have_a_lens_of_its_own(taken, tmp_path):
+    find_poses(taken[0], tmp_path / "capture", cameras="each", focal_35mm=FOCAL_35)
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert len({frame["fl_x"] for frame in frames}) == 3
+    assert errors_of(frames, taken[1])[0].max() < 5
+
+
+def test_an_output_that_holds_something_is_refused(taken, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="exists and holds something"):
+        find_poses(taken[0], tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_an_empty_output_folder_is_filled_also_behind_a_link(taken, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    find_poses(taken[0], tmp_path / "link")
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["images", "transforms.json"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    find_poses(taken[0], Path("."))
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["images", "transforms.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(taken, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        find_poses(taken[0], tmp_path / "file" / "capture")
+
+
+def test_folders_that_were_to_be_made_are_not_left_behind(tmp_path):
+    folder = tmp_path / "unrelated"
+    folder.mkdir()
+    for seed in range(3):
+        noise(folder / f"{seed}.png", seed)
+    with pytest.raises(InputError):
+        find_poses(folder, tmp_path / "new" / "capture")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
+
+
+def test_training_on_photographs_alone_says_how_to_find_their_poses(taken):
+    with pytest.raises(InputError, match=rf"diffusionerf-poses --data {taken[0]} --output FOLDER"):
+        FewViewDataParserConfig(data=taken[0]).setup().get_dataparser_outputs("train")
+
+
+def test_other_folders_with_pictures_are_not_taken_for_photographs(taken, placed, tmp_path):
+    assert is_photographs(taken[0])
+    assert not is_photographs(placed[0] / "images")
+    with pytest.raises(InputError, match=rf"is a folder of a capture \(transforms\); give {placed[0]}"):
+        FewViewDataParserConfig(data=placed[0] / "images").setup().get_dataparser_outputs("train")
+    for other in ("transforms_train.json", "sparse"):
+        folder = tmp_path / other.split(".")[0]
+        shutil.copytree(taken[0], folder)
+        (folder / other).mkdir() if other == "sparse" else (folder / other).write_text("{}")
+        assert not is_photographs(folder)
+        shutil.copytree(taken[0], folder / "images")
+        assert not is_photographs(folder / "images")
+    (taken[0] / "0.png.json").write_text("{}")  # as some exports have them beside each photograph
+    assert is_photographs(taken[0])
+    (taken[0] / "0.png.json").unlink()
+
+
+def test_few_points_are_told():
+    posed = pose_search.Posed(
+        names=("a", "b"),
+        points={"a": pose_search.FEW_POINTS - 1, "b": pose_search.FEW_POINTS},
+        num_points=60,
+        error=0.4,
+        focal=28.0,
+        known_focal=27.0,
+        longest=pose_search.FEW_PIXELS - 1,
+    )
+    assert "Few points hold the poses of a (49):" in posed.summary()
+    assert "b (" not in posed.summary()
+    assert "Larger images" in posed.summary()
+    assert "unlikely" not in posed.summary()
+
+
+@pytest.mark.parametrize(("found", "known"), [(16.0, 30.0), (45.0, 30.0), (5.0, None), (500.0, None)])
+def test_an_unlikely_focal_length_is_told(found, known):
+    posed = pose_search.Posed(
+        names=("a",), points={"a": 400}, num_points=400, error=0.2, focal=found, known_focal=known, longest=2000
+    )
+    assert "That focal length is unlikely" in posed.summary()
+
+
+def test_the_demo_makes_a_capture_of_photographs_once_and_removes_nothing(taken, placed, tmp_path, capsys):
+    assert demo.find_capture(placed[0], tmp_path / "unused") == placed[0]
+    assert not (tmp_path / "unused").exists()
+    folder = tmp_path / "capture"
+    for _ in range(2):
+        assert demo.find_capture(taken[0], folder) == folder
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["capture"]
+        assert (folder / "transforms.json").is_file()
+    assert "are used again" in capsys.readouterr().out
+    fewer = tmp_path / "fewer"
+    shutil.copytree(taken[0], fewer)
+    (fewer / "2.png").rename(fewer / "3.png")
+    with pytest.raises(InputError, match="exists and holds something"):
+        demo.find_capture(fewer, folder)
+    assert (folder / "transforms.json").is_file()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "transforms.json").write_text("{}")
+    with pytest.raises(InputError, match="exists and holds something"):
+        demo.find_capture(taken[0], other)
+
+
+@pytest.mark.parametrize(("scene", "train"), [("fern", (1, 10, 19)), ("flower", (1, 17, 33))])
+def test_three_real_photographs_have_the_poses_that_were_found_with_all(real_data, tmp_path, scene, train):
+    source = real_data(f"llff/{scene}")
+    images = sorted((source / "images_8").iterdir())
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in train:
+        shutil.copy(images[i], folder)
+    found = find_poses(folder, tmp_path / "capture")
+    assert found.missing == ()
+    down_right_back = np.load(source / "poses_bounds.npy")[list(train), :15].reshape(-1, 3, 5)[:, :, :4]
+    pose = down_right_back[:, :, [1, 0, 2, 3]] * [1.0, 1.0, -1.0, 1.0]  # right, down, forward, position
+    rotation = pose[:, :, :3].transpose(0, 2, 1)
+    truth = np.concatenate([rotation, -rotation @ pose[:, :, 3:]], axis=2)
+    degrees, distances = errors_of(json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"], truth)
+    assert degrees.max() < 1.0
+    assert distances.max() < 0.15
