@@ -10,7 +10,10 @@ from bench_runs import small_prior, wall_capture
 from other_device import DEVICE, OtherTensor, other_device
 from script_modules import load_script
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # of the modes of torch
+pytestmark = [  # of the modes of torch, and of "meta", which has no values elsewhere
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
+    pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter:UserWarning"),
+]
 
 
 @pytest.fixture
