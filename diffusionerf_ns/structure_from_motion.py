@@ -3,6 +3,10 @@
 COLMAP's defaults are for hundreds of photographs: with three, its first pair often lacks the matches and the angle that
 it asks for. So a search asks for less, and one with more features follows where that is not enough.
 
+Nor do three photographs say much of their lens: COLMAP's own choice finds a distortion that is not there, and a focal
+length that is 10 % off. So a search begins with as little unknown as can be (the focal length as EXIF or the caller has
+it, no distortion) and lets go of that only where the matches ask for it.
+
 A process of its own, because Pillow and OpenCV crash at writing PNG where pycolmap 4.2.1 was loaded before them
 ("corrupted size vs. prev_size"; it exports functions of zlib), because COLMAP ends the process at what it cannot bear,
 and because its memory is free again.
@@ -12,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 2000  # pixels, for features: training sees fewer, and memory grows with them
 MAX_THREADS = 4  # for features, each of which takes about a gigabyte
+WORTH_AN_UNKNOWN = 1.03  # ratio of the errors without and with it, above which it is used
 Cameras = Literal["one", "each"]
 
 
@@ -34,8 +40,8 @@ class Search:
     """Least contrast of a SIFT feature."""
     guided: bool
     """Match again along the epipolar lines of what was matched."""
-    refine_distortion: bool
-    """Find the lens's radial distortion as well: one more unknown."""
+    distortion: bool
+    """Try to explain the matches by the lens's radial distortion as well."""
     least_inliers: int
     """Matches that the first pair needs."""
     least_angle: float
@@ -46,8 +52,8 @@ class Search:
 
 # COLMAP: 100 inliers, 16 degrees.
 SEARCHES = (
-    Search(peak_threshold=0.02 / 3, guided=False, refine_distortion=True, least_inliers=30, least_angle=4.0),
-    Search(peak_threshold=0.002, guided=True, refine_distortion=False, least_inliers=15, least_angle=2.0),
+    Search(peak_threshold=0.02 / 3, guided=False, distortion=True, least_inliers=30, least_angle=4.0),
+    Search(peak_threshold=0.002, guided=True, distortion=False, least_inliers=15, least_angle=2.0),
 )
 
 
@@ -92,6 +98,21 @@ class Model:
         return len(self.images), min(image.points for image in self.images)
 
 
+def simplest(tried: Sequence[list[Model]]) -> list[Model]:
+    """The models of the fewest unknowns that place as many images as any, about as well.
+
+    Args:
+        tried: models with the lens's unknowns, from the fewest to the most.
+    """
+    best = [max(models, key=lambda model: model.rank, default=None) for models in tried]
+    most = max((len(model.images) for model in best if model is not None), default=0)
+    least_error = min((model.error for model in best if model is not None and len(model.images) == most), default=0.0)
+    for models, model in zip(tried, best):
+        if model is not None and len(model.images) == most and model.error <= WORTH_AN_UNKNOWN * least_error:
+            return models
+    return []
+
+
 def search(
     images: Path, names: list[str], how: Search, cameras: Cameras, focal: float | None
 ) -> tuple[list[Model], int]:
@@ -102,7 +123,8 @@ def search(
         names: their file names in it.
         how: how hard.
         cameras: whether all have one camera, or each its own.
-        focal: pixels to begin with; None: what EXIF says, else 1.2 times the longer side.
+        focal: pixels, held to where the matches do not contradict it; None: what EXIF says, and where that says nothing
+            a search that begins at 1.2 times the longer side.
 
     Returns:
         Models, which may share images; and the most matches of a pair of images that agree with one motion.
@@ -128,15 +150,12 @@ def search(
         raise InputError(
             f"COLMAP cannot read {', '.join(content['unread'][:5])}; save as JPEG or PNG anew, or leave out."
         )
-    models = [
-        Model(
-            images=tuple(Placed(**{k: _tuples(v) for k, v in image.items()}) for image in model["images"]),
-            points=model["points"],
-            error=model["error"],
-        )
-        for model in content["models"]
-    ]
-    return models, content["matches"]
+    return simplest([[_model(model) for model in models] for models in content["tried"]]), content["matches"]
+
+
+def _model(content: dict[str, Any]) -> Model:
+    images = tuple(Placed(**{k: _tuples(v) for k, v in image.items()}) for image in content["images"])
+    return Model(images=images, points=content["points"], error=content["error"])
 
 
 def _tuples(value: Any) -> Any:
@@ -166,7 +185,7 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
                 opened.update_camera(camera)
             known[camera.camera_id] = float(camera.params[0]) if camera.has_prior_focal_length else None
     if len(read) < len(names):
-        return {"unread": [name for name in names if name not in read], "models": [], "matches": 0}
+        return {"unread": [name for name in names if name not in read], "tried": [], "matches": 0}
 
     features = pycolmap.FeatureExtractionOptions(use_gpu=False, num_threads=MAX_THREADS, max_image_size=MAX_SIDE)
     features.sift.peak_threshold = how.peak_threshold
@@ -176,13 +195,19 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
     pycolmap.match_exhaustive(database, matching_options=matching)
     with pycolmap.Database.open(database) as opened:
         matches = max(opened.read_two_view_geometry_num_inliers()[1], default=0)
-    options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
-    options.ba_refine_extra_params = how.refine_distortion
-    options.mapper.init_min_num_inliers = how.least_inliers
-    options.mapper.init_min_tri_angle = how.least_angle
-    options.mapper.abs_pose_min_num_inliers = how.least_points
-    models = pycolmap.incremental_mapping(database, images, scratch, options)
-    return {"unread": [], "models": [_content(model, known) for model in models.values()], "matches": matches}
+    tried = []
+    for find_focal in (False, True) if None not in known.values() else (True,):
+        for find_distortion in (False, True) if how.distortion else (False,):
+            options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
+            options.ba_refine_focal_length, options.ba_refine_extra_params = find_focal, find_distortion
+            options.mapper.init_min_num_inliers = how.least_inliers
+            options.mapper.init_min_tri_angle = how.least_angle
+            options.mapper.abs_pose_min_num_inliers = how.least_points
+            folder = scratch / str(len(tried))
+            folder.mkdir()
+            models = pycolmap.incremental_mapping(database, images, folder, options)
+            tried.append([_content(model, known) for model in models.values()])
+    return {"unread": [], "tried": tried, "matches": matches}
 
 
 def _content(model: "pycolmap.Reconstruction", known: dict[int, float | None]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 python scripts/pose_errors.py CAPTURE ... [--views 3 6 9]      writes docs/figures/poses.md
 
-A capture's poses were found with all its images (LLFF) or are the calibration of a robot (DTU).
+A capture's poses were found with all its images (LLFF) or are the calibration of a robot (DTU). Each search is run
+twice: without a focal length, and with the capture's, as EXIF would have it.
 """
 
 import argparse
 import contextlib
 import io
+import math
 import shutil
 import tempfile
 import time
@@ -19,7 +21,7 @@ from jaxtyping import Float
 
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import FILE, read_transforms
-from diffusionerf_ns.pose_search import NotPlacedError, find_poses
+from diffusionerf_ns.pose_search import FILM_DIAGONAL, NotPlacedError, find_poses
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +44,7 @@ def pose_errors(
     return degrees, np.linalg.norm(scale * a - b, axis=1) / np.linalg.norm(b, axis=1).mean()
 
 
-def compare(capture: Path, views: int, folder: Path) -> str:
+def compare(capture: Path, views: int, known_focal: bool, folder: Path) -> str:
     """A row of the table for the training images of so many views."""
     with contextlib.redirect_stdout(io.StringIO()):  # the parser's table
         outputs = FewViewDataParserConfig(data=capture, num_views=views).setup().get_dataparser_outputs("train")
@@ -52,9 +54,10 @@ def compare(capture: Path, views: int, folder: Path) -> str:
         shutil.copyfile(file, target)
     width, height = int(outputs.cameras.width[0]), int(outputs.cameras.height[0])
     begin = time.time()
-    row = f"| {capture.name} | {width} x {height} | {len(outputs.image_filenames)} |"
+    row = f"| {capture.name} | {width} x {height} | {len(outputs.image_filenames)} | {'yes' if known_focal else 'no'} |"
+    focal_35mm = float(outputs.cameras.fx.mean()) / math.hypot(width, height) * FILM_DIAGONAL if known_focal else None
     try:
-        posed = find_poses(folder / "photographs", folder / "capture")
+        posed = find_poses(folder / "photographs", folder / "capture", focal_35mm=focal_35mm)
     except NotPlacedError:
         return f"{row} 0 | | | | | {time.time() - begin:.0f} |"
     seconds = time.time() - begin
@@ -78,15 +81,16 @@ def main() -> None:
     lines = [
         "Poses found from the training images alone; the largest error of an image each.",
         "",
-        "| capture | pixels | photographs | placed | points | rotation, degrees | position, % of the cameras' spread "
-        "| focal length, % | seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| capture | pixels | photographs | focal length known | placed | points | rotation, degrees "
+        "| position, % of the cameras' spread | focal length, % | seconds |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for capture in given.captures:
         for count in given.views:
-            with tempfile.TemporaryDirectory() as folder:
-                lines.append(compare(capture, count, Path(folder)))
-            print(lines[-1], flush=True)
+            for known_focal in (False, True):
+                with tempfile.TemporaryDirectory() as folder:
+                    lines.append(compare(capture, count, known_focal, Path(folder)))
+                print(lines[-1], flush=True)
     (ROOT / "docs" / "figures" / "poses.md").write_text("\n".join(lines) + "\n")
 
 

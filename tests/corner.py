@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from diffusionerf_ns.structure_from_motion import Placed
+
 WIDTH, HEIGHT, FOCAL = 480, 360, 420.0
 PLANES = (np.array([0.0, 0.0, 1.0, 6.0]), np.array([0.0, 1.0, 0.0, 1.4]), np.array([-1.0, 0.0, 0.0, 2.2]))  # n x = d
 
@@ -68,3 +70,18 @@ def save_with_exif(source: Path, target: Path, focal: int | None, orientation: i
     if focal is not None:
         exif[0x8769] = {0xA405: focal}
     Image.open(source).save(target, quality=97, exif=exif)
+
+
+def placed(name: str, rotation: tuple[tuple[float, float, float], ...] = tuple(map(tuple, np.eye(3)))) -> Placed:
+    """An image at the origin, with that rotation from the world to the camera."""
+    return Placed(
+        name=name,
+        rotation=rotation,
+        center=(0.0, 0.0, 0.0),
+        focal=FOCAL,
+        principal=(WIDTH / 2, HEIGHT / 2),
+        distortion=0.0,
+        size=(WIDTH, HEIGHT),
+        known_focal=None,
+        points=99,
+    )

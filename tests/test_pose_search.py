@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import corner
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -218,17 +219,7 @@ def test_a_turned_photograph_does_not_tilt_the_scene(taken, tmp_path):
 
 def test_a_scene_of_turned_photographs_alone_stands_upright():
     rotation = ((0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0))  # right is down in the world
-    image = structure_from_motion.Placed(
-        name="a.png",
-        rotation=rotation,
-        center=(0.0, 0.0, 0.0),
-        focal=400.0,
-        principal=(240.0, 180.0),
-        distortion=0.0,
-        size=(480, 360),
-        known_focal=None,
-        points=99,
-    )
+    image = corner.placed("a.png", rotation)
     model = structure_from_motion.Model(images=(image,), points=99, error=0.1)
     content = pose_search.frames_of(model, turned=["a.png"])
     assert content["orientation_override"] == "none"
@@ -269,10 +260,35 @@ def test_photographs_of_different_sizes_are_refused(taken, tmp_path):
 
 
 def test_each_photograph_may_have_a_lens_of_its_own(taken, tmp_path):
-    find_poses(taken[0], tmp_path / "capture", cameras="each", focal_35mm=FOCAL_35)
+    for name, focal, count in (("known", FOCAL_35, 1), ("unknown", None, 3)):
+        find_poses(taken[0], tmp_path / name, cameras="each", focal_35mm=focal)
+        frames = json.loads((tmp_path / name / "transforms.json").read_text())["frames"]
+        assert len({frame["fl_x"] for frame in frames}) == count
+        if focal is not None:
+            assert errors_of(frames, taken[1])[0].max() < 0.5
+
+
+def test_a_known_focal_length_is_kept_and_no_distortion_is_made_up(taken, tmp_path):
+    assert find_poses(taken[0], tmp_path / "capture", focal_35mm=30.0).focal == pytest.approx(30.0)  # it is 30.3
     frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
-    assert len({frame["fl_x"] for frame in frames}) == 3
-    assert errors_of(frames, taken[1])[0].max() < 5
+    assert [frame["k1"] for frame in frames] == [0.0] * 3
+    assert errors_of(frames, taken[1])[0].max() < 0.3
+
+
+def test_a_lens_that_distorts_is_found_out(taken, tmp_path):
+    bent, k1 = tmp_path / "bent", -0.25
+    bent.mkdir()
+    lens = np.array([[corner.FOCAL, 0, corner.WIDTH / 2], [0, corner.FOCAL, corner.HEIGHT / 2], [0, 0, 1]])
+    u, v = np.meshgrid(np.arange(corner.WIDTH) + 0.5, np.arange(corner.HEIGHT) + 0.5)
+    straight = cv2.undistortPoints(np.stack([u, v], axis=-1).reshape(-1, 1, 2), lens, np.array([k1, 0, 0, 0]), P=lens)
+    where = straight.reshape(corner.HEIGHT, corner.WIDTH, 2).astype(np.float32) - 0.5
+    for source in taken[0].iterdir():
+        image = cv2.remap(cv2.imread(str(source)), where[..., 0], where[..., 1], cv2.INTER_CUBIC)
+        cv2.imwrite(str(bent / source.name), image)
+    assert find_poses(bent, tmp_path / "capture", focal_35mm=FOCAL_35).missing == ()
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert frames[0]["k1"] == pytest.approx(k1, abs=0.05)
+    assert errors_of(frames, taken[1])[0].max() < 0.5
 
 
 def test_an_output_that_holds_something_is_refused(taken, tmp_path):

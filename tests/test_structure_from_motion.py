@@ -1,5 +1,6 @@
 """COLMAP in a process of its own: what it is given, and how it fails."""
 
+import corner
 import pytest
 from PIL import Image
 
@@ -31,3 +32,20 @@ def test_an_image_that_colmap_cannot_read_is_named(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"COLMAP cannot read b\.png"):
         structure_from_motion.search(tmp_path, ["a.png", "b.png"], structure_from_motion.SEARCHES[0], "one", None)
+
+
+def model(name: str, images: int, error: float) -> structure_from_motion.Model:
+    return structure_from_motion.Model(images=(corner.placed(name),) * images, points=99, error=error)
+
+
+def test_an_unknown_must_be_worth_it():
+    few, more, most = model("few", 3, 0.4), model("more", 3, 0.39), model("most", 3, 0.2)
+    assert structure_from_motion.simplest([[few], [more]]) == [few]
+    assert structure_from_motion.simplest([[few], [more], [most]]) == [most]
+    assert structure_from_motion.simplest([[], [more]]) == [more]
+    assert structure_from_motion.simplest([[], []]) == []
+
+
+def test_images_that_are_placed_count_before_errors():
+    two, three, other = model("two", 2, 0.1), model("three", 3, 0.5), model("other", 1, 0.1)
+    assert structure_from_motion.simplest([[two], [other, three], [two]]) == [other, three]
