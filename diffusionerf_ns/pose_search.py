@@ -7,6 +7,7 @@ Layout of what is written::
 """
 
 import json
+import math
 import shlex
 import shutil
 import tempfile
@@ -50,7 +51,7 @@ class PosesConfig:
     """Whether all photographs were taken with one lens and zoom, or each with its own, which few can hardly tell."""
     focal_35mm: float | None = None
     """Focal length in millimetres as on 35 mm film (many phones: 24 to 28), not the lens's own (many phones: 4 to 7).
-    Unset: what EXIF says, else found."""
+    Unset: what EXIF says. Kept, unless the photographs contradict it; where nobody says it, it is found."""
 
     def main(self) -> None:
         """Do it.
@@ -78,7 +79,7 @@ class Posed:
     focal: float
     """Focal length in millimetres as on 35 mm film, mean over the placed photographs."""
     known_focal: float | None
-    """Where the search for it began, by EXIF or the user."""
+    """By EXIF or the user, the same way; None where they do not say it of all photographs."""
     longest: int
     """Longer side of the images, pixels."""
 
@@ -89,9 +90,10 @@ class Posed:
 
     def summary(self) -> str:
         """What was found and what is in doubt, for people."""
-        origin = "neither EXIF nor --focal-35mm says it"
+        origin = "neither --focal-35mm nor the EXIF of all photographs says it"
         if self.known_focal:
-            origin = f"known: {self.known_focal:.0f}"
+            kept = math.isclose(self.focal, self.known_focal, rel_tol=1e-3)
+            origin = "as it was known" if kept else f"the photographs contradict the known {self.known_focal:.0f} mm"
         lines = [
             f"{len(self.points)} of {len(self.names)} photographs have a pose: {self.num_points} points, off by "
             f"{self.error:.2f} pixels in the mean; focal length {self.focal:.0f} mm as on 35 mm film ({origin})."
@@ -124,7 +126,7 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
         data: folder of the photographs.
         output: folder of the capture; must not exist yet, or be empty.
         cameras: whether all were taken with one lens and zoom.
-        focal_35mm: focal length in millimetres as on 35 mm film, to begin with.
+        focal_35mm: focal length in millimetres as on 35 mm film; unset: what EXIF says.
 
     Raises:
         InputError: fewer than `LEAST_IMAGES` photographs, one that cannot be read, several lenses, none that can be

@@ -3,7 +3,7 @@
 python scripts/pose_errors.py CAPTURE ... [--views 3 6 9]      writes docs/figures/poses.md
 
 A capture's poses were found with all its images (LLFF) or are the calibration of a robot (DTU). Each search is run
-twice: without a focal length, and with the capture's, as EXIF would have it.
+twice: without a focal length, and with the capture's in whole millimetres, as EXIF would have it.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def compare(capture: Path, views: int, known_focal: bool, folder: Path) -> str:
     width, height = int(outputs.cameras.width[0]), int(outputs.cameras.height[0])
     begin = time.time()
     row = f"| {capture.name} | {width} x {height} | {len(outputs.image_filenames)} | {'yes' if known_focal else 'no'} |"
-    focal_35mm = float(outputs.cameras.fx.mean()) / math.hypot(width, height) * FILM_DIAGONAL if known_focal else None
+    true_focal = float(outputs.cameras.fx.mean())
+    focal_35mm = round(true_focal / math.hypot(width, height) * FILM_DIAGONAL) if known_focal else None
     try:
         posed = find_poses(folder / "photographs", folder / "capture", focal_35mm=focal_35mm)
     except NotPlacedError:
@@ -65,7 +66,7 @@ def compare(capture: Path, views: int, known_focal: bool, folder: Path) -> str:
     placed = [int(Path(frame["file_path"]).stem) for frame in frames]
     true = outputs.cameras.camera_to_worlds[placed].to(torch.float64).numpy()
     degrees, distances = pose_errors(np.array([frame["transform_matrix"] for frame in frames])[:, :3], true)
-    focal = float(np.mean([frame["fl_x"] for frame in frames])) / float(outputs.cameras.fx.mean())
+    focal = float(np.mean([frame["fl_x"] for frame in frames])) / true_focal
     return (
         f"{row} {len(frames)} | {posed.num_points} | {degrees.max():.2f} | {100.0 * distances.max():.1f} | "
         f"{100.0 * (focal - 1.0):+.1f} | {seconds:.0f} |"

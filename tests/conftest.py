@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import corner
 import numpy as np
 import pytest
 import torch
@@ -39,5 +38,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def taken(tmp_path_factory) -> tuple[Path, np.ndarray]:
     """A folder of three photographs that structure from motion can place, and their true poses."""
+    import corner
+
     folder = tmp_path_factory.mktemp("taken") / "photographs"
     return folder, corner.photographs(folder)

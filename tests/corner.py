@@ -1,4 +1,4 @@
-"""Photographs of a corner of three textured planes, by ray casting: what structure from motion can place."""
+"""Photographs of a corner of three textured planes, by ray casting: structure from motion can place them."""
 
 from pathlib import Path
 
@@ -72,7 +72,9 @@ def save_with_exif(source: Path, target: Path, focal: int | None, orientation: i
     Image.open(source).save(target, quality=97, exif=exif)
 
 
-def placed(name: str, rotation: tuple[tuple[float, float, float], ...] = tuple(map(tuple, np.eye(3)))) -> Placed:
+def placed(
+    name: str, rotation: tuple[tuple[float, float, float], ...] = tuple(map(tuple, np.eye(3))), points: int = 99
+) -> Placed:
     """An image at the origin, with that rotation from the world to the camera."""
     return Placed(
         name=name,
@@ -83,5 +85,5 @@ def placed(name: str, rotation: tuple[tuple[float, float, float], ...] = tuple(m
         distortion=0.0,
         size=(WIDTH, HEIGHT),
         known_focal=None,
-        points=99,
+        points=points,
     )

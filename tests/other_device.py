@@ -1,8 +1,8 @@
 """A device that is not the CPU, simulated on it: shows tensors that were left on the wrong device where no GPU is.
 
 Tensors of it say that they lie on `DEVICE` and hold their values on the CPU. As on CUDA, operations on tensors of both
-are refused, apart from copies, scalars and indices; so are `numpy()` and a generator of the wrong device. Numbers are
-the CPU's: this is about places, not kernels.
+are refused, apart from copies, indices and a scalar that elementwise operations read; so are `numpy()` and a generator
+of the wrong device. Numbers are the CPU's: this is about places, not kernels. It holds for the thread that enters it.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("meta")  # the one that autograd takes without a driver
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
+NO_SCALARS = ("stack", "cat", "index_select", "gather", "scatter", "searchsorted", "bucketize", "mm", "bmm", "addmm")
 
 
 class OtherTensor(Tensor):
@@ -80,9 +81,13 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     others = [x for x in tensors if isinstance(x, OtherTensor)]
     wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if others and name not in COPIES:
-        indices = name in INDEXING and isinstance(args[0], OtherTensor)
-        here = [x for x in tensors if not isinstance(x, OtherTensor) and x.dim() > 0]
-        if wrong := [tuple(x.shape) for x in here if x.is_floating_point() or not indices]:
+        free = {id(x) for x in tree_flatten(args[1])[0]} if name in INDEXING else set()
+        takes_scalars = name.removeprefix("aten::").strip("_") not in NO_SCALARS
+        written = [
+            x for x, a in zip(args, func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
+        here = [x for x in tensors if not isinstance(x, OtherTensor) and id(x) not in free]
+        if wrong := [tuple(x.shape) for x in here if x.dim() > 0 or not takes_scalars or any(x is w for w in written)]:
             raise RuntimeError(f"{name}: tensors of two devices; of the CPU: {wrong}")
     if not others and wanted != DEVICE:
         return func(*args, **kwargs)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PREAMBLE = """
 from diffusionerf_ns.errors import InputError, NonFiniteLossError, show_input_errors_plainly
 """
@@ -53,3 +55,13 @@ def test_asking_again_does_not_stack_hooks():
         "show_input_errors_plainly()\nassert sys.excepthook is hook"
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "said"), [("InputError('no x')", 2, "error: no x\n"), ("KeyboardInterrupt", 130, "")]
+)
+def test_commands_end_plainly(wrong, status, said):
+    code = "from ddm_training.errors import ends_plainly\nwith ends_plainly({}):\n    raise " + wrong
+    for given, more in (("", ""), ("at_ctrl_c='run it again'", "run it again\n" if status == 130 else "")):
+        result = run(code.format(given))
+        assert (result.returncode, result.stderr) == (status, said + more)

@@ -45,7 +45,15 @@ def test_what_lies_there_says_so_and_has_gradients(device):
 
 def test_tensors_of_two_devices_are_refused_but_for_scalars_copies_and_indices(device):
     x = torch.arange(4.0, device=device)
-    for wrong in (lambda: x + torch.ones(4), lambda: torch.cat([x, torch.ones(1)]), lambda: torch.ones(4)[x.long()]):
+    for wrong in (
+        lambda: x + torch.ones(4),
+        lambda: torch.cat([x, torch.ones(1)]),
+        lambda: torch.stack([x.sum(), torch.tensor(0.0)]),
+        lambda: torch.tensor(0.0).add_(x.sum()),
+        lambda: torch.ones(4)[x.long()],
+        lambda: x.__setitem__(torch.tensor([1, 2]), torch.ones(2)),
+        lambda: (x > 1.0).__setitem__(torch.tensor([1, 2]), torch.ones(2, dtype=torch.bool)),
+    ):
         with pytest.raises((RuntimeError, TypeError), match=r"two devices|copy it to the CPU first"):
             wrong()
     assert (x * torch.tensor(2.0)).tolist() == [0.0, 2.0, 4.0, 6.0]
@@ -64,6 +72,7 @@ def test_generators_belong_to_a_device(device):
             torch.rand(2, generator=generator, device=place)
 
 
+@pytest.mark.slow
 def test_a_step_has_the_losses_and_gradients_of_the_cpu(checks):
     step = checks.one_step("diffusionerf-tiny")
     assert step.passed, step
@@ -83,6 +92,7 @@ def trainer(checks) -> Any:
     trainer.pipeline.train()
     trainer.train_iteration(0)
     trainer.pipeline.eval()
+    assert {p.device for p in trainer.pipeline.model.parameters()} == {DEVICE}
     return trainer
 
 
@@ -90,6 +100,7 @@ def test_every_output_of_a_view(trainer, device):
     camera, _ = trainer.pipeline.datamanager.next_eval_image(0)
     outputs = trainer.pipeline.model.get_outputs_for_camera(camera.to(device))
     assert {"rgb", "MedianDepth", "PriorCleanDepth", "TrainingCameras"} <= set(outputs)
+    assert outputs["rgb"].device == outputs["MedianDepth"].device == DEVICE
     for name in outputs:
         assert bool(outputs[name].isfinite().all()), name
 
@@ -107,13 +118,16 @@ def test_the_panel_of_the_last_patch_and_exported_depth(trainer, tmp_path):
     assert len(frames) == len(list((tmp_path / "depth" / "depth").glob("*.npy"))) == len(dataset)
 
 
+@pytest.mark.slow
 def test_the_trainings_of_both_networks(checks, device, monkeypatch):
     import accelerate
 
     from ddm_training.train_completion import TrainCompletionConfig
 
+    asked = []
+
     class Accelerator(accelerate.Accelerator):
-        device = property(lambda self: device)
+        device = property(lambda self: asked.append(self) or device)
 
     monkeypatch.setattr(accelerate, "Accelerator", Accelerator)
     assert checks.denoiser().passed  # makes a store of rooms
@@ -129,3 +143,5 @@ def test_the_trainings_of_both_networks(checks, device, monkeypatch):
         lr_warmup_steps=1,
     )
     config.main()
+    assert len(set(map(id, asked))) == 2
+    assert (checks.folder / "completion" / "completion").is_dir()

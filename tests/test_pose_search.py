@@ -97,7 +97,7 @@ def test_the_same_photographs_give_the_same_poses(taken, placed, tmp_path):
     assert first == second
 
 
-def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where_the_search_begins(taken, tmp_path):
+def test_photographs_are_turned_as_their_exif_says_and_have_its_focal_length(taken, tmp_path):
     turned = tmp_path / "turned"
     turned.mkdir()
     for source in sorted(taken[0].iterdir()):
@@ -108,6 +108,8 @@ def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where
         image.save(turned / f"{source.stem}.jpg", quality=97, exif=exif)
     found = find_poses(turned, tmp_path / "capture")
     assert found.known_focal == pytest.approx(30.0)
+    assert found.focal == pytest.approx(30.0)  # it is 30.3
+    assert "30 mm as on 35 mm film (as it was known)" in found.summary()
     assert found.missing == ()
     written = Image.open(tmp_path / "capture" / "images" / "0.jpg")
     assert written.size == (corner.WIDTH, corner.HEIGHT)
@@ -118,7 +120,7 @@ def test_photographs_are_turned_as_their_exif_says_and_its_focal_length_is_where
     assert errors_of(content["frames"], taken[1])[0].max() < 0.5
 
 
-def test_a_focal_length_that_is_given_is_where_the_search_begins(taken, tmp_path, monkeypatch):
+def test_a_focal_length_that_the_photographs_contradict_is_not_kept(taken, tmp_path, monkeypatch):
     began = []
     search = structure_from_motion.search
     monkeypatch.setattr(structure_from_motion, "search", lambda *given: (began.append(given[-1]), search(*given))[1])
@@ -126,6 +128,7 @@ def test_a_focal_length_that_is_given_is_where_the_search_begins(taken, tmp_path
     assert began == [pytest.approx(35.0 * 600.0 / 43.27)]
     assert found.known_focal == pytest.approx(35.0)
     assert found.focal == pytest.approx(FOCAL_35, rel=0.02)
+    assert "the photographs contradict the known 35 mm" in found.summary()
     for focal in (-1.0, 4.25, float("inf")):  # the second is the lens's own
         with pytest.raises(InputError, match=r"--focal-35mm must be within 8 and 400, found .*not the lens's own"):
             find_poses(taken[0], tmp_path / "x", focal_35mm=focal)
@@ -342,9 +345,10 @@ def test_other_folders_with_pictures_are_not_taken_for_photographs(taken, placed
         assert not is_photographs(folder)
         shutil.copytree(taken[0], folder / "images")
         assert not is_photographs(folder / "images")
-    (taken[0] / "0.png.json").write_text("{}")  # as some exports have them beside each photograph
-    assert is_photographs(taken[0])
-    (taken[0] / "0.png.json").unlink()
+    exported = tmp_path / "phone" / "exported"
+    shutil.copytree(taken[0], exported)
+    (exported / "0.png.json").write_text("{}")  # as some exports have them beside each photograph
+    assert is_photographs(exported)
 
 
 def test_few_points_are_told():
