@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 2000  # pixels, for features: training sees fewer, and memory grows with them
 MAX_THREADS = 4  # for features, each of which takes about a gigabyte
-# Ratio of the errors without and with an unknown, above which it is used. Measured on 3, 6 and 9 images of two
-# captures: 1.02 at most for one that is not there, 1.05 to 1.5 for a focal length that is 30 or 40 % off.
+# Ratio of the errors without and with an unknown, above which it is used. Measured on 3 and 6 images of two captures:
+# 1.030 at most where the focal length is right, 1.06 to 2.1 where it is 30 or 40 % off.
 WORTH_AN_UNKNOWN = 1.03
 KEPT_POINTS = 0.8  # share of the points of the image that sees fewest, that a lower error must not cost
 Cameras = Literal["one", "each"]
