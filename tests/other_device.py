@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ddm_training import completion_data, matches
+
 DEVICE = torch.device("meta")  # the one that autograd takes without a driver
 COPIES = ("aten::copy_", "aten::_to_copy")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
@@ -142,6 +144,8 @@ def other_device() -> Iterator[torch.device]:
 
     with (
         mock.patch.object(torch, "Generator", OtherGenerator),
+        mock.patch.object(completion_data, "Generator", OtherGenerator),  # imported by name there
+        mock.patch.object(matches, "Generator", OtherGenerator),
         mock.patch.object(torch, "autocast", autocast_here),
         mock.patch.object(torch_optimizer, fused.__name__, return_value=[*fused(), DEVICE.type]),
         _Functions(),
