@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, UInt16
 
 from ddm_training.errors import InputError, ends_plainly
+from ddm_training.transforms import FILE
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.cameras import Cameras
@@ -166,7 +167,7 @@ def write_transforms(folder: Path, frames: list[dict[str, Any]], about: dict[str
     """Write `transforms.json`; depth is in millimetres there, as nerfstudio expects by default."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"camera_model": "OPENCV", "depth_unit_scale_factor": 1e-3} | about | {"frames": frames}
-    (folder / "transforms.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main(args: list[str] | None = None) -> None:

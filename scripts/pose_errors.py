@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from ddm_training.transforms import FILE
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
-from diffusionerf_ns.dataparsers.transforms import FILE, read_transforms
+from diffusionerf_ns.dataparsers.transforms import read_transforms
 from diffusionerf_ns.pose_search import FILM_DIAGONAL, NotPlacedError, find_poses
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from ddm_training.errors import InputError
+from ddm_training.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
 from diffusionerf_ns.dataparsers.images import list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
-from diffusionerf_ns.dataparsers.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
 
 Layout = Literal["llff", "transforms", "dtu"]

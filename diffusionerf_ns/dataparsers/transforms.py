@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ddm_training.errors import InputError
+from ddm_training.transforms import FILE
 from diffusionerf_ns.dataparsers.base import (
     Capture,
     FewViewBaseConfig,
@@ -20,7 +21,6 @@ from diffusionerf_ns.dataparsers.base import (
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size
 from diffusionerf_ns.dataparsers.splits import Split, choose, without_lists
 
-FILE = "transforms.json"
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
