@@ -77,9 +77,9 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     rendered depth."""
 
     refine_tau: float = 0.03
-    """Where a view has more fine detail than the photographs, which is grain, the prior's clean estimate of it at this
-    noise level, one pass of its network, takes the place of its colours as far as needed; 0 leaves them as rendered.
-    Not in the paper."""
+    """Where a view has more fine detail than the photographs, which is grain, the prior's clean estimate of it takes
+    the place of its colours as far as needed, at this noise level or at a third or two of it if that is enough: one to
+    three passes of its network. 0 leaves views as rendered. Not in the paper."""
 
     fill_unseen: bool = True
     """Pixels of a view whose surface no training image shows, by the field's own depth, get the smoothest colours that

@@ -5,7 +5,8 @@ model was trained on just this, a clean patch plus noise, and its clean estimate
 diffusion fixes rendered views in the same place in Difix3D+ (Wu et al., CVPR 2025).
 
 How much of it is grain and how much is texture, the photographs tell: a view is refined until it has as much fine
-detail as they have at its scale. Where the photographs are full of texture, nothing is taken from the view.
+detail as they have at its scale, and no more strongly than it takes: a high noise level takes coarser texture as well.
+Where the photographs are full of texture, nothing is taken from the view.
 
 Notation
     x      the view as the prior sees it, RGBD in [-1, 1]      [4, h, w]
@@ -30,6 +31,7 @@ from diffusionerf_ns.tiles import over_tiles
 
 TILE = 512  # pixels: larger views are done in tiles, so that memory does not grow with the view
 OCTAVES = 4  # scales at which the photographs' detail is measured
+GENTLER = (1 / 3, 2 / 3)  # of the noise level, tried in turn where all of it takes more than grain
 
 
 def fine_detail(rgb: Float[Tensor, "h w 3"]) -> float:
@@ -99,21 +101,33 @@ class ViewRefiner:
 def refined_view(
     rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], prior: PatchPrior, tau: float, detail: float
 ) -> Float[Tensor, "h w 3"]:
-    """Colours of a view with no more fine detail than ``detail``, as far as the prior's clean estimate leads there.
+    """Colours of a view with no more fine detail than ``detail``, as far as the prior's clean estimates lead there.
+
+    Between the two estimates of neighbouring noise levels (the lowest is the view itself) that have more and less.
 
     Args:
         rgb: rendered colours in [0, 1].
         z: planar depth in metres.
         prior: on the device of ``rgb``.
-        tau: noise level of the clean estimate.
+        tau: highest noise level of a clean estimate.
         detail: `fine_detail` of the photographs.
     """
     has = fine_detail(rgb)
     if has <= detail:
         return rgb
-    clean = refined_colours(rgb, z, prior, tau)
-    gain = has - fine_detail(clean)
-    return torch.lerp(rgb, clean, min((has - detail) / gain, 1.0)) if gain > 0.0 else rgb
+    strongest = refined_colours(rgb, z, prior, tau)
+    least = fine_detail(strongest)
+    if least >= detail:
+        return strongest if least < has else rgb
+    result = rgb
+    for fraction in GENTLER:
+        clean = refined_colours(rgb, z, prior, fraction * tau)
+        left = fine_detail(clean)
+        if left <= detail:
+            return torch.lerp(result, clean, (has - detail) / (has - left))
+        if left < has:
+            result, has = clean, left
+    return torch.lerp(result, strongest, (has - detail) / (has - least))
 
 
 @torch.no_grad()

@@ -105,6 +105,34 @@ def test_a_view_is_refined_until_it_has_the_detail_of_the_photographs():
     torch.testing.assert_close(most, refine.refined_colours(rgb, z, prior, TAU))
 
 
+@pytest.mark.parametrize(
+    ("share", "levels", "between"),
+    [(0.5, [1, 1 / 3], (0, 1 / 3)), (1.5, [1, 1 / 3, 2 / 3], (1 / 3, 2 / 3)), (2.5, [1, 1 / 3, 2 / 3], (2 / 3, 1))],
+)
+def test_no_more_noise_is_assumed_than_it_takes_to_have_the_photographs_detail(monkeypatch, share, levels, between):
+    """``share`` counts from the view's own detail (0) over those of the three estimates (1, 2, 3)."""
+    torch.manual_seed(0)
+    tried, real = [], refine.refined_colours
+    prior = CountingPrior().prior
+    rgb, z = 0.5 + 0.05 * torch.randn(64, 64, 3), torch.ones(64, 64)
+
+    def at(level: float) -> torch.Tensor:
+        return real(rgb, z, prior, level * TAU) if level else rgb
+
+    def spy(rgb, z, prior, tau):
+        tried.append(tau / TAU)
+        return real(rgb, z, prior, tau)
+
+    monkeypatch.setattr(refine, "refined_colours", spy)
+    details = [refine.fine_detail(at(level)) for level in (0, 1 / 3, 2 / 3, 1)]
+    assert sorted(details, reverse=True) == details
+    wanted = 0.5 * (details[int(share)] + details[int(share) + 1])
+    refined = refine.refined_view(rgb, z, prior, TAU, wanted)
+    assert tried == pytest.approx(levels)
+    assert refine.fine_detail(refined) == pytest.approx(wanted, rel=1e-3)
+    torch.testing.assert_close(refined, torch.lerp(at(between[0]), at(between[1]), 0.5), atol=1e-4, rtol=0.0)
+
+
 def test_grain_goes_and_the_image_stays():
     """The built-in prior takes most of the noise out of a smooth shaded wall."""
     torch.manual_seed(0)
