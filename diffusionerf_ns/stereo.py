@@ -219,12 +219,14 @@ def _view(cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], worki
     ratio = torch.tensor([size[1] / width, size[0] / height])
     camera = cameras[index].to("cpu")
     pose = camera.camera_to_worlds.reshape(3, 4).float()
+    lens = camera.distortion_params
     return View(
         small,
         torch.tensor([float(camera.fx), float(camera.fy)]) * ratio,
         torch.tensor([float(camera.cx), float(camera.cy)]) * ratio,
         pose[:, :3],
         pose[:, 3],
+        None if lens is None or not bool(lens.any()) else lens.reshape(6).float(),
     )
 
 

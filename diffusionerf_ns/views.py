@@ -2,21 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffusionerf_ns.visibility import distort, lens_reach, undistort
+
 
 @dataclass(frozen=True)
 class View:
-    """A camera and its grey image at the working size, lens distortion left out."""
+    """A camera and its grey image at the working size, as bent by the lens as the photograph."""
 
     grey: Float[Tensor, "1 1 h w"]
     focal: Float[Tensor, "2"]
     centre: Float[Tensor, "2"]
     rotation: Float[Tensor, "3 3"]
     position: Float[Tensor, "3"]
+    lens: Float[Tensor, "6"] | None = None
+    """Distortion, as of `distort`; None: none."""
+
+    @cached_property
+    def _reach(self) -> float:
+        return float("inf") if self.lens is None else lens_reach(self.lens)
 
     def directions(self, size: tuple[int, int] | None = None) -> Float[Tensor, "_h _w 3"]:
         """World directions with planar depth 1, of all pixels.
@@ -32,16 +41,22 @@ class View:
             indexing="ij",
         )
         x, y = (u - self.centre[0]) / self.focal[0], (v - self.centre[1]) / self.focal[1]
+        if self.lens is not None:
+            x, y = undistort(torch.stack([x, y], dim=-1), self.lens).unbind(dim=-1)
         return torch.stack([x, -y, -torch.ones_like(x)], dim=-1) @ self.rotation.T
 
     def project(self, points: Float[Tensor, "*batch 3"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
-        """Position for `grid_sample` and planar depth of world points."""
+        """Position for `grid_sample`, outside of the image for points that it cannot show, and planar depth."""
         local = (points - self.position) @ self.rotation
         z = -local[..., 2]
         slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-6)[..., None]
+        shown = z > 1e-6
+        if self.lens is not None:
+            shown &= slope.norm(dim=-1) <= self._reach
+            slope = distort(slope, self.lens)
         size = torch.tensor([self.grey.shape[-1], self.grey.shape[-2]], dtype=torch.float32)
         grid = 2.0 * (slope * self.focal + self.centre) / size - 1.0
-        return torch.where((z > 1e-6)[..., None], grid, torch.full_like(grid, 2.0)), z
+        return torch.where(shown[..., None], grid, torch.full_like(grid, 2.0)), z
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,12 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 
 from diffusionerf_ns import completion, stereo
 from diffusionerf_ns.views import View
+from diffusionerf_ns.visibility import distort
 
 HEIGHT, WIDTH, FOCAL = 60, 80, 90.0
 
 
-def make_cameras(centres: list[tuple[float, float, float]]) -> Cameras:
+def make_cameras(centres: list[tuple[float, float, float]], lens: torch.Tensor | None = None) -> Cameras:
     """Cameras that all look along -z."""
     poses = torch.eye(3, 4).repeat(len(centres), 1, 1)
     poses[:, :, 3] = torch.tensor(centres)
@@ -23,6 +24,7 @@ def make_cameras(centres: list[tuple[float, float, float]]) -> Cameras:
         cy=HEIGHT / 2,
         width=WIDTH,
         height=HEIGHT,
+        distortion_params=None if lens is None else lens.repeat(len(centres), 1),
         camera_type=CameraType.PERSPECTIVE,
     )
 
@@ -35,10 +37,20 @@ def texture(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(value / 4.0)
 
 
-def plane_view(centre: tuple[float, float, float], depth: float, slope: float, plain: bool = False) -> tuple:
+def plane_view(
+    centre: tuple[float, float, float],
+    depth: float,
+    slope: float,
+    plain: bool = False,
+    lens: torch.Tensor | None = None,
+) -> tuple:
     """Image and true planar depth of the plane z = -(depth + slope x)."""
     v, u = np.meshgrid(np.arange(HEIGHT) + 0.5, np.arange(WIDTH) + 0.5, indexing="ij")
-    x, y = (u - WIDTH / 2) / FOCAL, -(v - HEIGHT / 2) / FOCAL
+    bent = torch.from_numpy(np.stack([(u - WIDTH / 2) / FOCAL, (v - HEIGHT / 2) / FOCAL], axis=-1))
+    straight = bent
+    for _ in range(0 if lens is None else 50):
+        straight = straight - (distort(straight, lens) - bent)
+    x, y = straight[..., 0].numpy(), -straight[..., 1].numpy()
     # centre + z (x, y, -1) on the plane: cz - z = -(depth + slope (cx + z x)).
     z = (centre[2] + depth + slope * centre[0]) / (1.0 - slope * x)
     grey = texture(centre[0] + z * x, centre[1] + z * y)
@@ -63,6 +75,45 @@ def test_depth_of_a_textured_plane_is_found_without_bounds(depth: float, slope: 
     assert float((error > 0.05).float().mean()) < 0.02
     near, far = matched.near_far()
     assert 0.9 * true.min() < near < far < 1.1 * true.max()
+
+
+@pytest.mark.parametrize("lens", [(-0.4, 0.1, 0.0, 0.0, 0.004, -0.003), (0.3, -0.1, 0.0, 0.0, 0.0, 0.0)])
+def test_depth_is_that_of_the_rays_that_the_lens_bends(lens: tuple[float, ...]) -> None:
+    """Of a pinhole camera the corners of the first lens would be 20 % off."""
+    bending = torch.tensor(lens)
+    views = [plane_view(c, 4.0, 0.5, lens=bending) for c in CENTRES]
+    cameras = make_cameras(CENTRES, bending)
+    matched = stereo.match(cameras, [image for image, _ in views])
+    off_axis = (matched.pixel - torch.tensor([WIDTH / 2, HEIGHT / 2])).norm(dim=1) / FOCAL
+    corners = torch.nonzero(off_axis > 0.35)[:, 0]
+    assert len(corners) > 500
+    rays, distance = matched.rays(cameras, corners)
+    points = rays.origins + rays.directions * distance[:, None]
+    off = (points[:, 2] + 4.0 + 0.5 * points[:, 0]) / 4.0
+    assert float(off.abs().median()) < 0.01
+    assert float((off.abs() > 0.05).float().mean()) < 0.03
+    true = torch.tensor(np.stack([z for _, z in views]))
+    assert matched.completed is not None
+    completed = matched.completed.values.reshape(true.shape)
+    assert float((completed / true - 1.0)[completed > 0].abs().median()) < 0.01
+
+
+def test_a_point_that_the_lens_would_fold_back_into_the_image_is_outside() -> None:
+    view = View(
+        torch.zeros(1, 1, HEIGHT, WIDTH),
+        torch.tensor([FOCAL, FOCAL]),
+        torch.tensor([WIDTH / 2, HEIGHT / 2]),
+        torch.eye(3),
+        torch.zeros(3),
+        torch.tensor([-0.3, 0.0, 0.0, 0.0, 0.0, 0.0]),  # slopes beyond 1.05 come back, those of 1.82 to the middle
+    )
+    grid, z = view.project(torch.tensor([[0.2, 0.0, -1.0], [1.8, 0.0, -1.0]]))
+    assert grid[0].tolist() == pytest.approx([2.0 * FOCAL * (0.2 - 0.3 * 0.2**3) / WIDTH, 0.0], abs=1e-5)
+    assert float(grid[1].abs().min()) > 1.0
+    assert z.tolist() == [1.0, 1.0]
+    grid, _ = view.project(2.0 * view.directions())
+    u = (torch.arange(WIDTH) + 0.5) * 2.0 / WIDTH - 1.0
+    torch.testing.assert_close(grid[..., 0], u.expand(HEIGHT, WIDTH), atol=1e-4, rtol=0.0)
 
 
 def test_rays_end_on_the_surface() -> None:
