@@ -128,9 +128,9 @@ def test_a_prior_replays_only_where_it_is_asked_to_and_forgets_when_it_moves(on_
     for _ in range(2 * CALLS_BEFORE_CAPTURE):
         replayed = builtin_prior.predict_noise(x, t, replay=True)
     torch.testing.assert_close(replayed, expected)
-    assert len(builtin_prior.graphs[builtin_prior.autocast]) == 1
+    assert len(builtin_prior.graph) == 1
     builtin_prior.to("cpu")
-    assert len(builtin_prior.graphs[builtin_prior.autocast]) == 0
+    assert len(builtin_prior.graph) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
