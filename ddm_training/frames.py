@@ -8,7 +8,7 @@ Layout of a store::
                    scene.json   intrinsics [n][fx, fy, cx, cy] in pixels, frame names, split, source, rejections
 
 Arrays are memory-mapped when read, so a random crop touches only its own pages and a store may be far larger than
-memory. A scene is written into ``<scene>.part`` and renamed when it is whole: a folder without the suffix is complete,
+memory. A map keeps no file open: a store may have many more scenes than a process may have open files. A scene is written into ``<scene>.part`` and renamed when it is whole: a folder without the suffix is complete,
 and one with it is what a killed run left behind (ignored when reading, replaced when written again).
 """
 
@@ -16,7 +16,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from ddm_training.errors import InputError
+from ddm_training.rejection import MACHINE_ERRORS
 
 FORMAT = "rgbd-frames-1"
 SCENE_FILE = "scene.json"
@@ -157,8 +158,9 @@ def _write_all(file: io.FileIO, array: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene of a store, its arrays memory-mapped."""
+    """A scene of a store, its arrays memory-mapped. Pickled as its folder: another process maps it anew."""
 
+    folder: Path
     info: SceneInfo
     color: UInt8[np.ndarray, "n h w 3"]
     depth: Float[np.ndarray, "n h w"]
@@ -166,6 +168,19 @@ class Scene:
 
     def __len__(self) -> int:
         return len(self.info.frames)
+
+    def __reduce__(self) -> tuple[Callable[[Path], "Scene"], tuple[Path]]:
+        return open_scene, (self.folder,)
+
+
+def _unreadable(path: Path, folder: Path, error: Exception) -> InputError:
+    """What to say of a file of the scene in ``folder``: to delete it only where the file is to blame."""
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        return InputError(
+            f"{path} cannot be read ({error}): the machine or a permission is to blame, not the scene. Mend that and "
+            "run the same command again; the scene can stay."
+        )
+    return InputError(f"{path} cannot be read ({error}): delete {folder} and prepare the scene again.")
 
 
 def read_scene_info(folder: Path) -> SceneInfo:
@@ -183,8 +198,8 @@ def read_scene_info(folder: Path) -> SceneInfo:
         content["frames"] = tuple(content["frames"])
         content["intrinsics"] = tuple(tuple(row) for row in content["intrinsics"])
         return SceneInfo(**content)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete {folder} and prepare the scene again.") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, folder, error) from error
 
 
 def open_scene(folder: Path) -> Scene:
@@ -193,33 +208,54 @@ def open_scene(folder: Path) -> Scene:
     Raises:
         InputError: `scene.json` or an array is missing, damaged, or of another size than `scene.json` says.
     """
-    info = read_scene_info(folder)
+    return _open_arrays(folder, read_scene_info(folder))
+
+
+def _open_arrays(folder: Path, info: SceneInfo) -> Scene:
+    """The scene that ``info``, read from ``folder``, tells of."""
     shape = (len(info.frames), info.height, info.width)
     arrays = []
-    for name, expected, dtype in (
-        ("color", (*shape, 3), "uint8"),
-        ("depth", shape, "float16"),
-        ("mask", shape, "bool"),
-    ):
-        path = folder / f"{name}.npy"
+    for name, (kind, tail) in _LAYOUT.items():
+        path, expected, dtype = folder / f"{name}.npy", (*shape, *tail), np.dtype(kind)
         try:
             array = np.load(path, mmap_mode="r" if shape[0] else None)
         except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path} cannot be read ({error}): delete {folder} and prepare it again.") from error
-        if array.shape != expected or array.dtype != np.dtype(dtype):
+            raise _unreadable(path, folder, error) from error
+        if array.shape != expected or array.dtype != dtype or not array.flags.c_contiguous:
+            order = "" if array.flags.c_contiguous else " by columns"
             raise InputError(
-                f"{path} holds {array.dtype} {array.shape}, {SCENE_FILE} says {dtype} {expected}: "
+                f"{path} holds {array.dtype} {array.shape}{order}, {SCENE_FILE} says {dtype} {expected}: "
                 f"delete {folder} and prepare it again."
             )
-        arrays.append(array)
-    return Scene(info, *arrays)
+        arrays.append(_map(path, array) if isinstance(array, np.memmap) else array)
+    return Scene(folder, info, *arrays)
+
+
+def _map(path: Path, array: np.memmap) -> np.ndarray:
+    """The same map without an open file: those of numpy hold one each as long as they live.
+
+    Raises:
+        InputError: the machine refuses another map.
+    """
+    import torch  # not above: what writes stores does without
+
+    offset, size = array.offset, array.nbytes
+    try:
+        whole = torch.from_file(str(path), size=offset + size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be mapped ({error}): mend that and run the same command again.") from error
+    mapped = whole[offset:].view(array.dtype).reshape(array.shape)
+    mapped.flags.writeable = False
+    return mapped
 
 
 def open_store(roots: Path | Sequence[Path], split: Split | None = None) -> list[Scene]:
     """Open all whole scenes of one or several stores, sorted by path, those of ``split`` only if it is given.
 
+    Of scenes of another split only `scene.json` is read.
+
     Raises:
-        InputError: a root is no folder, a scene is damaged, or nothing is left.
+        InputError: a root is no folder, a scene is damaged or cannot be read now, or nothing is left.
     """
     roots = [roots] if isinstance(roots, Path) else list(roots)
     scenes: list[Scene] = []
@@ -230,10 +266,10 @@ def open_store(roots: Path | Sequence[Path], split: Split | None = None) -> list
                 f"{root} is not a folder; expected a frame store as `ddm rooms` or `ddm frames` writes it."
             )
         for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.suffix != ".part"):
-            scene = open_scene(folder)
-            seen[scene.info.split] = seen.get(scene.info.split, 0) + 1
-            if len(scene) and (split is None or scene.info.split == split):
-                scenes.append(scene)
+            info = read_scene_info(folder)
+            seen[info.split] = seen.get(info.split, 0) + 1
+            if info.frames and split in (None, info.split):
+                scenes.append(_open_arrays(folder, info))
     if not scenes:
         raise InputError(
             f"no frames of split {split!r} in {', '.join(map(str, roots))}; scenes found by split: {seen or 'none'}."

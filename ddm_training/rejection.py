@@ -58,7 +58,9 @@ def check_frame(
         raise FrameRejected(f"colour range under {limits.min_color_range:g} of 255")
 
 
-MACHINE_ERRORS = frozenset({errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENOMEM})
+MACHINE_ERRORS = frozenset(
+    {errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)  # of a file that may well be whole
 
 
 def rejected_file(what: str, error: Exception) -> Exception:

@@ -1,6 +1,11 @@
 """The frame store: what is written comes back, and what is not whole is never taken for whole."""
 
+import errno
+import io
 import json
+import os
+import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +52,73 @@ def test_frames_come_back_in_half_precision_with_their_masks_and_cameras(tmp_pat
 def test_arrays_are_mapped_from_disk_and_not_loaded(tmp_path: Path) -> None:
     write(tmp_path)
     scene = open_scene(tmp_path / "room")
-    for array in (scene.color, scene.depth, scene.mask):
-        assert isinstance(array, np.memmap)
+    for name in ("color", "depth", "mask"):
+        array = getattr(scene, name)
         assert not array.flags.writeable
+        with (tmp_path / "room" / f"{name}.npy").open("r+b") as file:
+            file.seek(128)
+            first = file.read(1)[0]
+            file.seek(128)
+            file.write(bytes([1 - first if name == "mask" else first ^ 1]))
+        assert array.reshape(-1).view(np.uint8)[0] != first
+
+
+def test_a_store_may_have_more_scenes_than_a_process_may_have_open_files(tmp_path: Path) -> None:
+    for index in range(12):
+        write(tmp_path, f"room{index:02d}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = os.dup(0)  # the lowest number that is free
+    os.close(used)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
+        scenes = open_store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(scenes) == 12
+    for scene in scenes:
+        np.testing.assert_array_equal(scene.color[1], frame(1)[0])
+
+
+def test_a_scene_is_mapped_anew_in_another_process_and_not_copied(tmp_path: Path) -> None:
+    """Loader processes that are not forked get the scenes pickled."""
+    writer = SceneWriter(tmp_path, "large", split="train", source="test", max_frames=4, height=120, width=160)
+    for i in range(4):
+        writer.add(*frame(i, 120, 160), intrinsics=K, name=f"f{i}")
+    writer.close()
+    scene = open_scene(tmp_path / "large")
+    content = pickle.dumps(scene)
+    assert len(content) < scene.mask.nbytes / 10
+    again = pickle.loads(content)
+    assert again.info == scene.info
+    for name in ("color", "depth", "mask"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(scene, name))
+        assert not getattr(again, name).flags.writeable
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_failure_of_the_machine_is_not_a_reason_to_delete_a_scene(tmp_path: Path, monkeypatch, number: int) -> None:
+    write(tmp_path)
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for place, name in ((np, "load"), (Path, "read_text")):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, fails)
+            with pytest.raises(InputError, match=os.strerror(number)) as failed:
+                open_store(tmp_path)
+        assert "delete" not in str(failed.value)
+        assert "the scene can stay" in str(failed.value)
+    assert len(open_store(tmp_path)) == 1
+
+
+def test_arrays_of_other_splits_are_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, "one")
+    write(tmp_path, "two", split="val")
+    (tmp_path / "two" / "color.npy").unlink()
+    assert [scene.info.name for scene in open_store(tmp_path, "train")] == ["one"]
+    with pytest.raises(InputError, match=r"color.npy cannot be read"):
+        open_store(tmp_path, "val")
 
 
 def test_no_space_is_kept_for_frames_that_were_not_added(tmp_path: Path) -> None:
@@ -131,6 +200,10 @@ def test_a_missing_truncated_or_foreign_array_is_an_error_that_names_it(tmp_path
         path.write_bytes(spoiled)
         with pytest.raises(InputError, match=rf"{name}.npy cannot be read .* delete"):
             open_store(tmp_path)
+    whole = np.load(io.BytesIO(content))
+    np.save(path, np.asfortranarray(whole))
+    with pytest.raises(InputError, match=rf"{name}.npy holds .* by columns"):
+        open_store(tmp_path)
     np.save(path, np.zeros((2, 12, 16), np.float64))
     with pytest.raises(InputError, match=rf"{name}.npy holds float64 \(2, 12, 16\)"):
         open_store(tmp_path)
@@ -153,11 +226,12 @@ def test_a_damaged_or_foreign_scene_file_is_an_error(tmp_path: Path) -> None:
     for content, complaint in (
         (path.read_text()[:50], "cannot be read"),
         ("[1, 2]", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
         (json.dumps(whole | {"format": "rgbd-frames-9"}), "this version reads 'rgbd-frames-1'"),
         (json.dumps({k: v for k, v in whole.items() if k != "intrinsics"}), "intrinsics"),
         (json.dumps(whole | {"mood": "good"}), "mood"),
     ):
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(InputError, match=complaint):
             read_scene_info(tmp_path / "room")
 
