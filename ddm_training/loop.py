@@ -130,17 +130,17 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def _ignore_signals(worker: int) -> None:
+    """The training process alone decides when to end; its workers go with it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[Any]:
     """Batches from step ``start`` on, prepared ahead by worker processes."""
     from torch.utils.data import DataLoader
 
     workers = config.dataloader_num_workers
-
-    def ignore_signals(worker: int) -> None:
-        """The training process alone decides when to end; its workers go with it."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
     return iter(
         DataLoader(
             batches,
@@ -148,7 +148,7 @@ def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[An
             sampler=range(start, config.max_train_steps),
             num_workers=workers,
             prefetch_factor=2 if workers else None,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=_ignore_signals,
             pin_memory=torch.cuda.is_available() and config.device == "auto",
         )
     )

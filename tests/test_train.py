@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -114,6 +115,15 @@ def test_stopping_and_running_again_ends_with_the_same_weights_to_the_bit(store,
     train(config(store, tmp_path / "parts", dataloader_num_workers=1))
     assert_same_weights(state(tmp_path / "whole", 6), state(tmp_path / "parts", 6))
     assert [line["step"] for line in lines(tmp_path / "parts") if "loss" in line] == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_processes_give_the_same_samples_however_they_are_started(store, tmp_path, monkeypatch, method):
+    train(config(store, tmp_path / "none", max_train_steps=2))
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method))
+    assert multiprocessing.get_start_method() == method
+    train(config(store, tmp_path / "one", max_train_steps=2, dataloader_num_workers=1))
+    assert_same_weights(state(tmp_path / "none", 2), state(tmp_path / "one", 2))
 
 
 def test_a_finished_run_can_be_made_longer(store, tmp_path, capsys):
