@@ -2,7 +2,8 @@
 
 A checkpoint is written to `checkpoint-<step>.part`, flushed to disk and renamed; older ones are removed only after
 that. A run killed at any moment so leaves at least the checkpoint before, and perhaps a `.part` folder, which the next
-run removes.
+run removes. Checkpoints later than the one that a run goes on from are moved to `set-aside-<n>`: they are of a branch
+that was given up, and are neither counted nor taken for the latest.
 """
 
 import json
@@ -45,7 +46,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict[str, Any], *, limit: int) -> Path:
-    """Write a checkpoint, then remove the oldest ones beyond ``limit``.
+    """Write a checkpoint, then remove the oldest of those before it beyond ``limit``.
 
     Args:
         folder: output folder of the run.
@@ -76,9 +77,44 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
             f"checkpoint {final} could not be written ({error}). Earlier checkpoints are untouched: make room and run "
             "the same command again."
         ) from error
-    for _, path in list_checkpoints(folder)[:-limit]:
+    earlier = [path for found, path in list_checkpoints(folder) if found < step]
+    for path in earlier[: max(len(earlier) + 1 - limit, 0)]:
         _discard(path)
     return final
+
+
+def set_aside_later(folder: Path, step: int, log: Path) -> list[Path]:
+    """Move checkpoints after ``step`` out of the way, with a copy of the log, which a resumed run cuts.
+
+    Args:
+        folder: output folder of the run.
+        step: of the checkpoint that it goes on from.
+        log: of the run; copied if it is there.
+
+    Returns:
+        Where the checkpoints are now: still there to be resumed from by their path.
+
+    Raises:
+        InputError: they cannot be moved.
+    """
+    later = [path for found, path in list_checkpoints(folder) if found > step]
+    if not later:
+        return []
+    number = 1
+    while (aside := folder / f"set-aside-{number}").exists():
+        number += 1
+    try:
+        aside.mkdir()
+        if log.exists():
+            shutil.copy2(log, aside / log.name)
+        for path in reversed(later):  # the latest first: what a kill leaves is a run that ends earlier
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise InputError(
+            f"{later[-1]} is later than the checkpoint to go on from and cannot be moved to {aside} ({error}): mend "
+            "that, or choose another --output-dir."
+        ) from error
+    return [aside / path.name for path in later]
 
 
 def _discard(path: Path) -> None:

@@ -8,8 +8,10 @@ Layout of a store::
                    scene.json   intrinsics [n][fx, fy, cx, cy] in pixels, frame names, split, source, rejections
 
 Arrays are memory-mapped when read, so a random crop touches only its own pages and a store may be far larger than
-memory. A map keeps no file open: a store may have many more scenes than a process may have open files. A scene is written into ``<scene>.part`` and renamed when it is whole: a folder without the suffix is complete,
-and one with it is what a killed run left behind (ignored when reading, replaced when written again).
+memory. A map keeps no file open: a store may have many more scenes than a process may have open files.
+
+A scene is written into ``<scene>.part`` and renamed when it is whole: a folder without the suffix is complete, and one
+with it is what a killed run left behind (ignored when reading, replaced when written again).
 """
 
 import io

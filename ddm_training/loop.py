@@ -166,9 +166,15 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     """
     from accelerate import Accelerator
 
-    from ddm_training.checkpoints import find_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
+    from ddm_training.checkpoints import (
+        find_checkpoint,
+        load_checkpoint,
+        remove_leftovers,
+        save_checkpoint,
+        set_aside_later,
+    )
     from ddm_training.plots import CURVES_FILE, plot_training
-    from ddm_training.progress import Journal
+    from ddm_training.progress import LOG_FILE, Journal
 
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
     device, chief, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
@@ -205,6 +211,8 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
         start = int(state["step"])
         notes.append(f"resuming from {found.name}")
         notes += [f"--{k.replace('_', '-')} is {now}, was {was}" for k, (was, now) in sorted(differing.items())]
+        if chief and (aside := set_aside_later(config.output_dir, start, config.output_dir / LOG_FILE)):
+            notes.append(f"{', '.join(path.name for path in aside)} set aside, with the log so far: {aside[0].parent}")
 
     forward: Any = torch.compile(network) if config.torch_compile else network
     model = accelerator.prepare(task.wrap(forward))
@@ -287,7 +295,7 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
             done = step >= config.max_train_steps
             journal.say(
                 f"{'finished' if done else 'stopped'} at step {step}, checkpoint-{saved}, "
-                f"exported to {validation.folder}" + ("" if done else "; run the same command again to go on")
+                f"exported to {validation.folder}" + ("" if done else f"; run {again(config)} to go on")
             )
             if done:
                 task.finish(validation)
@@ -298,6 +306,12 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
         if journal:
             journal.close()
         accelerator.end_training()
+
+
+def again(config: LoopConfig) -> str:
+    """What to run to go on: a named checkpoint would begin at that one once more."""
+    named = config.resume_from_checkpoint != "latest"
+    return "the same command again" + (", but without --resume-from-checkpoint," if named else "")
 
 
 def end_workers() -> None:

@@ -57,7 +57,8 @@ class LoopConfig:
     checkpoints_total_limit: int = 2
     """Checkpoints kept; an old one goes only when the new one is whole."""
     resume_from_checkpoint: str = "latest"
-    """latest (also right for a first run), none, or a checkpoint's name or path."""
+    """latest (also right for a first run), none, or a checkpoint's name or path, to go back to it once: later ones are
+    set aside, and to go on from there after a stop, leave this flag away."""
     validation_steps: int = 1000
     """Steps between validations, each of which renews what is exported."""
     logging_steps: int = 50

@@ -120,7 +120,8 @@ def test_stopping_and_running_again_ends_with_the_same_weights_to_the_bit(store,
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_processes_give_the_same_samples_however_they_are_started(store, tmp_path, monkeypatch, method):
     train(config(store, tmp_path / "none", max_train_steps=2))
-    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method))
+    default, wanted = multiprocessing.context._default_context, multiprocessing.get_context(method)
+    monkeypatch.setattr(default, "_actual_context", wanted)
     assert multiprocessing.get_start_method() == method
     train(config(store, tmp_path / "one", max_train_steps=2, dataloader_num_workers=1))
     assert_same_weights(state(tmp_path / "none", 2), state(tmp_path / "one", 2))
@@ -131,6 +132,30 @@ def test_a_finished_run_can_be_made_longer(store, tmp_path, capsys):
     train(config(store, tmp_path, max_train_steps=4))
     assert "--max-train-steps is 4, was 2" in capsys.readouterr().err
     assert state(tmp_path, 4)["step"] == 4
+
+
+def test_going_back_to_a_named_checkpoint_sets_the_later_ones_aside(store, tmp_path, capsys):
+    train(config(store, tmp_path, checkpoints_total_limit=3))
+    log = (tmp_path / "log.jsonl").read_text()
+    back = config(store, tmp_path, resume_from_checkpoint="checkpoint-2", max_train_minutes=0.0, learning_rate=1e-3)
+    train(back)
+    said = capsys.readouterr().err
+    assert "checkpoint-4, checkpoint-6 set aside" in said
+    assert "stopped at step 3" in said
+    assert "run the same command again, but without --resume-from-checkpoint, to go on" in said
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [2, 3]
+    aside = tmp_path / "set-aside-1"
+    assert sorted(p.name for p in aside.iterdir()) == ["checkpoint-4", "checkpoint-6", "log.jsonl"]
+    assert (aside / "log.jsonl").read_text() == log
+    assert state(aside, 6)["step"] == 6
+
+    train(config(store, tmp_path, learning_rate=1e-3))
+    assert "resuming from checkpoint-3" in capsys.readouterr().err
+    train(config(store, tmp_path, resume_from_checkpoint="checkpoint-4", max_train_minutes=0.0))
+    assert sorted(p.name for p in (tmp_path / "set-aside-2").glob("checkpoint-*")) == ["checkpoint-6"]
+    train(config(store, tmp_path, resume_from_checkpoint=str(aside / "checkpoint-4"), max_train_minutes=0.0))
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [4, 5]
+    assert len(list(aside.iterdir())) == 3
 
 
 @pytest.mark.slow
@@ -254,6 +279,13 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     loaded, _ = checkpoints.load_checkpoint(tmp_path / "checkpoint-1", {"preset": "tiny"}, {"preset": None})
     assert torch.equal(loaded["model"], torch.ones(3))
+
+
+def test_the_checkpoint_just_written_is_never_the_one_that_goes(tmp_path):
+    for step in (1, 2, 3):
+        checkpoints.save_checkpoint(tmp_path, step * 1000, {}, {}, limit=3)
+    checkpoints.save_checkpoint(tmp_path, 1500, {}, {}, limit=1)
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [1500, 2000, 3000]
 
 
 def test_half_written_checkpoints_are_not_seen_and_are_cleared(tmp_path):
