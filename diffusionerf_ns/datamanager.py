@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.pixel_samplers import PixelSampler
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch import Tensor
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.agreement import can_complete_together, complete_together
-from diffusionerf_ns.dataset import FewViewDataset
+from diffusionerf_ns.dataset import FewViewDataset, load_mask
 from diffusionerf_ns.errors import InputError, show_input_errors_plainly
+from diffusionerf_ns.pixel_sampler import MaskedPixelSampler
 from diffusionerf_ns.visibility import are_perspective
 
 
@@ -143,6 +145,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         self._request: Callable[[], PatchRequest | None] = lambda: None
         self._stereo_request: Callable[[], StereoRequest | None] = lambda: None
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
+        self._check_masks()
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
         # Views are compared with the photographs when they are rendered, also long after the training.
@@ -158,6 +161,21 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Data set class, also when the data parser is nerfstudio's own."""
         return FewViewDataset
+
+    def _check_masks(self) -> None:
+        """Raises InputError where a mask leaves out a whole training image, which would teach nothing."""
+        cameras = self.train_dataset.cameras
+        for i, path in enumerate(self.train_dataparser_outputs.mask_filenames or ()):
+            if not load_mask(path, int(cameras.height[i]), int(cameras.width[i])).any():
+                raise InputError(
+                    f"mask {path} is black, which leaves out the whole training image; expected white where the scene "
+                    "is. Mend it, or choose other images with --train-ids."
+                )
+
+    def _get_pixel_sampler(self, dataset: FewViewDataset, num_rays_per_batch: int) -> PixelSampler:
+        """nerfstudio's, or where it would be its plain one, ours."""
+        sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
+        return MaskedPixelSampler(sampler.config, **sampler.kwargs) if type(sampler) is PixelSampler else sampler
 
     def _match_images(self) -> None:
         """Match the training images; keep the depth that is found, and tell the model where the scene lies."""

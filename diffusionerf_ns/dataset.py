@@ -1,5 +1,6 @@
 """Images of a few-view capture, with planar depth and masks where the capture has them."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.images import has_alpha, in_8_bits
 
 
 class FewViewDataset(InputDataset):
@@ -28,16 +30,23 @@ class FewViewDataset(InputDataset):
     ]
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
-        """The image as uint8 [h, w, 3 or 4]; palette, grey and 16-bit images become RGB."""
+        """The image as uint8 [h, w, 3], of palettes, grey and 16 bits too; [h, w, 4] if any of the set has alpha."""
         with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
-            if image.mode not in ("RGB", "RGBA"):
-                alpha = image.mode in ("LA", "PA") or "transparency" in image.info
-                image = image.convert("RGBA" if alpha else "RGB")
+            image = in_8_bits(image).convert("RGBA" if self._any_alpha else "RGB")
             if self.scale_factor != 1.0:
                 width, height = image.size
                 size = (int(width * self.scale_factor), int(height * self.scale_factor))
                 image = image.resize(size, Image.Resampling.BOX)
             return np.array(image, dtype=np.uint8)
+
+    @cached_property
+    def _any_alpha(self) -> bool:
+        """Batches stack images: all have as many channels as one of them needs."""
+        for path in self._dataparser_outputs.image_filenames:
+            with Image.open(path) as image:
+                if has_alpha(image):
+                    return True
+        return False
 
     def get_data(self, image_idx: int, image_type: Literal["uint8", "float32"] = "float32") -> dict[str, Any]:
         """Item ``image_idx``: "image_idx", "image" and, where known, "mask" and "depth_image"."""
@@ -62,12 +71,16 @@ class FewViewDataset(InputDataset):
 def load_mask(path: Path, height: int, width: int) -> Bool[Tensor, "{height} {width} 1"]:
     """A mask at image size: True where the area average of the file is at least one half.
 
+    White is True; in a file without a value of 128 or more, as segmentations of 0 and 1, all that is not 0 is.
+
     Raises:
         InputError: not an image, or its shape is not that of the image.
     """
     try:
         with Image.open(path) as file:
             mask = file.convert("L")
+            if mask.getextrema()[1] < 128:
+                mask = mask.point(lambda value: 255 if value else 0)
     except OSError as error:
         raise InputError(f"mask {path} cannot be read: {error}.") from error
     _check_shape("mask", path, mask.size, height, width)

@@ -69,7 +69,8 @@ class ExportDepthConfig:
         datamanager: Any = pipeline.datamanager
         datasets = {"train": datamanager.train_dataset, "test": datamanager.eval_dataset}
         for split in self.split.split("+"):
-            frames += self._export_split(pipeline, datasets[split], split, scale)
+            known = {frame["file_path"] for frame in frames}  # captures of few images are tested on the same
+            frames += self._export_split(pipeline, datasets[split], split, scale, known)
         world: Any = datamanager.train_dataparser_outputs
         write_transforms(
             self.output_dir,
@@ -85,12 +86,17 @@ class ExportDepthConfig:
         )
         print(f"{len(frames)} depth maps in {self.output_dir}; a scene unit is {scale:.4g} m ({source}).")
 
-    def _export_split(self, pipeline: Any, dataset: Any, split: str, scale: float) -> list[dict[str, Any]]:
+    def _export_split(
+        self, pipeline: Any, dataset: Any, split: str, scale: float, known: set[str]
+    ) -> list[dict[str, Any]]:
         cameras = dataset.cameras.to(pipeline.device)
         if self.downscale != 1.0:
             cameras.rescale_output_resolution(1.0 / self.downscale)
         frames = []
         for i, image in enumerate(dataset.image_filenames):
+            file = str(Path(image).resolve())  # relative paths are read from the folder of the JSON
+            if file in known:
+                continue
             name = f"{split}_{i:05d}_{Path(image).stem}"
             z = self._render(pipeline, cameras[i : i + 1]) * scale
             beyond = write_depth(self.output_dir / "depth", name, z)
@@ -98,7 +104,7 @@ class ExportDepthConfig:
                 print(
                     f"{name}: {beyond} pixels beyond {MAX_MILLIMETRES / 1000:g} m are 0 in the PNG; the NPY has them."
                 )
-            frames.append({"split": split, "file_path": str(image)} | frame_of(cameras[i : i + 1], name, scale))
+            frames.append({"split": split, "file_path": file} | frame_of(cameras[i : i + 1], name, scale))
         return frames
 
     def _render(self, pipeline: Any, camera: "Cameras") -> Float[np.ndarray, "h w"]:

@@ -171,6 +171,14 @@ def _unclipped(values: Tensor) -> Tensor:
     return (values >= CLIPPED) & (values <= 1.0 - CLIPPED)
 
 
+DEPTH_METRICS = tuple(f"depth_{name}{kind}" for kind in ("", "_aligned") for name in ("abs_rel", "rmse", "delta"))
+
+
+def has_known_depth(true: Float[Tensor, "h w"]) -> bool:
+    """Whether `evaluate_depth` has anything to judge by."""
+    return bool((true.isfinite() & (true > 0)).any())
+
+
 def evaluate_depth(
     pred: Float[Tensor, "h w"],
     true: Float[Tensor, "h_true w_true"],

@@ -3,6 +3,7 @@
 Start reading at `get_loss_dict`. The maths is in `regularizers`, the shape of the schedules in `schedules`.
 """
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -174,15 +175,20 @@ class DiffusioNeRFModel(NerfactoModel):
         values = metrics.evaluate_view(
             self.protocol, pred, true, mask, self._lpips, colour_corrected=self.config.color_corrected_metrics
         )
-        units_per_metre = self.metadata.get("scene_units_per_metre")
+        units_per_metre, unknown = self.metadata.get("scene_units_per_metre"), {}
         if "depth_image" in batch and units_per_metre is not None:
-            z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
-            values |= metrics.evaluate_depth(z, batch["depth_image"][..., 0].to(z))
+            true_z = batch["depth_image"][..., 0]
+            if metrics.has_known_depth(true_z):
+                z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
+                values |= metrics.evaluate_depth(z, true_z.to(z))
+            else:  # nerfstudio wants the same names of every image; the pipeline takes their means
+                unknown = dict.fromkeys(metrics.DEPTH_METRICS, math.nan)
         if "rgb_rendered" in outputs:
             hidden = outputs.get("unseen", torch.zeros_like(pred[..., :1]))[..., 0] > 0.0
             values["refined"] = float(not torch.equal(outputs["rgb_rendered"][~hidden], pred[~hidden]))
             values["unseen"] = float(hidden.float().mean())
         self.image_metrics.append(dict(values))
+        values |= unknown
         images = {
             "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),

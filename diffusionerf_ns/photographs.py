@@ -46,10 +46,7 @@ def find_photographs(data: Path) -> list[Path]:
         )
     if others := [p.name for p in files if p not in sources]:
         CONSOLE.print(f"[yellow]Not taken for photographs: {escape(_some(others))}.")
-    try:
-        check_readable(sources)
-    except InputError as error:
-        raise InputError(f"{str(error).split(': ')[0]}: fetch it again, or take it out of {data}.") from error
+    check_readable(sources, or_else=f"take it out of {data}")
     return sources
 
 

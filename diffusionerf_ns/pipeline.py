@@ -4,12 +4,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
 from ddm_training.errors import InputError
+from diffusionerf_ns import metrics
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.optimizers import follow_run
+
+TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
 
 
 @dataclass
@@ -36,6 +40,19 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             config = replace(config, datamanager=replace(manager, **named))
         super().__init__(config, *args, **kwargs)
 
+    def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
+        """nerfstudio's, which takes a checkpoint of other modules and leaves what it lacks as it was drawn.
+
+        Raises:
+            InputError: the checkpoint lacks parameters of the model.
+        """
+        held = {name.removeprefix("module.").removeprefix("_model.").removeprefix("module.") for name in loaded_state}
+        lacking = [name for name, _ in self.model.named_parameters() if name not in held]
+        if lacking:
+            here, there = (any(TCNN in name for name in names) for names in (lacking, held))
+            raise InputError(_other_modules(here, there, lacking))
+        super().load_pipeline(loaded_state, step)
+
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
@@ -48,13 +65,43 @@ class DiffusioNeRFPipeline(VanillaPipeline):
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
     ) -> dict[str, Any]:
-        """Means over the test images; "per_image" beside them when asked outside of training (``step`` is None)."""
+        """Means over the test images; "per_image" beside them when asked outside of training (``step`` is None).
+
+        Depth is judged where there is true depth: its means are over the images that have some.
+        """
         model: Any = self.model
         model.image_metrics = []
         means: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
+        for name in [name for name in metrics.DEPTH_METRICS if name in means]:
+            known = torch.tensor([image[name] for image in model.image_metrics if name in image])
+            if len(known) == 0:
+                del means[name]
+                means.pop(f"{name}_std", None)
+            elif len(known) < len(model.image_metrics):
+                means[name] = float(known.mean())
+                means |= {f"{name}_std": float(known.std())} if get_std else {}
         if step is None:  # in training the trainer's writers take scalars only
             split = (getattr(self.datamanager.eval_dataset, "metadata", None) or {}).get("split")
             images = split["test"] if split else [{} for _ in model.image_metrics]
             means["per_image"] = [image | values for image, values in zip(images, model.image_metrics)]
         model.image_metrics = []
         return means
+
+
+def _other_modules(wants_tcnn: bool, has_tcnn: bool, lacking: list[str]) -> str:
+    """Why a checkpoint does not fit."""
+    if has_tcnn and not wants_tcnn:
+        return (
+            "this run was trained with tinycudann, which is not used here (it must be installed, and needs a CUDA "
+            "device); its tables have another order in plain torch. Use the run where it was trained, or install "
+            "tinycudann."
+        )
+    if wants_tcnn and not has_tcnn:
+        return (
+            "this run was trained without tinycudann, which is used here: set `implementation: torch` of the model in "
+            "the run's config.yml (tcnn is there)."
+        )
+    return (
+        f"the checkpoint lacks {len(lacking)} of the model's parameters, {lacking[0]} among them: it is of another "
+        "method or of another version of this one."
+    )

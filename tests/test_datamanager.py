@@ -308,6 +308,34 @@ def test_patches_larger_than_an_image_are_found_before_the_first_step(make, tmp_
     ties(make(stereo_rays_per_batch=0), tmp_path, spec=large, score_weight=0.0)
 
 
+@pytest.fixture
+def masked(tmp_path) -> Path:
+    """Train 0 2 4 5, test 1 3; the right half of every image belongs to the scene."""
+    folder = box_room.write_transforms(tmp_path / "masked")
+    content = json.loads((folder / "transforms.json").read_text())
+    (folder / "masks").mkdir()
+    for frame in content["frames"]:
+        frame["mask_path"] = frame["file_path"].replace("images", "masks")
+        Image.fromarray(np.uint8([[0, 1]]).repeat(72, 0).repeat(48, 1)).save(folder / frame["mask_path"])
+    (folder / "transforms.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [{"test_ids": (1,)}, {"num_views": 1}])
+def test_masks_of_a_single_image_are_kept_to(make, masked, flags):
+    manager = make(masked, dataparser=FewViewDataParserConfig(data=masked, **flags), stereo_rays_per_batch=0)
+    for _, batch in (manager.next_train(0), manager.next_eval(0)):
+        assert batch["indices"][:, 2].min() >= 48
+        assert batch["mask"].all()
+
+
+def test_a_training_image_that_a_mask_leaves_out_wholly_is_named(make, masked):
+    Image.new("L", (96, 72)).save(masked / "masks" / "004.png")
+    with pytest.raises(InputError, match=r"mask .*004\.png is black"):
+        make(masked, dataparser=FewViewDataParserConfig(data=masked))
+    make(masked, dataparser=FewViewDataParserConfig(data=masked, train_ids=(0, 2)), stereo_rays_per_batch=0)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(InputError, match=r"image-patch-share must be in \[0, 1\]"):

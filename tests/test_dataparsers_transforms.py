@@ -12,7 +12,8 @@ from PIL import Image
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
-from diffusionerf_ns.dataset import FewViewDataset
+from diffusionerf_ns.dataparsers.images import in_8_bits
+from diffusionerf_ns.dataset import FewViewDataset, load_mask
 
 
 def make_capture(folder: Path, count: int = 10, depth: bool = False, mask: bool = False, **meta) -> dict:
@@ -236,6 +237,7 @@ def damage_focal(content, _folder):
         (frame_without("transform_matrix"), "'transform_matrix'"),
         (set_top(frames=[]), "no frames"),
         (set_top(camera_model="OPENCV_FISHEYE"), "OPENCV_FISHEYE is not supported"),
+        (set_top(is_fisheye=True, k1=0.1), "is_fisheye"),
         (set_top(train_filenames=["images/zz.png"]), r"zz\.png"),
         (set_top(train_filenames=["images/f01.png"], test_filenames=["images/f01.png"]), r"f01\.png"),
         (set_top(w=30, h=40), "another shape"),
@@ -283,3 +285,49 @@ def test_images_of_other_modes_become_rgb(tmp_path):
     dataset = FewViewDataset(parse(tmp_path))
     assert dataset.get_numpy_image(1)[0, 0].tolist() == [77, 77, 77]
     assert dataset.get_numpy_image(2)[0, 0].tolist() == [200, 10, 30]
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_16_bit_grey_keeps_its_shades(tmp_path, factor):
+    make_capture(tmp_path, 3)
+    for name in ("f00", "f01", "f02"):
+        ramp = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+        Image.fromarray(ramp).save(tmp_path / "images" / f"{name}.png")
+    image = FewViewDataset(parse(tmp_path, downscale_factor=factor)).get_numpy_image(1)
+    size = (30 // factor, 40 // factor)
+    expected = np.linspace(0, 255, 1200).reshape(size[0], factor, size[1], factor).mean(axis=(1, 3))
+    assert image.shape == (*size, 3)
+    assert np.abs(image[..., 0] - expected).max() < 1.1
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    with pytest.raises(InputError, match="floating point numbers"):
+        in_8_bits(Image.fromarray(np.ones((4, 4), dtype=np.float32)))
+
+
+def test_one_image_with_alpha_gives_all_of_them_a_channel_for_it(tmp_path):
+    make_capture(tmp_path, 3)
+    Image.new("RGBA", (40, 30), (10, 20, 30, 128)).save(tmp_path / "images" / "f01.png")
+    dataset = FewViewDataset(parse(tmp_path))
+    assert [dataset.get_numpy_image(i)[0, 0].shape for i in range(3)] == [(4,)] * 3
+    assert dataset.get_numpy_image(1)[0, 0].tolist() == [10, 20, 30, 128]
+    assert dataset.get_numpy_image(2)[..., 3].min() == 255
+    torch.stack([dataset[i]["image"] for i in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("values", "true"),
+    [([0, 1], [False, True]), ([0, 3], [False, True]), ([0, 255], [False, True]), ([100, 200], [False, True])],
+)
+def test_masks_of_few_values_are_read_as_people_mean_them(tmp_path, values, true):
+    Image.fromarray(np.uint8([values] * 2)).save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png", 2, 2)[..., 0].tolist() == [true] * 2
+    assert load_mask(tmp_path / "mask.png", 1, 1).all()
+    Image.fromarray(np.zeros((2, 2), dtype=np.uint8)).save(tmp_path / "mask.png")
+    assert not load_mask(tmp_path / "mask.png", 2, 2).any()
+
+
+def test_a_folder_that_is_not_there_is_said_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--data caps: there is no such folder in {tmp_path}"):
+        parse(Path("caps"))

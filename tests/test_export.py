@@ -38,19 +38,19 @@ class ExactModel:
         return {"depth": z * norm, "expected_depth": 1.1 * z * norm, "accumulation": accumulation}
 
 
-def dataset(count: int, **metadata: float) -> SimpleNamespace:
+def dataset(count: int, prefix: str = "view", **metadata: float) -> SimpleNamespace:
     views = box_room.cameras(count)
     poses = torch.tensor(np.stack([v.c2w for v in views]), dtype=torch.float32)
     poses[:, :, 3] /= METRES
     cameras = Cameras(poses, fx=66.0, fy=66.0, cx=48.0, cy=36.0, width=96, height=72)
-    names = [Path(f"/photos/view{i}.jpg") for i in range(count)]
+    names = [Path(f"photos/{prefix}{i}.jpg") for i in range(count)]
     return SimpleNamespace(cameras=cameras, image_filenames=names, metadata=metadata)
 
 
-def pipeline(**metadata: float) -> SimpleNamespace:
+def pipeline(tests: str = "test", **metadata: float) -> SimpleNamespace:
     world = SimpleNamespace(dataparser_transform=torch.eye(3, 4), dataparser_scale=1 / METRES)
     datamanager = SimpleNamespace(
-        train_dataset=dataset(3, **metadata), eval_dataset=dataset(2), train_dataparser_outputs=world
+        train_dataset=dataset(3, **metadata), eval_dataset=dataset(2, tests), train_dataparser_outputs=world
     )
     return SimpleNamespace(model=ExactModel(), datamanager=datamanager, device="cpu")
 
@@ -61,8 +61,8 @@ def run(tmp_path, monkeypatch):
     config = tmp_path / "config.yml"
     config.write_text("")
 
-    def go(*arguments: str, **metadata: float) -> Path:
-        made = (None, pipeline(**metadata), Path("step-000000007.ckpt"), 7)
+    def go(*arguments: str, tests: str = "test", **metadata: float) -> Path:
+        made = (None, pipeline(tests, **metadata), Path("step-000000007.ckpt"), 7)
         monkeypatch.setattr("nerfstudio.utils.eval_utils.eval_setup", lambda *_, **__: made)
         export.main(["--load-config", str(config), "--output-dir", str(tmp_path / "out"), *arguments])
         return tmp_path / "out"
@@ -82,6 +82,16 @@ def test_points_formed_from_exported_depth_and_cameras_lie_on_the_walls_in_metre
         local = np.stack([u[None] * z, -v[:, None] * z, -z, np.ones_like(z)], -1)
         points = (local @ np.array(frame["transform_matrix"]).T)[:, 1:, :3]
         np.testing.assert_allclose((np.abs(points) / box_room.HALF).max(-1), 1.0, atol=1e-3)
+
+
+def test_the_images_of_an_export_are_found_from_anywhere_each_once(run, monkeypatch):
+    """Captures of few images are tested on the same; `--data` is often relative."""
+    frames = json.loads((run(tests="view") / "transforms.json").read_text())["frames"]
+    photos = [str(Path.cwd() / "photos" / f"view{i}.jpg") for i in range(3)]
+    assert [frame["file_path"] for frame in frames] == photos
+    assert [frame["split"] for frame in frames] == ["train"] * 3
+    frames = json.loads((run("--split", "test", tests="view") / "transforms.json").read_text())["frames"]
+    assert [frame["file_path"] for frame in frames] == photos[:2]
 
 
 def test_the_png_holds_whole_millimetres_of_the_same_depth(run):

@@ -44,6 +44,32 @@ def test_without_bounds_and_stereo_the_scale_is_read_off_the_rendered_depth(fold
     assert len(step(pipeline)[0]["rgb"]) == RAYS + P * P
 
 
+# Checkpoints of other modules
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "words"),
+    [
+        ("field.table", "field.tcnn_encoding.params", "was trained with tinycudann, which is not used here"),
+        ("field.tcnn_encoding.params", "field.table", "was trained without tinycudann, which is used here"),
+        ("field.table", "field.other", "lacks 1 of the model's parameters, field.table among them"),
+    ],
+)
+def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(folders, here, there, words):
+    """nerfstudio would load what fits and leave the rest as it was drawn."""
+    pipeline = build(folders)
+    state = pipeline.state_dict()
+    owner, name = ("_model." + here).rsplit(".", 1)
+    parent = pipeline.model.field
+    if owner.endswith("tcnn_encoding"):
+        parent.tcnn_encoding = torch.nn.Module()
+        parent = parent.tcnn_encoding
+    parent.register_parameter(name, torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(InputError, match=words):
+        pipeline.load_pipeline(state | {f"_model.{there}": torch.zeros(2)}, 7)
+    pipeline.load_pipeline({f"module.{key}": value for key, value in pipeline.state_dict().items()}, 7)
+
+
 # Bounds of rays
 
 

@@ -1,9 +1,12 @@
 """What a model renders: depth in metres, views refined by the prior, what no training view shows filled."""
 
 import copy
+import json
 import math
 
+import box_room
 import model_steps
+import numpy as np
 import pytest
 import torch
 from model_steps import build, callbacks, with_known_prior
@@ -11,6 +14,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
+from PIL import Image
 
 from diffusionerf_ns import inspection, unseen
 from diffusionerf_ns.refine import ViewRefiner
@@ -92,6 +96,27 @@ def test_depth_is_judged_in_metres_whatever_scale_the_prior_was_given(folders, m
     units = pipeline.datamanager.train_dataset.metadata["scene_units_per_metre"]
     metres = outputs["planar_depth"][..., 0] / 3.0 / units
     assert values[1]["depth_abs_rel"] == pytest.approx(float(((metres - z).abs() / z).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_test_images_without_true_depth_are_left_out_of_the_means_of_depth(folders, monkeypatch, tmp_path, known):
+    monkeypatch.setattr("diffusionerf_ns.lpips.LpipsNetworks.distance", lambda *a: None)  # not asked for here
+    folder = box_room.write_transforms(tmp_path / "box")
+    content = json.loads((folder / "transforms.json").read_text())
+    del content["frames"][1]["depth_file_path"]  # the first test image
+    (folder / "transforms.json").write_text(json.dumps(content))
+    if not known:
+        Image.fromarray(np.zeros((72, 96), dtype=np.uint16)).save(folder / "depth" / "003.png")
+    pipeline = build(folders, data=folder, metric_scale=1.0)
+    means = pipeline.get_average_eval_image_metrics(get_std=True)
+    first, second = means["per_image"]
+    assert "depth_abs_rel" not in first
+    assert means["psnr"] == pytest.approx(0.5 * (first["psnr"] + second["psnr"]), rel=1e-5)
+    if known:
+        assert means["depth_abs_rel"] == pytest.approx(second["depth_abs_rel"], rel=1e-5)
+    else:
+        assert not [name for name in means if name.startswith("depth")]
+        assert not [name for name in second if name.startswith("depth")]
 
 
 @pytest.mark.parametrize("asked", [False, True])

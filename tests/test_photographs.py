@@ -63,7 +63,8 @@ def test_photographs_of_16_bits_are_refused(tmp_path):
         ((), "has 0 photographs"),
         (("a.png", "c.png"), "has 2 photographs .* expected 3 or more"),
         (("a.png", "b.HEIC"), r"cannot be read here: b\.HEIC.*Save them as JPEG"),
-        (("a.png", "c.png", "broken.jpg"), r"broken\.jpg cannot be read as an image: fetch it again, or take it out"),
+        (("a.png", "c.png", "broken.jpg"), r"broken\.jpg .*is damaged or cut short: fetch it again, or take it out"),
+        (("a.png", "c.png", "phone.jpg"), r"phone\.jpg .*HEIC, AVIF or film file, .*: save it as JPEG, or take it out"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
@@ -71,7 +72,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
         if name in ("a.png", "c.png"):
             Image.new("RGB", (40, 30)).save(tmp_path / name)
         else:
-            (tmp_path / name).write_bytes(b"no image")
+            (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" if name == "phone.jpg" else b"no image")
     with pytest.raises(InputError, match=message):
         photographs.find_photographs(tmp_path)
 

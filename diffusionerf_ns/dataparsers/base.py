@@ -211,7 +211,8 @@ class FewViewBaseParser(DataParser):
 def check_folder(data: Path) -> None:
     """Raises InputError where ``data`` is no folder (or .json file) or is an empty folder."""
     if not data.exists():
-        raise InputError(f"--data {data}: there is no such folder. Give the folder of a capture.")
+        where = "" if data.is_absolute() else f" in {Path.cwd()} (a finished run is used from where it was trained)"
+        raise InputError(f"--data {data}: there is no such folder{where}. Give the folder of a capture.")
     if data.is_dir() and not any(data.iterdir()):
         raise InputError(f"--data {data}: the folder is empty. Give the folder of a capture.")
     if not data.is_dir() and data.suffix != ".json":

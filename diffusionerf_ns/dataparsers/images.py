@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 
@@ -45,8 +46,14 @@ def image_size(path: Path) -> tuple[int, int]:
         raise InputError(f"{path} cannot be read as an image: {error}.") from error
 
 
-def check_readable(paths: Sequence[Path]) -> list[tuple[int, int]]:
+def check_readable(
+    paths: Sequence[Path], or_else: str = "choose other images with --train-ids and --test-ids"
+) -> list[tuple[int, int]]:
     """Decode every image wholly and give their sizes (width, height).
+
+    Args:
+        paths: of the images.
+        or_else: what there is to do where a file is not to be had in another form.
 
     Raises:
         InputError: a file is missing, truncated, or not an image.
@@ -59,10 +66,22 @@ def check_readable(paths: Sequence[Path]) -> list[tuple[int, int]]:
                 sizes.append(image.size)
         except UNREADABLE as error:
             raise InputError(
-                f"{path} cannot be read as an image: {error}. The file is damaged or cut short: fetch it again, or "
-                "choose other images with --train-ids and --test-ids."
+                f"{path} cannot be read as an image: {error}. {_remedy(path, error)}, or {or_else}."
             ) from error
     return sizes
+
+
+def _remedy(path: Path, error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "It has more pixels than are read here: save it with half of them a side"
+    try:
+        with path.open("rb") as file:
+            container = file.read(8)[4:]
+    except OSError:
+        container = b""
+    if container == b"ftyp":
+        return "It is a HEIC, AVIF or film file, whatever its name says: save it as JPEG"
+    return "The file is damaged or cut short: fetch it again"
 
 
 def check_same_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> None:
@@ -75,10 +94,30 @@ def check_same_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> 
             )
 
 
+def has_alpha(image: Image.Image) -> bool:
+    """Whether an image says how transparent it is, by a channel or by colours that stand for it."""
+    return image.mode in ("RGBA", "LA", "PA") or (image.mode in ("L", "P") and "transparency" in image.info)
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """An image as L, RGB or RGBA. 16-bit grey is divided by 257, where Pillow's own conversion would cut at 255.
+
+    Raises:
+        InputError: its pixels are floating point numbers, whose range nobody knows.
+    """
+    if image.mode == "F":
+        raise InputError("an image has floating point numbers for pixels; save it with 8 or 16 bits a colour.")
+    if image.mode[0] == "I":
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    if has_alpha(image):
+        return image.convert("RGBA")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
 def shrink(image: Image.Image, factor: int) -> Image.Image:
     """Area average over factor x factor pixels; the size is rounded down where it does not divide."""
-    if image.mode not in ("L", "RGB", "RGBA"):
-        image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "PA") else "RGB")
+    image = in_8_bits(image)
     width, height = image.size
     size = (width // factor, height // factor)
     if min(size) < 1:

@@ -146,6 +146,11 @@ def read_transforms(path: Path) -> dict[str, Any]:
                 f"{path}: camera model {model} is not supported; patches and planar depth need a perspective camera "
                 f"({', '.join(PERSPECTIVE)}). Undistort the images first."
             )
+    if meta.get("is_fisheye"):  # instant-ngp's
+        raise InputError(
+            f"{path}: is_fisheye is set; patches and planar depth need a perspective camera. Undistort the images "
+            "first."
+        )
     return meta
 
 

@@ -1,0 +1,41 @@
+"""Pixels of training images inside their masks, whatever the number of images and the size of the masks."""
+
+import torch
+from jaxtyping import Bool, Int
+from nerfstudio.data.pixel_samplers import PixelSampler
+from torch import Tensor
+
+from ddm_training.errors import InputError
+
+
+class MaskedPixelSampler(PixelSampler):
+    """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn."""
+
+    def sample_method(
+        self,
+        batch_size: int,
+        num_images: int,
+        image_height: int,
+        image_width: int,
+        mask: Bool[Tensor, "images h w 1"] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Int[Tensor, "batch 3"]:
+        """Image, row and column of pixels, drawn with equal chance from all or from those inside the masks.
+
+        Raises:
+            InputError: there is no pixel inside.
+        """
+        if mask is None or self.config.ignore_mask:
+            return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
+        inside = mask[..., 0].to(device)
+        size = torch.tensor(inside.shape, device=device)
+        drawn = (torch.rand((batch_size, 3), device=device) * size).long()
+        for _ in range(self.config.max_num_iterations if self.config.rejection_sample_mask else 0):
+            outside = torch.nonzero(~inside[drawn.unbind(-1)])[:, 0]
+            if len(outside) == 0:
+                return drawn
+            drawn[outside] = (torch.rand((len(outside), 3), device=device) * size).long()
+        pixels = torch.nonzero(inside)  # slow, but sure
+        if len(pixels) == 0:
+            raise InputError("the masks of all images are black; expected white where the scene is.")
+        return pixels[torch.randint(len(pixels), (batch_size,), device=device)]
