@@ -79,11 +79,11 @@ def load_mask(path: Path, height: int, width: int) -> Bool[Tensor, "{height} {wi
     try:
         with Image.open(path) as file:
             mask = file.convert("L")
-            if mask.getextrema()[1] < 128:
-                mask = mask.point(lambda value: 255 if value else 0)
     except OSError as error:
         raise InputError(f"mask {path} cannot be read: {error}.") from error
     _check_shape("mask", path, mask.size, height, width)
+    if np.asarray(mask).max() < 128:
+        mask = mask.point(lambda value: 255 if value else 0)
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(mask) >= 128)[..., None]

@@ -82,6 +82,32 @@ def test_names_that_differ_in_the_suffix_only_stay_apart(tmp_path):
     assert len(set(downscaled(paths, 2, tmp_path / "images_2"))) == 2
 
 
+def test_images_of_several_folders_keep_their_folders(tmp_path):
+    paths = [*make_images(tmp_path / "images" / "cam0", 2), *make_images(tmp_path / "images" / "cam1", 2)]
+    made = downscaled(paths, 2, tmp_path / "images_2")
+    assert [str(p.relative_to(tmp_path / "images_2")) for p in made] == [
+        "cam0/im000.png", "cam0/im001.png", "cam1/im000.png", "cam1/im001.png",
+    ]  # fmt: skip
+    assert len(check_readable(made)) == 4
+
+
+def test_a_damaged_image_that_is_not_needed_is_left_out_until_it_is(tmp_path, capsys):
+    paths = make_images(tmp_path / "images", 3)
+    paths[1].write_bytes(paths[1].read_bytes()[:-200])
+    made = downscaled(paths, 2, tmp_path / "images_2", {paths[0], paths[2]})
+    assert [p.is_file() for p in made] == [True, False, True]
+    assert "Left out" in capsys.readouterr().out
+    assert downscaled(paths, 2, tmp_path / "images_2", {paths[0]}) == made
+    with pytest.raises(InputError, match=r"im001\.png cannot be read"):
+        downscaled(paths, 2, tmp_path / "images_2", set(paths))
+
+
+def test_what_an_image_cannot_be_is_said_of_it_not_that_it_is_damaged(tmp_path):
+    (path,) = make_images(tmp_path / "images", 1, 8, 8)
+    with pytest.raises(InputError, match=r"im000\.png: an image of 8 x 8 pixels cannot be reduced by 9"):
+        downscaled([path], 9, tmp_path / "images_9")
+
+
 def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
     paths = make_images(tmp_path / "images", 3)
     real, seen = images.shrink, []

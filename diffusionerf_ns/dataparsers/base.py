@@ -174,7 +174,8 @@ class FewViewBaseParser(DataParser):
         if capture.factor == 1:
             return [capture.images[i] for i in ids]
         made = list(range(len(capture.images))) if capture.cached is None else list(capture.cached)
-        paths = downscaled([capture.images[i] for i in made], capture.factor, capture.cache)
+        needed = {capture.images[i] for i in (*capture.split.train, *capture.split.test)}
+        paths = downscaled([capture.images[i] for i in made], capture.factor, capture.cache, needed)
         by_id = dict(zip(made, paths))
         return [by_id[i] for i in ids]
 

@@ -11,18 +11,21 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
+from rich.markup import escape
 
 from ddm_training.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 CACHE_FILE = "cache.json"
+OTHER_IMAGES = "choose other images with --train-ids and --test-ids"
 STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed runs left behind
 
 
@@ -46,9 +49,7 @@ def image_size(path: Path) -> tuple[int, int]:
         raise InputError(f"{path} cannot be read as an image: {error}.") from error
 
 
-def check_readable(
-    paths: Sequence[Path], or_else: str = "choose other images with --train-ids and --test-ids"
-) -> list[tuple[int, int]]:
+def check_readable(paths: Sequence[Path], or_else: str = OTHER_IMAGES) -> list[tuple[int, int]]:
     """Decode every image wholly and give their sizes (width, height).
 
     Args:
@@ -65,10 +66,12 @@ def check_readable(
                 image.load()
                 sizes.append(image.size)
         except UNREADABLE as error:
-            raise InputError(
-                f"{path} cannot be read as an image: {error}. {_remedy(path, error)}, or {or_else}."
-            ) from error
+            raise _unreadable(path, error, or_else) from error
     return sizes
+
+
+def _unreadable(path: Path, error: BaseException, or_else: str = OTHER_IMAGES) -> InputError:
+    return InputError(f"{path} cannot be read as an image: {error}. {_remedy(path, error)}, or {or_else}.")
 
 
 def _remedy(path: Path, error: BaseException) -> str:
@@ -133,7 +136,7 @@ def user_cache() -> Path:
     return (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "diffusionerf_ns"
 
 
-def downscaled(sources: Sequence[Path], factor: int, folder: Path) -> list[Path]:
+def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Container[Path] | None = None) -> list[Path]:
     """Copies of ``sources`` reduced by ``factor``, made once.
 
     Args:
@@ -141,12 +144,13 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path) -> list[Path]
         factor: area average over factor x factor pixels; 1 gives the sources themselves.
         folder: where the copies go, e.g. `images_8` beside `images`; where that cannot be written, or holds files
             that this function has not made, a folder of the user's cache is taken instead.
+        needed: sources that must be readable; others that are not are left out, which is said. None: all.
 
     Returns:
         The path of each copy, in the order of ``sources``: PNG, so nothing is lost.
 
     Raises:
-        InputError: a source is damaged, or nowhere can be written.
+        InputError: a source that is needed is damaged, or nowhere can be written.
     """
     if factor == 1:
         return list(sources)
@@ -165,8 +169,11 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path) -> list[Path]
             continue
         try:
             if not _is_made_from(place, origin):
-                _make(place, sources, names, factor, origin)
-            return [place / name for name in names]
+                _make(place, sources, names, factor, origin, sources if needed is None else needed)
+            made = [place / name for name in names]
+            left_out = [p for p, copy in zip(sources, made) if (needed is None or p in needed) and not copy.is_file()]
+            check_readable(left_out)  # not needed when the copies were made, and damaged
+            return made
         except OSError as error:
             problems.append(f"{place}: {error.strerror or error}")
     raise InputError(
@@ -176,11 +183,16 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path) -> list[Path]
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
-    """A PNG name for each source; the old suffix is kept in it where two sources differ in nothing else."""
-    stems = [p.stem for p in sources]
-    names = [f"{p.stem if stems.count(p.stem) == 1 else p.name}.png" for p in sources]
-    if len(set(names)) < len(names):
-        raise InputError(f"image names are not unique: {sorted({n for n in names if names.count(n) > 1})[:5]}.")
+    """A PNG name for each source, with the folders below the one that all share.
+
+    The old suffix is kept in it where two sources differ in nothing else.
+    """
+    shared = Path(os.path.commonpath([p.absolute().parent for p in sources]))
+    paths = [p.absolute().relative_to(shared) for p in sources]
+    times = Counter(p.with_suffix("") for p in paths)
+    names = [f"{p.with_suffix('') if times[p.with_suffix('')] == 1 else p}.png" for p in paths]
+    if doubles := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise InputError(f"images have the same path: {', '.join(doubles[:5])}.")
     return names
 
 
@@ -191,7 +203,9 @@ def _is_made_from(place: Path, origin: dict) -> bool:
         return False
 
 
-def _make(place: Path, sources: Sequence[Path], names: Sequence[str], factor: int, origin: dict) -> None:
+def _make(
+    place: Path, sources: Sequence[Path], names: Sequence[str], factor: int, origin: dict, needed: Container[Path]
+) -> None:
     """Write a cache folder under another name and rename it into place. OSError where that is not possible."""
     place.parent.mkdir(parents=True, exist_ok=True)
     _sweep(place)
@@ -201,9 +215,17 @@ def _make(place: Path, sources: Sequence[Path], names: Sequence[str], factor: in
         CONSOLE.print(f"reducing {len(sources)} images by {factor} into {place} (once)")
         for source, name in zip(sources, names):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            check_readable([source])
-            with Image.open(source) as image:
-                shrink(image, factor).save(part / name, compress_level=4)
+            try:
+                with Image.open(source) as image:
+                    small = shrink(image, factor)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from error
+            except UNREADABLE as error:
+                if source in needed:
+                    raise _unreadable(source, error) from error
+                CONSOLE.print(f"[yellow]Left out: {escape(str(_unreadable(source, error)))}")
+                continue
+            small.save(part / name, compress_level=4)
         (part / CACHE_FILE).write_text(json.dumps(origin))
         _move_into_place(part, place, origin)
     finally:
