@@ -260,6 +260,12 @@ def test_bad_files_are_refused_with_what_is_wrong(tmp_path, damage, words):
         parse(tmp_path)
 
 
+def test_ids_win_over_lists_that_overlap(tmp_path):
+    both = ["images/f01.png"]
+    make_capture(tmp_path, 4, train_filenames=both, test_filenames=both)
+    assert names(parse(tmp_path, train_ids=(0, 1), test_ids=(2,))) == ["f00", "f01"]
+
+
 def test_broken_json_is_refused(tmp_path):
     make_capture(tmp_path, 3)
     (tmp_path / "transforms.json").write_text("{")

@@ -38,7 +38,8 @@ class TransformsFewViewDataParserConfig(FewViewBaseConfig):
 class TransformsFewViewParser(FewViewBaseParser):
     """Reads `transforms.json`.
 
-    A capture with depth files counts as metric: nerfstudio too takes its pose units to be metres.
+    A capture with depth files counts as metric: nerfstudio too takes its pose units to be metres. Depth of structure
+    from motion (``ns-process-data --use-sfm-depth``) is in units of nothing, and is taken for metres all the same.
     """
 
     config: TransformsFewViewDataParserConfig
@@ -108,10 +109,12 @@ class TransformsFewViewParser(FewViewBaseParser):
             everything = range(len(files))
             pool = given.get("train") or [i for i in everything if i not in set(test or ())]
             test = test if test is not None else [i for i in everything if i not in set(pool)]
-            if both := sorted(set(pool) & set(test)):
+            chosen = self.config.train_ids is not None and self.config.test_ids is not None
+            if not chosen and (both := sorted(set(pool) & set(test))):
                 raise InputError(
                     f"{path}: {len(both)} images are in train_filenames and in test_filenames, {files[both[0]].name} "
-                    "among them: an image is trained on or tested on."
+                    "among them: an image is trained on or tested on. Mend the file, or give both --train-ids and "
+                    "--test-ids."
                 )
         else:
             pool, test = (list(ids) for ids in without_lists(len(files)))
