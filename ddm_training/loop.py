@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -174,7 +175,7 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
         set_aside_later,
     )
     from ddm_training.plots import CURVES_FILE, plot_training
-    from ddm_training.progress import LOG_FILE, Journal
+    from ddm_training.progress import LOG_FILE, Journal, writing
 
     accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
     device, chief, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
@@ -193,8 +194,9 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     )
     start, notes = 0, [f"{task.frames:,} frames, {world} process(es) on {device.type}"]
     if chief:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(config.output_dir)
+        with writing(config.output_dir):
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(config.output_dir)
     if found := find_checkpoint(config.output_dir, config.resume_from_checkpoint):
         state, differing = load_checkpoint(found, settings(config), task.identity)
         try:
@@ -236,13 +238,25 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     def validate_now(step: int) -> None:
         if validation and journal:
             journal.validation(step, validation.run(average, step))
-            plot_training(validation.folder / CURVES_FILE, journal.path)
+            with writing(curves := validation.folder / CURVES_FILE):
+                plot_training(curves, journal.path)
 
     stop = StopRequest(config.max_train_minutes)
     step, saved, rate = start, start, 0.0
     pending: list[Tensor] = []
     loader: Any = None
-    try:
+
+    def end_loading() -> None:
+        nonlocal loader
+        loader = None  # ends its workers, but for one that misses the word
+        end_workers()
+
+    with ExitStack() as ends_with:  # the last one first, and each of them whatever happens in another
+        ends_with.callback(accelerator.end_training)
+        if journal:
+            ends_with.enter_context(journal)
+        ends_with.callback(end_loading)
+        ends_with.callback(stop.restore)
         batches = StepBatches(
             task.draw,
             steps=config.max_train_steps,
@@ -299,13 +313,6 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
             )
             if done:
                 task.finish(validation)
-    finally:
-        stop.restore()
-        loader = None  # ends its workers, but for one that misses the word
-        end_workers()
-        if journal:
-            journal.close()
-        accelerator.end_training()
 
 
 def again(config: LoopConfig) -> str:

@@ -3,15 +3,38 @@
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddm_training.errors import InputError
+
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ddm_training.loop import StopRequest
     from ddm_training.loop_config import LoopConfig
 
 LOG_FILE = "log.jsonl"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell plainly of a full disk, or whatever keeps a training from writing to ``path``.
+
+    Raises:
+        InputError: it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error}). Checkpoints are untouched: make room and run the same command "
+            "again."
+        ) from error
 
 
 def truncate_log(path: Path, step: int) -> None:
@@ -31,15 +54,22 @@ def truncate_log(path: Path, step: int) -> None:
 
 
 class Journal:
-    """Writes `log.jsonl` and TensorBoard events of a run, from step ``start`` on."""
+    """Writes `log.jsonl` and TensorBoard events of a run, from step ``start`` on; ends with its `with`.
+
+    Raises:
+        InputError: the disk is full; any of its methods may.
+    """
 
     def __init__(self, config: "LoopConfig", *, start: int, unit: str, samples_per_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = config.output_dir / LOG_FILE
-        truncate_log(self.path, start)
+        self.path, self._events = config.output_dir / LOG_FILE, config.output_dir / "tensorboard"
         self._total, self._unit, self._samples = config.max_train_steps, unit, samples_per_step
-        self._board = SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=start + 1)
+        with writing(self.path):
+            truncate_log(self.path, start)
+        with writing(self._events):
+            self._board = SummaryWriter(str(self._events), purge_step=start + 1)
+        self._report, threading.excepthook = threading.excepthook, self._report_thread
         self._last, self._time, self._pause = start, time.perf_counter(), 0.0
         self._bar = None
         if sys.stderr.isatty():
@@ -62,7 +92,7 @@ class Journal:
         print(text, file=sys.stderr, flush=True) if self._bar is None else self._bar.console.print(text)
 
     def _write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def tick(self, step: int, *, loss: float, grad_norm: float, lr: float, waited: float, stop: "StopRequest") -> None:
@@ -81,8 +111,9 @@ class Journal:
             "seconds_left": round(left, 1),
         }
         self._write(line)
-        for key in ("loss", "lr", "grad_norm", f"{self._unit}_per_s", "data_wait"):
-            self._board.add_scalar(f"train/{key}", line[key], step)
+        with writing(self._events):
+            for key in ("loss", "lr", "grad_norm", f"{self._unit}_per_s", "data_wait"):
+                self._board.add_scalar(f"train/{key}", line[key], step)
         text = f"loss {loss:.4f}  {rate * self._samples:.0f} {self._unit}/s  {left / 60:.0f} min left"
         if self._bar is None:
             self.say(f"step {step}/{self._total}  {text}")
@@ -94,20 +125,36 @@ class Journal:
         """Validation losses and the sample sheet, as `Validation.run` gives them."""
         sheet = measured.pop("sheet", None)
         self._write({"step": step, **measured})
-        for name, losses in measured["val"].items():
-            for key, value in losses.items():
-                self._board.add_scalar(f"val_{key}/{'t=' * name.isdigit()}{name}", value, step)
-        self._board.add_scalar("val/mean", measured["val_loss"], step)
-        if sheet is not None:
-            self._board.add_image("samples", sheet, step, dataformats="HWC")
+        with writing(self._events):
+            for name, losses in measured["val"].items():
+                for key, value in losses.items():
+                    self._board.add_scalar(f"val_{key}/{'t=' * name.isdigit()}{name}", value, step)
+            self._board.add_scalar("val/mean", measured["val_loss"], step)
+            if sheet is not None:
+                self._board.add_image("samples", sheet, step, dataformats="HWC")
         depth = "  ".join(
             f"{'t=' * name.isdigit()}{name} {losses['depth']:.4f}" for name, losses in measured["val"].items()
         )
         self.say(f"step {step}  validation {measured['val_loss']:.4f}  depth: {depth}")
         self._time = time.perf_counter()  # validation is not training time
 
-    def close(self) -> None:
-        """Flush and end."""
-        self._board.close()
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Flush and end. What already ends the training is told, not what then goes wrong here as well."""
         if self._bar is not None:
             self._bar.stop()
+        try:
+            with writing(self._events):
+                self._board.close()
+        except InputError:
+            if kind is None:
+                raise
+        finally:
+            threading.excepthook = self._report
+
+    def _report_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """Report the end of a thread, but not of TensorBoard's: the next call to its writer raises that error."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._report(failed)
