@@ -11,11 +11,11 @@ from PIL import Image, ImageOps
 from rich.markup import escape
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.images import SUFFIXES, check_readable, image_size, list_images
+from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, check_readable, image_size, list_images
 
 JPEG = (".jpg", ".jpeg")
 COPIED = {".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".png": ("PNG",)}  # suffix -> formats of its content
-RAW = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".jxl")
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".jxl")
 ORIENTATION, EXIF_IFD, FOCAL_35MM = 0x0112, 0x8769, 0xA405  # EXIF tags
 FOCAL_RANGE = (8.0, 400.0)  # millimetres as on 35 mm film, of lenses that people have
 SAME_FOCAL = 1.05  # ratio of EXIF's focal lengths up to which they are one
@@ -39,15 +39,24 @@ def find_photographs(data: Path) -> list[Path]:
             f"--data {data} has photographs of kinds that cannot be read here: {_some(raw)}. Save them as JPEG, and "
             "take these files out."
         )
-    sources = list_images(data)
+    _read_heic()
+    sources = list_images(data, PHOTOGRAPH_SUFFIXES)
     if len(sources) < LEAST_IMAGES:
         raise InputError(
-            f"--data {data} has {len(sources)} photographs ({', '.join(SUFFIXES)}); expected {LEAST_IMAGES} or more."
+            f"--data {data} has {len(sources)} photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); "
+            f"expected {LEAST_IMAGES} or more."
         )
     if others := [p.name for p in files if p not in sources]:
         CONSOLE.print(f"[yellow]Not taken for photographs: {escape(_some(others))}.")
     check_readable(sources, or_else=f"take it out of {data}")
     return sources
+
+
+def _read_heic() -> None:
+    """Teach Pillow the format of phones; it comes to know their EXIF and turns their pixels as that says."""
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 
 def _some(names: Sequence[str]) -> str:
@@ -57,7 +66,7 @@ def _some(names: Sequence[str]) -> str:
 def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | None]:
     """Copies of the photographs, turned as their EXIF says and without an alpha channel.
 
-    A JPEG or PNG that needs neither is copied to the byte.
+    A JPEG or PNG that needs neither is copied to the byte; of HEIC, as of all other formats, the copy is PNG.
 
     Returns:
         Name of each copy -> EXIF's focal length in millimetres as on 35 mm film, None where it says none.
@@ -65,6 +74,7 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
     Raises:
         InputError: two would have the same name, one cannot be read, or is gray with more than 8 bits.
     """
+    _read_heic()
     folder.mkdir(parents=True)
     focals: dict[str, float | None] = {}
     for source in sources:

@@ -23,7 +23,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from ddm_training.errors import InputError, ends_plainly
 from ddm_training.transforms import FILE
 from diffusionerf_ns import structure_from_motion
-from diffusionerf_ns.dataparsers.images import list_images
+from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.photographs import FOCAL_RANGE, find_photographs, one_focal, one_size, write_images
 from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
 
@@ -250,7 +250,7 @@ def was_made_here(capture: Path, data: Path) -> bool:
         content = json.loads((capture / FILE).read_text())
     except (OSError, ValueError):
         return False
-    names = [{p.stem for p in list_images(folder)} for folder in (data, capture / "images")]
+    names = [{p.stem for p in list_images(folder, PHOTOGRAPH_SUFFIXES)} for folder in (data, capture / "images")]
     return isinstance(content, dict) and MADE_BY.items() <= content.items() and names[0] == names[1]
 
 

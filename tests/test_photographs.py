@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from corner import save_with_exif
 from PIL import Image
@@ -44,6 +45,26 @@ def test_other_modes_and_formats_become_rgb(tmp_path):
         assert image.getpixel((3, 3)) == color
 
 
+def test_photographs_of_phones_are_read_with_their_exif_and_turned(tmp_path):
+    pillow_heif.register_heif_opener()
+    shown = np.zeros((60, 80, 3), dtype=np.uint8)
+    shown[:30, :40] = 200, 30, 30
+    exif = Image.Exif()
+    exif[photographs.ORIENTATION] = 6  # the phone was held upright: what is stored is to be turned to the right
+    exif.get_ifd(photographs.EXIF_IFD)[photographs.FOCAL_35MM] = 26
+    for name in ("a.HEIC", "b.heic", "c.heif"):
+        Image.fromarray(shown).save(tmp_path / name, format="HEIF", exif=exif.tobytes(), quality=95)
+    sources = photographs.find_photographs(tmp_path)
+    assert photographs.write_images(sources, tmp_path / "images") == {"a.png": 26.0, "b.png": 26.0, "c.png": 26.0}
+    with Image.open(tmp_path / "images" / "a.png") as copy:
+        assert copy.size == (60, 80)
+        assert copy.getexif().get(photographs.ORIENTATION, 1) == 1
+        red = np.asarray(copy)[..., 0] > 100
+    assert red[2:38, 32:58].all()
+    assert not red[42:].any()
+    assert not red[:, :28].any()
+
+
 def test_two_photographs_of_one_name_are_refused(tmp_path):
     for name in ("a.tif", "a.png"):
         Image.new("RGB", (40, 30)).save(tmp_path / name)
@@ -62,9 +83,10 @@ def test_photographs_of_16_bits_are_refused(tmp_path):
     [
         ((), "has 0 photographs"),
         (("a.png", "c.png"), "has 2 photographs .* expected 3 or more"),
-        (("a.png", "b.HEIC"), r"cannot be read here: b\.HEIC.*Save them as JPEG"),
+        (("a.png", "b.DNG"), r"cannot be read here: b\.DNG.*Save them as JPEG"),
+        (("a.png", "c.png", "broken.heic"), r"broken\.heic .*is damaged or cut short: fetch it again, or take it out"),
         (("a.png", "c.png", "broken.jpg"), r"broken\.jpg .*is damaged or cut short: fetch it again, or take it out"),
-        (("a.png", "c.png", "phone.jpg"), r"phone\.jpg .*HEIC, AVIF or film file, .*: save it as JPEG, or take it out"),
+        (("a.png", "c.png", "film.jpg"), r"film\.jpg .*HEIC, AVIF or film file: save it as JPEG, or take it out"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
@@ -72,7 +94,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
         if name in ("a.png", "c.png"):
             Image.new("RGB", (40, 30)).save(tmp_path / name)
         else:
-            (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic" if name == "phone.jpg" else b"no image")
+            (tmp_path / name).write_bytes(b"\0\0\0\x18ftypqt  " if name == "film.jpg" else b"no image")
     with pytest.raises(InputError, match=message):
         photographs.find_photographs(tmp_path)
 

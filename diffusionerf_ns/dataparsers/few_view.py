@@ -9,7 +9,7 @@ from ddm_training.errors import InputError
 from ddm_training.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
-from diffusionerf_ns.dataparsers.images import list_images
+from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
 
@@ -73,7 +73,9 @@ def is_photographs(data: Path) -> bool:
     """Whether a folder holds images, and nothing in it or above it that says where they were taken."""
     if not data.is_dir() or any(_find_layout(f) or _has_cameras(f) for f in (data, data.resolve().parent)):
         return False
-    return bool(list_images(data)) and not any(p.is_dir() and not p.name.startswith(".") for p in data.iterdir())
+    return bool(list_images(data, PHOTOGRAPH_SUFFIXES)) and not any(
+        p.is_dir() and not p.name.startswith(".") for p in data.iterdir()
+    )
 
 
 def _has_cameras(folder: Path) -> bool:

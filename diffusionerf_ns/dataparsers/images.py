@@ -24,16 +24,17 @@ from ddm_training.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
+PHOTOGRAPH_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".avif")  # of what people have; captures are of the above
 CACHE_FILE = "cache.json"
 OTHER_IMAGES = "choose other images with --train-ids and --test-ids"
 STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed runs left behind
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Image files of a folder, sorted by name; hidden files and other kinds are left out."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -83,7 +84,7 @@ def _remedy(path: Path, error: BaseException) -> str:
     except OSError:
         container = b""
     if container == b"ftyp":
-        return "It is a HEIC, AVIF or film file, whatever its name says: save it as JPEG"
+        return "It is a HEIC, AVIF or film file: save it as JPEG"
     return "The file is damaged or cut short: fetch it again"
 
 
