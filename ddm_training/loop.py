@@ -185,13 +185,8 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     torch.manual_seed(config.seed)
     network = task.make_network().to(device)
     average = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=True,
-    )
+    adam: Any = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, **adam, fused=True)
     start, notes = 0, [f"{task.frames:,} frames, {world} process(es) on {device.type}"]
     if chief:
         with writing(config.output_dir):
@@ -203,6 +198,8 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
             network.load_state_dict(state["model"])
             average.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:  # which the saved ones have replaced
+                group |= adam
         except (RuntimeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             newer = [f"--{k.replace('_', '-')}" for k in task.identity if differing.get(k, (True, None))[0] is None]

@@ -158,6 +158,14 @@ def test_going_back_to_a_named_checkpoint_sets_the_later_ones_aside(store, tmp_p
     assert len(list(aside.iterdir())) == 3
 
 
+def test_a_resumed_run_takes_the_settings_of_adam_that_it_is_given(store, tmp_path, capsys):
+    train(config(store, tmp_path, max_train_steps=1))
+    train(config(store, tmp_path, max_train_steps=2, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.1))
+    assert "--adam-beta1 is 0.8, was 0.9" in capsys.readouterr().err
+    groups = state(tmp_path, 2)["optimizer"]["param_groups"]
+    assert [(tuple(group["betas"]), group["weight_decay"]) for group in groups] == [((0.8, 0.95), 0.1)]
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_like_one_never_killed(store, tmp_path):
     settings = {"max_train_steps": 40, "checkpointing_steps": 3, "dataloader_num_workers": 1}
