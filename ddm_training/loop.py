@@ -7,6 +7,7 @@ The state of a training is tensors and one integer: samples, noise and learning 
 import copy
 import math
 import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -155,6 +156,25 @@ def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[An
     )
 
 
+def make_accelerator(config: LoopConfig) -> Any:
+    """The devices that the training was started on.
+
+    The loop has its own mixed precision, see `Task.wrap`, and one optimiser step a batch: what a saved configuration of
+    accelerate says of these must not change a training behind its flags.
+
+    Raises:
+        InputError: that configuration asks for gradient accumulation.
+    """
+    from accelerate import Accelerator
+
+    if (count := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
+        raise InputError(
+            f"accelerate is configured for {count} gradient accumulation steps, this training makes 1: set that in its "
+            "configuration or by accelerate launch --gradient_accumulation_steps 1, and raise --train-batch-size."
+        )
+    return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
+
+
 def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     """Train, validate, checkpoint and export as ``config`` says.
 
@@ -163,10 +183,9 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
         open_task: opens the data; called once the device is chosen.
 
     Raises:
-        InputError: bad stores or settings, a checkpoint that does not fit, a full disk, or a loss that is not finite.
+        InputError: bad stores, flags or settings of accelerate, a checkpoint that does not fit, a full disk, or a loss
+            that is not finite.
     """
-    from accelerate import Accelerator
-
     from ddm_training.checkpoints import (
         find_checkpoint,
         load_checkpoint,
@@ -177,7 +196,7 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     from ddm_training.plots import CURVES_FILE, plot_training
     from ddm_training.progress import LOG_FILE, Journal, writing
 
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available())
+    accelerator = make_accelerator(config)
     device, chief, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
     task = open_task()
     validation = task.validation(device, world) if chief else None

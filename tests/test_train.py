@@ -20,7 +20,7 @@ from ddm_training import checkpoints
 from ddm_training.errors import InputError
 from ddm_training.progress import truncate_log
 from ddm_training.rgbd import RgbdSpec
-from ddm_training.train import train
+from ddm_training.train import PatchTask, train
 from ddm_training.unet import Prediction, load_scheduler, load_unet, make_scheduler, make_unet, velocity_to_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,6 +217,43 @@ def test_two_processes_have_the_loss_of_one_with_the_joint_batch(store, tmp_path
     )  # fmt: skip
     one, two = ([line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
     np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def test_the_precision_that_accelerate_is_configured_for_does_not_change_a_training(store, tmp_path, monkeypatch):
+    """By whether the network is called under autocast, which the training's own flag decides."""
+    from accelerate.state import AcceleratorState
+
+    seen = set()
+    wrap = PatchTask.wrap
+
+    def watched(task: PatchTask, network: torch.nn.Module) -> torch.nn.Module:
+        class Watched(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = wrap(task, network)
+
+            def forward(self, *given: torch.Tensor) -> torch.Tensor:
+                seen.add(torch.is_autocast_enabled("cpu"))
+                return self.inner(*given)
+
+        return Watched()
+
+    AcceleratorState._reset_state(reset_partial_state=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(PatchTask, "wrap", watched)
+    try:
+        train(config(store, tmp_path, max_train_steps=1))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=False)
+    assert seen == {False}
+
+
+def test_gradient_accumulation_of_accelerate_is_refused(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(InputError, match=r"4 gradient accumulation steps, .* makes 1: .*--train-batch-size"):
+        train(config(store, tmp_path))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    train(config(store, tmp_path, max_train_steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(store, tmp_path):
