@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from torch.utils.data import Dataset
 from ddm_training.errors import InputError
 from ddm_training.loop_config import LoopConfig, settings
 from ddm_training.objective import learning_rate, update_average
+
+Config = TypeVar("Config", bound=LoopConfig)
 
 
 @runtime_checkable
@@ -175,12 +178,17 @@ def make_accelerator(config: LoopConfig) -> Any:
     return Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
 
 
-def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 is there but slow: on NVIDIA GPUs before Ampere."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
     """Train, validate, checkpoint and export as ``config`` says.
 
     Args:
         config: of the training.
-        open_task: opens the data; called once the device is chosen.
+        open_task: opens the data; called once the device is chosen, with the settings that are right for it.
 
     Raises:
         InputError: bad stores, flags or settings of accelerate, a checkpoint that does not fit, a full disk, or a loss
@@ -198,7 +206,11 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
 
     accelerator = make_accelerator(config)
     device, chief, world = accelerator.device, accelerator.is_main_process, accelerator.num_processes
-    task = open_task()
+    notes = []
+    if config.mixed_precision == "bf16" and emulates_bf16(device):
+        config = replace(config, mixed_precision="no")
+        notes.append("this GPU has no bf16 of its own and would emulate it slowly: --mixed-precision no is used")
+    task = open_task(config)
     validation = task.validation(device, world) if chief else None
 
     torch.manual_seed(config.seed)
@@ -206,7 +218,7 @@ def run_loop(config: LoopConfig, open_task: Callable[[], Task]) -> None:
     average = copy.deepcopy(network).requires_grad_(False)
     adam: Any = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay}
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, **adam, fused=True)
-    start, notes = 0, [f"{task.frames:,} frames, {world} process(es) on {device.type}"]
+    start, notes = 0, [f"{task.frames:,} frames, {world} process(es) on {device.type}", *notes]
     if chief:
         with writing(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)

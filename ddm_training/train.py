@@ -96,7 +96,7 @@ class TrainConfig(LoopConfig):
 
 def train(config: TrainConfig) -> None:
     """Train as ``config`` says; see `run_loop`."""
-    run_loop(config, lambda: PatchTask(config))
+    run_loop(config, PatchTask)
 
 
 class PatchTask:

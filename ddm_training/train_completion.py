@@ -55,7 +55,7 @@ class TrainCompletionConfig(LoopConfig):
 
     def main(self) -> None:
         """Train."""
-        run_loop(self, lambda: CompletionTask(self))
+        run_loop(self, CompletionTask)
 
 
 class CompletionTask:

@@ -16,7 +16,7 @@ import torch
 import toy_training
 from toy_training import SMALL, config
 
-from ddm_training import checkpoints
+from ddm_training import checkpoints, loop
 from ddm_training.errors import InputError
 from ddm_training.progress import truncate_log
 from ddm_training.rgbd import RgbdSpec
@@ -246,6 +246,27 @@ def test_the_precision_that_accelerate_is_configured_for_does_not_change_a_train
     finally:
         AcceleratorState._reset_state(reset_partial_state=False)
     assert seen == {False}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_bf16_is_emulated_by_cuda_devices_that_have_no_own(monkeypatch, own):
+    def supported(including_emulation: bool = True) -> bool:
+        return including_emulation or own
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert loop.emulates_bf16(torch.device("cuda")) is not own
+    assert not loop.emulates_bf16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_device_that_emulates_bf16_trains_in_fp32_and_says_so(store, tmp_path, monkeypatch, capsys, emulated):
+    monkeypatch.setattr(loop, "emulates_bf16", lambda device: emulated)
+    train(config(store, tmp_path, max_train_steps=1, mixed_precision="bf16"))
+    saved = json.loads((tmp_path / "checkpoint-1" / checkpoints.CONFIG_FILE).read_text())
+    used = "no" if emulated else "bf16"
+    assert saved["mixed_precision"] == used
+    assert f"learning rate 0.0005, {used} |" in (tmp_path / "prior" / "README.md").read_text()
+    assert ("--mixed-precision no is used" in capsys.readouterr().err) is emulated
 
 
 def test_gradient_accumulation_of_accelerate_is_refused(store, tmp_path, monkeypatch):
