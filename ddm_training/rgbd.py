@@ -63,7 +63,7 @@ class RgbdSpec:
     focal_range: tuple[float, float] = (175.0, 175.0)
     """Smallest and largest focal length in pixels that was seen in training (crop scale augmentation)."""
     image_size: tuple[int, int] = (256, 192)
-    """Width and height in pixels of the pseudo image that a patch is a window of, at `focal`."""
+    """Width and height in pixels of the pseudo image that a patch is a window of, at `focal`; see `pseudo_image`."""
     disparity_quantiles: dict[str, float] = field(default_factory=dict)
     """Quantiles of 1/z in 1/metres over the training data, after depth augmentation; keys like "0.50"."""
     depth_scale_jitter: float = 1.0
@@ -122,3 +122,13 @@ class RgbdSpec:
             return cls(**content)
         except (InputError, TypeError) as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def pseudo_image(focal: float) -> tuple[int, int]:
+    """Width and height in pixels of the pseudo image at a focal length in pixels: the paper's field of view.
+
+    256 x 192 times focal / 175.
+    """
+    scale = focal / RgbdSpec.focal
+    width, height = (max(round(side * scale), 1) for side in RgbdSpec.image_size)
+    return width, height

@@ -40,7 +40,8 @@ class TrainConfig(LoopConfig):
     patch_size: int = 48
     """Side of a patch in pixels, a multiple of 8."""
     focal: float = 175.0
-    """Nominal focal length in pixels: patches are 48 x 48 windows of a 256 x 192 image with f = 175 in the paper."""
+    """Nominal focal length in pixels: patches are 48 x 48 windows of a 256 x 192 image with f = 175 in the paper. With
+    another one the size of that image changes as much: a NeRF's patches lie in the same field of view."""
     focal_range: tuple[float, float] = (120.0, 260.0)
     """Patches are brought to a focal length drawn log-uniformly from this range (not published by the paper)."""
     depth_scale_jitter: float = 1.5

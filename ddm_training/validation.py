@@ -13,7 +13,7 @@ from ddm_training.errors import InputError
 from ddm_training.export import export_prior, model_card, parameter_count, push_prior
 from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
-from ddm_training.rgbd import RgbdSpec
+from ddm_training.rgbd import RgbdSpec, pseudo_image
 from ddm_training.sample import sample_prior
 from ddm_training.unet import NoisePredictor, add_noise, make_scheduler
 
@@ -90,7 +90,10 @@ def held_out(config: "TrainConfig") -> PatchSampler:
 
 
 class PatchValidation:
-    """Held-out patches and the facts about the training data, prepared once."""
+    """Held-out patches and the facts about the training data, prepared once.
+
+    The pseudo image of the exported prior has the paper's field of view, whatever the focal length.
+    """
 
     def __init__(self, config: "TrainConfig", sampler: PatchSampler, *, device: torch.device, world: int) -> None:
         self.config, self.device = config, device
@@ -106,6 +109,7 @@ class PatchValidation:
             "patch_size": config.patch_size,
             "focal": config.focal,
             "focal_range": config.focal_range,
+            "image_size": pseudo_image(config.focal),
             "disparity_quantiles": disparity_quantiles(sampler, seed=config.seed),
             "depth_scale_jitter": config.depth_scale_jitter,
             "trained_on": tuple(sorted({scene.info.source for scene in sampler.scenes})),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddm_training.errors import InputError
-from ddm_training.rgbd import NEAR, RgbdSpec, decode, decode_depth, encode, encode_depth
+from ddm_training.rgbd import NEAR, RgbdSpec, decode, decode_depth, encode, encode_depth, pseudo_image
 
 
 def test_depth_is_encoded_as_inverse_depth_in_minus_one_to_one() -> None:
@@ -73,6 +73,13 @@ SPEC = RgbdSpec(
     steps=1000,
     license="Apache-2.0",
 )
+
+
+@pytest.mark.parametrize("focal", [175.0, 350.0, 87.5, 120.0])
+def test_the_pseudo_image_keeps_its_field_of_view(focal: float) -> None:
+    width, height = pseudo_image(focal)
+    assert width / focal == pytest.approx(256 / 175, abs=0.5 / focal)
+    assert height / focal == pytest.approx(192 / 175, abs=0.5 / focal)
 
 
 def test_a_specification_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -88,6 +88,11 @@ def test_a_run_leaves_a_prior_folder_a_log_and_the_last_checkpoints(store, tmp_p
     assert f"{validated[-1]['val']['99']['depth']:.4f}" in card
 
 
+def test_a_prior_of_another_focal_length_is_exported_with_the_same_field_of_view(store, tmp_path):
+    train(config(store, tmp_path, max_train_steps=1, focal=140.0))
+    assert RgbdSpec.load(tmp_path / "prior").image_size == (205, 154)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_exported_network_is_the_average_and_predicts_the_same_noise(store, tmp_path, prediction: Prediction):
     train(config(store, tmp_path, export_dtype="fp32", prediction_type=prediction))
