@@ -78,12 +78,10 @@ def write_scene(
         width=job.width,
     )
     try:
-        _reserve(writer.part)
         for reason, count in job.missing.items():
             writer.reject(reason, count)
         if unreadable and job.frames:
             writer.reject(unreadable, len(job.frames))
-        kept = 0
         for frame in () if unreadable else job.frames:
             try:
                 name, content = read(frame)
@@ -93,9 +91,6 @@ def write_scene(
                 writer.reject(str(reason))
                 continue
             writer.add(color, depth, mask, intrinsics=intrinsics, name=name)
-            kept += 1
-        if kept < len(job.frames):  # the writer then copies what was kept
-            _check_room(writer.part, kept * job.width * job.height * 6)
         writer.close()
     except BaseException:
         shutil.rmtree(writer.part, ignore_errors=True)
@@ -108,21 +103,6 @@ def _resized(frame: Frame, width: int, height: int) -> Frame:
     source = (depth.shape[1], depth.shape[0])
     depth, mask = resize_depth(depth, mask, width, height)
     return resize_color(color, width, height), depth, mask, scale_intrinsics(intrinsics, source, (width, height))
-
-
-def _reserve(folder: Path) -> None:
-    """Claim the disk space of the arrays now: writing into a sparse memory map on a full disk ends the process with
-    SIGBUS, while claiming it raises OSError."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    for path in folder.glob("*.npy"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _check_room(folder: Path, size: int) -> None:
-    if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def prepare(

@@ -1,11 +1,13 @@
 """`ddm hypersim prepare`: whole commands on small trees, run again, in several processes, on a full disk."""
 
 import errno
+import io
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import preparation
@@ -13,7 +15,7 @@ import pytest
 from hypersim_tree import write_tree
 from preparation import config, files, report
 
-from ddm_training import scene_jobs
+from ddm_training import frames, scene_jobs
 from ddm_training.errors import InputError
 from ddm_training.frames import open_scene, open_store
 from ddm_training.jobs import EngineConfig, run_jobs
@@ -111,15 +113,15 @@ def test_each_camera_becomes_a_scene_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_with_a_message_leaves_no_half_scene_and_can_be_continued(tree: Path, monkeypatch) -> None:
-    claim, calls = os.posix_fallocate, []
+    write, calls = frames._write_all, []
 
-    def full(fd: int, offset: int, length: int) -> None:
-        calls.append(length)
-        if len(calls) > 4:  # three arrays a scene: the second scene does not fit
+    def full(file: io.FileIO, array: np.ndarray) -> None:
+        calls.append(array)
+        if len(calls) > 7:  # three arrays of two frames a scene: the second scene does not fit
             raise OSError(errno.ENOSPC, "No space left on device")
-        claim(fd, offset, length)
+        write(file, array)
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(frames, "_write_all", full)
     with pytest.raises(InputError, match=r"is full .* run the same command again; the 1 whole scenes are kept"):
         config(tree).main()
     assert [s.info.name for s in open_store(tree.parent / "store")] == ["ai_001_001_cam_00"]
@@ -127,6 +129,14 @@ def test_a_full_disk_ends_with_a_message_leaves_no_half_scene_and_can_be_continu
     monkeypatch.undo()
     config(tree).main()
     assert len(open_store(tree.parent / "store")) == 3
+
+
+def test_a_scene_with_rejected_frames_needs_no_room_beyond_its_own(tree: Path, monkeypatch) -> None:
+    files(tree)["colour"].unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, used=1, free=0))
+    config(tree).main()
+    assert report(tree)["rejected"] == {"no colour file": 1}
+    assert len(open_scene(tree.parent / "store" / "ai_001_001_cam_00")) == 1
 
 
 def test_a_failing_scene_is_reported_and_the_others_go_on(tree: Path, monkeypatch) -> None:
