@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,11 +134,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     focal = config.focal or spec.focal
     plain = PatchConfig(patch_size=spec.patch_size, focal_range=(focal, focal), depth_scale_jitter=1.0, augment=False)
     data = {}
-    for root in config.data:
+    for name, root in zip(unique_names(config.data), config.data):
         batch = open_sampler([root], config.split, plain).patches(
             seed=config.seed, stream=Stream.VALIDATION, step=0, first=0, count=config.num_patches
         )
-        data[root.name] = {key: value.to(device) for key, value in batch.items()}
+        data[name] = {key: value.to(device) for key, value in batch.items()}
 
     result: dict[str, Any] = {
         "split": config.split, "focal": focal, "patches": config.num_patches, "seed": config.seed, "priors": {},
@@ -173,10 +174,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def unique_names(folders: Sequence[Path]) -> list[str]:
-    """A short name per prior folder: its own, or its parent's when that is just "prior"; numbered when they clash."""
+    """A short name per folder: its own, or its parent's when that is just "prior"; numbered when they clash."""
     names: list[str] = []
     for folder in folders:
-        folder = folder.resolve()
+        folder = Path(os.path.abspath(folder))  # of a link the name that was given
         name = base = folder.parent.name if folder.name == "prior" else folder.name
         number = 2
         while name in names:

@@ -22,8 +22,8 @@ ABAR = make_scheduler().alphas_cumprod
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def write_store(root: Path) -> Path:
-    rng = np.random.default_rng(0)
+def write_store(root: Path, *, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
     writer = SceneWriter(root, "a", split="val", source="toy", max_frames=3, height=40, width=48)
     for index in range(3):
         color = rng.integers(0, 256, (40, 48, 3)).astype(np.uint8)
@@ -202,6 +202,26 @@ def test_eval_measures_each_prior_on_each_store(tmp_path, capsys):
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert f"{first['depth_rmse']['99']['clean']:.4f}" in printed
+
+
+def test_stores_of_one_name_are_measured_apart(tmp_path):
+    stores = write_store(tmp_path / "a" / "rooms"), write_store(tmp_path / "b" / "rooms", seed=1)
+    prior = write_prior(tmp_path / "prior")
+    result = evaluate.evaluate(
+        evaluate.EvalConfig(
+            prior=(prior,), data=stores, output_dir=tmp_path / "out", num_patches=2, num_samples=0, device="cpu"
+        )
+    )
+    (measured,) = (prior["stores"] for prior in result["priors"].values())
+    assert list(measured) == ["rooms", "rooms-2"]
+    assert measured["rooms"] != measured["rooms-2"]
+    assert len(list((tmp_path / "out").glob("denoising-*-rooms*.png"))) == 2
+
+
+def test_a_linked_store_has_the_name_that_was_given(tmp_path):
+    write_store(tmp_path / "store-17")
+    (tmp_path / "rooms").symlink_to("store-17")
+    assert evaluate.unique_names([tmp_path / "rooms", tmp_path / "rooms" / ".." / "store-17"]) == ["rooms", "store-17"]
 
 
 def test_eval_refuses_priors_of_different_patch_sizes_and_empty_splits(tmp_path):
