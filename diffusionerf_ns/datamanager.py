@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSampler
@@ -185,11 +186,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             return
         by, completer = self._completer()
         started = time.perf_counter()
-        images = [self.train_dataset.get_numpy_image(i)[..., :3] for i in range(len(self.train_dataset))]
-        masks = None
-        if self.train_dataparser_outputs.mask_filenames is not None:
-            masks = [self.train_dataset[i]["mask"][..., 0] for i in range(len(self.train_dataset))]
-        with CONSOLE.status(f"Matching {len(images)} training images and completing their depth..."):
+        images = [self.train_dataset.get_numpy_image(i) for i in range(len(self.train_dataset))]
+        masks = [self._belongs(i, image) for i, image in enumerate(images)]
+        images = [image[..., :3] for image in images]
+        count = min(len(images), stereo.FINE_VIEWS)
+        with CONSOLE.status(f"Matching {count} of {len(images)} training images and completing their depth..."):
             matched = stereo.match(cameras, images, masks, completer)
         seconds = time.perf_counter() - started
         if matched.completed is None:
@@ -198,7 +199,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
                 "be the reason): training goes on without it."
             )
             return
-        near, far = matched.near_far()
+        near, far = matched.near_far(cameras)
         CONSOLE.print(
             f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {by} between "
             f"them, in {seconds:.1f} s."
@@ -214,6 +215,16 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             "centre": centre,
             "radius": radius,
         }
+
+    def _belongs(self, index: int, image: UInt8[np.ndarray, "h w c"]) -> Bool[Tensor, "h w"] | None:
+        """Pixels of a training image that are of the scene, by its mask and by its alpha; None: all."""
+        inside = None
+        if self.train_dataparser_outputs.mask_filenames is not None:
+            inside = self.train_dataset[index]["mask"][..., 0]
+        if image.shape[2] == 3:
+            return inside
+        opaque = torch.from_numpy(image[..., 3] >= 128)
+        return opaque if inside is None else inside & opaque
 
     def _completer(self) -> tuple[str, completion.Completer]:
         """What the configuration says that depth is completed by, in words and as a function."""

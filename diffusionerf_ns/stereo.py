@@ -21,14 +21,16 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusionerf_ns import completion, semi_global
+from diffusionerf_ns import completion, overlap, semi_global
 from diffusionerf_ns.views import MatchedView, View
+from diffusionerf_ns.visibility import Projections
 
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
 MAX_PLANES = 128  # depths of a sweep
-NEIGHBOURS = 4  # views that a view is matched with, the nearest ones: work stays linear in the number of views
-SAME_PLACE = 0.01  # of the largest baseline: a picture from nearer by looks the same at every depth
+FEWEST_PLANES = 16  # with less, two images say next to nothing of depth
+COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one another; the others' depth stays unknown
+ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
 WINDOW = 5  # pixels
 MIN_NCC = 0.7  # of the winning depth
@@ -56,10 +58,19 @@ class MatchedDepth:
     def __len__(self) -> int:
         return len(self.depth)
 
-    def near_far(self) -> tuple[float, float]:
-        """Quantiles .02 and .98 of depth, scene units."""
-        near, far = np.quantile(self.depth.numpy(), [0.02, 0.98])
-        return float(near), float(far)
+    def near_far(self, cameras: Cameras) -> tuple[float, float]:
+        """Quantiles .02 and .98 of depth, scene units; those of a view that they would leave out, as a close-up's."""
+        near, far = map(float, np.quantile(self.depth.numpy(), [0.02, 0.98]))
+        bundle, distance = self.rays(cameras, torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long())
+        points = (bundle.origins + bundle.directions * distance[:, None]).cpu()
+        frusta = Projections(cameras.to("cpu"))
+        own: list[list[float] | None] = []
+        for index in range(len(frusta)):
+            _, z, inside = frusta(index, points)
+            z = z[inside].numpy()
+            own.append(np.quantile(z, [0.02, 0.98]).tolist() if len(z) >= MIN_MATCHES else None)
+        ranges = overlap.widened(near, far, own, 0.7, 1.5)
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def median_disparity(self) -> float:
         """1 / median depth, in 1 / scene units."""
@@ -94,6 +105,7 @@ def match(
     """Depth of all training images as far as they tell it, with no bounds given.
 
     A coarse sweep over all depths that the baseline can tell apart finds where the scene lies; a fine one sweeps there.
+    Of more than `FINE_VIEWS` images, so many that are far from one another are matched.
 
     Args:
         cameras: of the images, perspective, in scene units.
@@ -107,22 +119,28 @@ def match(
     nothing = MatchedDepth(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
     if baseline <= 0.0:
         return nothing
-    nearest = [[j for j in row.argsort().tolist() if row[j] > SAME_PLACE * baseline][:NEIGHBOURS] for row in distance]
-    coarse = [_view(cameras, i, image, COARSE_WIDTH) for i, image in enumerate(images)]
-    depths = agreed_depth(coarse, nearest, 0.5 * baseline, 50.0 * baseline, COARSE_STEP)
+    few = overlap.spread(centres, COARSE_VIEWS)
+    coarse = [_view(cameras, i, images[i], COARSE_WIDTH) for i in few]
+    depths = _coarse_depth(coarse, distance[few][:, few])
     found = torch.cat([d[d > 0] for d in depths])
     if len(found) < MIN_MATCHES:
         return nothing
-    near, far = np.quantile(found.numpy(), [0.03, 0.97])
-    fine = [_view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
-    depths = agreed_depth(fine, nearest, 0.7 * float(near), 1.5 * float(far), STEP)
+    near, middle, far = map(float, np.quantile(found.numpy(), [0.03, 0.5, 0.97]))
+    chosen = overlap.spread(centres, FINE_VIEWS)
+    fine = [_view(cameras, i, images[i], WIDTH) for i in chosen]
+    own = overlap.depth_quantiles(fine, overlap.points_of(coarse, depths), (0.03, 0.5, 0.97))
+    ranges = overlap.widened(near, far, own, 0.7, 1.5)
+    least = [max(overlap.SAME_PLACE * baseline, overlap.LEAST_BASELINE * (q[1] if q else middle)) for q in own]
+    nearest = overlap.neighbours(distance[chosen][:, chosen], least)
+    depths = agreed_depth(fine, nearest, [(0.7 * low, 1.5 * high) for low, high in ranges], STEP)
     sizes = [depth.shape for depth in depths]
-    small_masks = [None if m is None else _small_mask(m, size) for m, size in zip(masks or [None] * len(images), sizes)]
+    chosen_masks = [None if masks is None else masks[i] for i in chosen]
+    small_masks = [None if m is None else _small_mask(m, size) for m, size in zip(chosen_masks, sizes)]
     depths = [completion.without_speckle(_inside(depth, mask)) for depth, mask in zip(depths, small_masks)]
     if sum(int((depth > 0).sum()) for depth in depths) < MIN_MATCHES:
         return nothing
     parts = []
-    for index, depth in enumerate(depths):
+    for index, depth in zip(chosen, depths):
         v, u = torch.nonzero(depth > 0, as_tuple=True)
         height, width = images[index].shape[:2]
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
@@ -130,8 +148,8 @@ def match(
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
     completed = (complete or completion.alone(completion.by_membrane))(
         [
-            MatchedView(view=view, rgb=_small_rgb(image, depth.shape), depth=depth, mask=mask, nearest=others)
-            for view, image, depth, mask, others in zip(fine, images, depths, small_masks, nearest)
+            MatchedView(view=view, rgb=_small_rgb(images[i], depth.shape), depth=depth, mask=mask, nearest=others)
+            for i, view, depth, mask, others in zip(chosen, fine, depths, small_masks, nearest)
         ]
     )
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
@@ -142,8 +160,33 @@ def match(
     # What was contradicted at first was brought to agree, and is often wrong all the same.
     kept = [torch.where(before > 0, now, 0.0) for now, before in zip(kept, kept_first)]
     sure = [now & before for now, before in zip(sure, sure_first)]
-    maps = completion.DepthMaps.of(kept, sure, [c.error for c in completed])
-    return MatchedDepth(view, pixel, z, maps)
+    maps = {i: (kept[k], sure[k], completed[k].error) for k, i in enumerate(chosen)}
+    unknown = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool), torch.full((1, 1), torch.inf)
+    columns = zip(*(maps.get(i, unknown) for i in range(len(images))))
+    return MatchedDepth(view, pixel, z, completion.DepthMaps.of(*map(list, columns)))
+
+
+def _coarse_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Float[Tensor, "_h _w"]]:
+    """Agreed depth of a sweep over all depths that the cameras' distances can tell apart.
+
+    It begins at half of the largest distance, before which cameras that look the same way see different things. On a
+    ring about an object that is its centre, and a single distant camera moves it behind everything: where little is
+    found, each view is swept from half of the distance to its nearest neighbour as well, and what finds far more wins.
+    """
+    baseline = float(distance.max())
+    nearest = overlap.neighbours(distance, [overlap.SAME_PLACE * baseline] * len(views))
+    depths = agreed_depth(views, nearest, [(0.5 * baseline, 50.0 * baseline)] * len(views), COARSE_STEP)
+    if _share_known(depths) >= ENOUGH_AGREE:
+        return depths
+    begins = [0.5 * min(float(distance[i, j]) for j in others) for i, others in enumerate(nearest)]
+    if min(begins) > 0.4 * baseline:
+        return depths
+    nearer = agreed_depth(views, nearest, [(begin, 50.0 * baseline) for begin in begins], COARSE_STEP)
+    return nearer if _share_known(nearer) > 2.0 * _share_known(depths) else depths
+
+
+def _share_known(depths: Sequence[Float[Tensor, "_h _w"]]) -> float:
+    return sum(int((depth > 0).sum()) for depth in depths) / sum(depth.numel() for depth in depths)
 
 
 def _small_mask(mask: Bool[Tensor, "_h _w"], size: torch.Size) -> Bool[Tensor, "h w"]:
@@ -189,17 +232,17 @@ def cross_checked(
 
 @torch.no_grad()
 def agreed_depth(
-    views: list[View], nearest: list[list[int]], near: float, far: float, step: float
+    views: list[View], nearest: list[list[int]], ranges: Sequence[tuple[float, float]], step: float
 ) -> list[Float[Tensor, "_h _w"]]:
     """Planar depth of each view, 0 where no other view confirms it.
 
     Args:
         views: all views.
         nearest: for each, the others that it is matched with.
-        near, far: range of depth that is swept, scene units.
+        ranges: near and far end of the depths that are swept in each, scene units.
         step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views.
     """
-    depths = [_sweep(index, views, others, near, far, step) for index, others in enumerate(nearest)]
+    depths = [_sweep(index, views, others, *ranges[index], step) for index, others in enumerate(nearest)]
     agreed = [
         torch.where(_confirmed(index, views, others, depths, TOLERANCE), depths[index], 0.0)
         for index, others in enumerate(nearest)
@@ -275,7 +318,9 @@ def _sweep(
     baseline = max(float((views[other].position - reference.position).norm()) for other in others)
     moved = (1.0 / near - 1.0 / far) * baseline * float(reference.focal[0])
     # More depths than the images can tell apart would make every winner its own neighbours' rival.
-    planes = min(max(math.ceil(moved / step), 8), MAX_PLANES)
+    planes = min(math.ceil(moved / step), MAX_PLANES)
+    if planes < FEWEST_PLANES:
+        return torch.zeros_like(reference.grey[0, 0])
     disparity = torch.linspace(1.0 / near, 1.0 / far, planes)
     scores = []
     for d in disparity:

@@ -73,7 +73,7 @@ def test_depth_of_a_textured_plane_is_found_without_bounds(depth: float, slope: 
     error = (matched.depth - true).abs() / true
     assert float(error.median()) < 0.01
     assert float((error > 0.05).float().mean()) < 0.02
-    near, far = matched.near_far()
+    near, far = matched.near_far(make_cameras(CENTRES))
     assert 0.9 * true.min() < near < far < 1.1 * true.max()
 
 
