@@ -31,6 +31,7 @@ MAX_PLANES = 128  # depths of a sweep
 FEWEST_PLANES = 16  # with less, two images say next to nothing of depth
 COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one another; the others' depth stays unknown
 ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
+CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
 WINDOW = 5  # pixels
 MIN_NCC = 0.7  # of the winning depth
@@ -171,7 +172,7 @@ def _coarse_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Flo
 
     It begins at half of the largest distance, before which cameras that look the same way see different things. On a
     ring about an object that is its centre, and a single distant camera moves it behind everything: where little is
-    found, each view is swept from half of the distance to its nearest neighbour as well, and what finds far more wins.
+    found, each view is swept from half of the distance to its nearest neighbour as well, and what finds more wins.
     """
     baseline = float(distance.max())
     nearest = overlap.neighbours(distance, [overlap.SAME_PLACE * baseline] * len(views))
@@ -182,7 +183,7 @@ def _coarse_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Flo
     if min(begins) > 0.4 * baseline:
         return depths
     nearer = agreed_depth(views, nearest, [(begin, 50.0 * baseline) for begin in begins], COARSE_STEP)
-    return nearer if _share_known(nearer) > 2.0 * _share_known(depths) else depths
+    return nearer if _share_known(nearer) > CLEARLY_MORE * _share_known(depths) else depths
 
 
 def _share_known(depths: Sequence[Float[Tensor, "_h _w"]]) -> float:

@@ -47,13 +47,13 @@ def ball_on_a_ring(count: int, radius: float) -> tuple[Cameras, list[np.ndarray]
 
 def test_the_near_side_of_what_cameras_stand_around_is_found():
     """Half of the cameras' largest distance is the centre of the ring, behind all that they see of the ball."""
-    cameras, images, true = ball_on_a_ring(9, 1.1)
+    cameras, images, true = ball_on_a_ring(9, 0.8)
     views = [stereo._view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
     centres = cameras.camera_to_worlds[:, :, 3]
     depths = torch.stack(stereo._coarse_depth(views, torch.cdist(centres, centres)))
     known = depths > 0
     error = (depths / true - 1.0).abs()[known]
-    assert float(known.float().mean()) > 0.05
+    assert float(known.float().mean()) > 0.2
     assert float(error.median()) < 0.05
     assert float((error > 0.1).float().mean()) < 0.1
 
