@@ -4,15 +4,17 @@ python -m diffusionerf_ns.demo [--data FOLDER] [--steps N] [--num-views 3]
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddm_training.errors import ends_plainly
+from ddm_training.errors import InputError, ends_plainly
 
 ROOM_SEED = 7
 TITLES = {"photometric": "without regularisation (photometric)", "default": "as it is meant to be"}
@@ -52,7 +54,7 @@ class DemoConfig:
         """Do it.
 
         Raises:
-            InputError: the capture or the prior is not what it should be.
+            InputError: the capture, the photographs, the prior or the output folder is not what it should be.
         """
         from diffusionerf_ns.bench.jobs import Job
         from diffusionerf_ns.bench.pictures import SheetRow, contact_sheet
@@ -92,17 +94,49 @@ def make_room(folder: Path) -> Path:
 
 
 def find_capture(data: Path, folder: Path) -> Path:
-    """The capture itself; of photographs alone one that is made in ``folder``, or was before."""
+    """The capture itself; of photographs alone one that is made in ``folder``, or was made there of the same ones.
+
+    A capture that was made there of other photographs is kept under another name beside it.
+
+    Raises:
+        InputError: photographs that cannot be read or placed, or a folder that holds something else.
+    """
     from diffusionerf_ns.dataparsers.few_view import is_photographs
-    from diffusionerf_ns.pose_search import find_poses, was_made_here
+    from diffusionerf_ns.pose_search import find_poses, holds_something, is_made_here, was_made_of
 
     if not is_photographs(data):
         return data
-    if was_made_here(folder, data):
+    if was_made_of(folder, data):
         print(f"The poses in {folder} are used again; remove it to find them anew.")
-    else:
+    elif not holds_something(folder):
         print(find_poses(data, folder).summary())
+    elif is_made_here(folder):
+        with _set_aside(folder) as aside:
+            found = find_poses(data, folder)
+        print(f"{folder} was not made of the photographs that {data} has now: it is kept as {aside}.")
+        print(found.summary())
+    else:
+        raise InputError(
+            f"{folder} holds something that diffusionerf-poses did not make; expected its capture of {data}, or "
+            "nothing. Give another OUTPUT (without make: --output), or move that folder."
+        )
     return folder
+
+
+@contextlib.contextmanager
+def _set_aside(folder: Path) -> Iterator[Path]:
+    """Give a folder another name, which is yielded. It gets its own back where what follows fails."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be renamed: {error.strerror}. Give another OUTPUT.") from error
+    try:
+        yield aside
+    except BaseException:
+        aside.rename(folder)
+        raise
 
 
 def train(job: Any, folder: Path, title: str) -> dict[str, Any]:

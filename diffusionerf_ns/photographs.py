@@ -1,5 +1,6 @@
 """A few photographs of a user: found in a folder, read, and written as a capture's images, all of one size."""
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,16 @@ def _read_heic() -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def fingerprints(sources: Sequence[Path]) -> dict[str, dict[str, int | str]]:
+    """Name of each photograph -> its size ("bytes") and the hash of what it holds ("sha256").
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    contents = ((source.name, source.read_bytes()) for source in sources)
+    return {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents}
 
 
 def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | None]:

@@ -3,7 +3,8 @@
 Layout of what is written::
 
     <output>/images/*            the photographs, turned as their EXIF says, and to one size where some lie
-             transforms.json     cameras in nerfstudio's format; the unit of length is arbitrary
+             transforms.json     cameras in nerfstudio's format; the unit of length is arbitrary; and what the
+                                 photographs were ("made_of"), which tells them from others of the same names
 """
 
 import json
@@ -24,7 +25,7 @@ from ddm_training.errors import InputError, ends_plainly
 from ddm_training.transforms import FILE
 from diffusionerf_ns import structure_from_motion
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
-from diffusionerf_ns.photographs import FOCAL_RANGE, find_photographs, one_focal, one_size, write_images
+from diffusionerf_ns.photographs import FOCAL_RANGE, find_photographs, fingerprints, one_focal, one_size, write_images
 from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
 
 MADE_BY = {"made_by": "diffusionerf-poses"}
@@ -141,12 +142,13 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
     part: Path | None = None
     try:
         output = output.resolve()
-        if output.exists() and (not output.is_dir() or any(p for p in output.iterdir() if p.name[0] != ".")):
+        if holds_something(output):
             raise InputError(f"--output {output} exists and holds something; expected a new folder, or an empty one.")
         place = next(folder for folder in (output, *output.parents) if folder.exists())
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=place))
+        made_of = fingerprints(sources)
         posed, frames = _pose_all(sources, part / "images", cameras, focal_35mm)
-        content = {"camera_model": "OPENCV", **MADE_BY, **frames}
+        content = {"camera_model": "OPENCV", **MADE_BY, "made_of": made_of, **frames}
         (part / FILE).write_text(json.dumps(content, indent=2) + "\n")
         output.mkdir(parents=True, exist_ok=True)
         for name in ("images", FILE):
@@ -244,14 +246,40 @@ def turn_to_z(up: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
     return np.eye(3) + cross + cross @ cross / (1.0 + z)
 
 
-def was_made_here(capture: Path, data: Path) -> bool:
-    """Whether a folder is a capture that `find_poses` wrote of photographs of these names."""
+def holds_something(folder: Path) -> bool:
+    """Whether a capture cannot be written there: it is no folder, or one with more than hidden files."""
+    return folder.exists() and (not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir()))
+
+
+def is_made_here(capture: Path) -> bool:
+    """Whether a folder is a capture that `find_poses` wrote, of whatever photographs."""
+    return _content_made_here(capture) is not None
+
+
+def was_made_of(capture: Path, data: Path) -> bool:
+    """Whether a folder is a whole capture that `find_poses` wrote of just these photographs.
+
+    They are told by names and contents. Captures of versions that did not keep those count as made of others.
+    """
+    content = _content_made_here(capture)
+    if content is None:
+        return False
+    sources = list_images(data, PHOTOGRAPH_SUFFIXES)
+    if {p.stem for p in list_images(capture / "images")} != {p.stem for p in sources}:
+        return False
+    try:
+        return content.get("made_of") == fingerprints(sources)
+    except OSError:
+        return False
+
+
+def _content_made_here(capture: Path) -> dict[str, Any] | None:
+    """Of `transforms.json`; None where it cannot be read, or `find_poses` did not write it."""
     try:
         content = json.loads((capture / FILE).read_text())
     except (OSError, ValueError):
-        return False
-    names = [{p.stem for p in list_images(folder, PHOTOGRAPH_SUFFIXES)} for folder in (data, capture / "images")]
-    return isinstance(content, dict) and MADE_BY.items() <= content.items() and names[0] == names[1]
+        return None
+    return content if isinstance(content, dict) and MADE_BY.items() <= content.items() else None
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Photographs of a folder: read, written as a capture's images, and refused with a reason."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,18 @@ def test_the_focal_length_of_any_photograph_counts(picture, tmp_path):
     focals = photographs.write_images(sorted(tmp_path.glob("*.jpg")), tmp_path / "images")
     assert focals == {"0.jpg": None, "1.jpg": 30.0, "2.jpg": None}
     assert photographs.one_focal(focals) == 30.0
+
+
+def test_fingerprints_are_of_names_and_contents(tmp_path):
+    for folder, content in (("a", b"abc"), ("b", b"abc"), ("c", b"abd")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.jpg").write_bytes(content)
+    a, b, c = (photographs.fingerprints([tmp_path / folder / "0.jpg"]) for folder in "abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert a == b == {"0.jpg": {"bytes": 3, "sha256": known}}
+    assert c != a
+    shutil.copy(tmp_path / "a" / "0.jpg", tmp_path / "1.jpg")
+    assert photographs.fingerprints([tmp_path / "1.jpg"]) != a
 
 
 def test_an_orientation_that_means_nothing_changes_nothing(picture, tmp_path):
