@@ -195,8 +195,10 @@ def train(job: Any, folder: Path, title: str) -> dict[str, Any]:
 
 def images_judged(result: dict[str, Any]) -> str:
     """What the metrics are of, for a heading."""
+    from diffusionerf_ns.bench.results import none_held_out
+
     count = len(result["images"])
-    if result["split"]["test"] == result["split"]["train"]:
+    if none_held_out(result):
         return f"the {count} training images themselves (none was held out, so nothing is said about new views)"
     return f"{count} held-out images"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_runs import fake_result, folder_of_results
+from matplotlib.axes import Axes
 from PIL import Image
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.bench import pictures, table, variants
+from diffusionerf_ns.bench import peers, pictures, results, table, variants
 from diffusionerf_ns.bench.jobs import Job, make_jobs
 from diffusionerf_ns.bench.plot import draw_plots
 
@@ -89,20 +90,65 @@ def test_the_ablation_is_over_the_scenes_that_all_of_its_rows_have(tmp_path: Pat
 def test_published_numbers_stand_only_beside_their_own_protocol() -> None:
     job = Job(scene="fern", data="fern", views=3, variant="full")
     setting = next(iter(table.summarise_runs([fake_result(job, "h", psnr=1.0, ssim=0.5)])))
-    assert table._peers_of(setting, table.read_peers())
+    assert table._peers_of(setting, peers.read_peers())
     other = table.Setting(**(vars(setting) | {"protocol": "nerfstudio"}))
-    assert table._peers_of(other, table.read_peers()) == []
+    assert table._peers_of(other, peers.read_peers()) == []
 
 
 def test_the_peers_file_holds_every_published_row_with_a_source() -> None:
-    peers = table.read_peers()
-    assert all(peer.source and peer.metrics for peer in peers)
-    found = {(p.method, p.dataset, p.views): p.metrics for p in peers}
+    published = peers.read_peers()
+    assert all(peer.source and peer.metrics for peer in published)
+    found = {(p.method, p.dataset, p.views): p.metrics for p in published}
     assert found["CAT3D", "dtu", "9"] == {"psnr": 25.92, "ssim": 0.928, "lpips_vgg": 0.073}
     assert found["DiffusioNeRF, tau = 0", "llff", "3"] == {"average": 0.137}
-    complete = {p.method for p in peers if "psnr" in p.metrics}
+    complete = {p.method for p in published if "psnr" in p.metrics}
     assert all((m, d, v) in found for m in complete for d in ("llff", "dtu") for v in "369")
-    assert {v.ablation for v in variants.VARIANTS.values()} - {None} <= {p.method for p in peers}
+    assert {v.ablation for v in variants.VARIANTS.values()} - {None} <= {p.method for p in published}
+
+
+def few_images(root: Path, count: int) -> Path:
+    """Results of captures of so many images without lists: those that do not train are tested on, else all are."""
+    for entry in results.read_entries(root):
+        content = entry.result()
+        assert content is not None
+        ids = range(count)
+        train = list(ids[: entry.job.views]) if isinstance(entry.job.views, int) else list(ids)
+        test = [i for i in ids if i not in train] or train
+        listed = {kind: [{"id": i, "name": f"{i}.png"} for i in of] for kind, of in (("train", train), ("test", test))}
+        images = [{"name": f"{i}.png", "metrics": content["metrics"]} for i in test]
+        changes = {"split": listed, "images": images, "dataset": "transforms", "protocol": "nerfstudio"}
+        results.write_json(entry.folder / results.RESULT_FILE, content | changes)
+    return root
+
+
+def test_metrics_of_training_images_are_told_from_those_of_held_out_ones(tmp_path: Path) -> None:
+    jobs = make_jobs([Path("desk")], views=[3, 6, 9, "all"], seeds=[0], variant_names=["full"])
+    root = few_images(folder_of_results(tmp_path, jobs, lambda _: 20.0), 9)
+    text = table.write_tables(root, root)
+    assert "* In 2 of 4 runs no image was held out: their metrics are of the training images themselves" in text
+    assert "say nothing about new views (desk, 9 views; desk, all views)." in text
+    with (root / "jobs.csv").open() as file:
+        rows = {row["views"]: (row["test_images"], row["test_is_train"]) for row in csv.DictReader(file)}
+    assert rows == {"3": ("6", "False"), "6": ("3", "False"), "9": ("9", "True"), "all": ("9", "True")}
+    held_out = few_images(folder_of_results(tmp_path / "held out", jobs[:2], lambda _: 20.0), 9)
+    assert "held out" not in table.write_tables(held_out, held_out)
+
+
+def test_the_plot_of_test_images_has_no_training_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[tuple[float, ...]] = []
+    errorbar = Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, **how: (drawn.append(x), errorbar(axes, x, y, **how))[1])
+    jobs = make_jobs([Path("desk")], views=[3, 6, 9], seeds=[0], variant_names=["full"])
+    for count, views in ((9, (3, 6)), (10, (3, 6, 9))):
+        drawn.clear()
+        root = few_images(folder_of_results(tmp_path / str(count), jobs, lambda _: 20.0), count)
+        draw_plots(root, root / "plots")
+        assert drawn == [views]
+        assert ("1 of 3 runs had no image held out" in " ".join(capsys.readouterr().out.split())) == (count == 9)
+    alone = few_images(folder_of_results(tmp_path / "alone", jobs[-1:], lambda _: 20.0), 9)
+    assert [path.name for path in draw_plots(alone, alone / "plots")] == ["curves-desk-9-views.png"]
 
 
 def test_a_table_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nerfstudio.utils.rich_utils import CONSOLE
+
 from ddm_training.errors import InputError
-from diffusionerf_ns.bench.results import Entry, read_entries
-from diffusionerf_ns.bench.table import DATASETS, PEER_SCENES, read_peers, summarise_runs
+from diffusionerf_ns.bench.peers import PEER_SCENES, read_peers
+from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
+from diffusionerf_ns.bench.table import DATASETS, summarise_runs
 from diffusionerf_ns.bench.variants import VARIANTS
 
 
@@ -49,10 +52,19 @@ def draw_plots(results: Path, output: Path) -> list[Path]:
 
 
 def _draw_psnr(results: Sequence[dict[str, Any]], output: Path) -> list[Path]:
-    """PSNR against the number of views, a picture per data set; published methods as dashed lines."""
+    """PSNR against the number of views, a picture per data set; published methods as dashed lines.
+
+    Runs without held-out images have no place there.
+    """
     from matplotlib.figure import Figure
 
-    summary = summarise_runs(results)
+    held_out = [result for result in results if not none_held_out(result)]
+    if left_out := len(results) - len(held_out):
+        CONSOLE.print(
+            f"[yellow]{left_out} of {len(results)} runs had no image held out: they are left out of the plot of PSNR "
+            "against views, which is of test images."
+        )
+    summary = summarise_runs(held_out)
     written = []
     for dataset in sorted({setting.dataset for setting in summary}):
         figure = Figure(figsize=(7, 4.5), layout="constrained")

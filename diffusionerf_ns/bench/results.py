@@ -68,6 +68,12 @@ class Entry:
         return True
 
 
+def none_held_out(result: Mapping[str, Any]) -> bool:
+    """Whether no image was held out, so that a result's metrics are of the training images and not of new views."""
+    split = result.get("split")
+    return split is not None and split["test"] == split["train"]
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file in one step: a reader meets the old one, none, or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

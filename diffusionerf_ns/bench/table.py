@@ -1,16 +1,16 @@
 """`diffusionerf-bench table`: Markdown and CSV of a results folder, ours beside the published numbers."""
 
 import csv
-import importlib.resources
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.bench.results import Entry, read_entries, write_text
+from diffusionerf_ns.bench.peers import PEER_SCENES, Peer, read_peers
+from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries, write_text
 from diffusionerf_ns.bench.variants import VARIANTS
 
 # Name in result files -> heading and decimals; the order is that of the columns.
@@ -30,9 +30,6 @@ METRICS: dict[str, tuple[str, int]] = {
     "depth_delta_aligned": ("depth < 1.25, aligned", 3),
 }
 DATASETS = {"llff": "LLFF", "dtu": "DTU", "transforms": "nerfstudio captures"}
-PEER_METRICS = ("psnr", "ssim", "lpips_vgg", "average")
-# What the published numbers are means over, and the protocol of ours that they can stand beside.
-PEER_SCENES = {"llff": ("all 8 scenes, 504 x 378", "llff-regnerf"), "dtu": ("all 15 scans, 400 x 300", "dtu-regnerf")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,32 +83,6 @@ class Row:
     """Scene -> metric -> mean over seeds."""
     seeds: tuple[int, ...]
     scenes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """A published row."""
-
-    method: str
-    dataset: str
-    views: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    source: str = ""
-
-
-def read_peers() -> list[Peer]:
-    """The published numbers of `peers.csv`, with their sources."""
-    text = importlib.resources.files("diffusionerf_ns.bench").joinpath("peers.csv").read_text()
-    return [
-        Peer(
-            method=row["method"],
-            dataset=row["dataset"],
-            views=row["views"],
-            metrics={name: float(row[name]) for name in PEER_METRICS if row[name]},
-            source=row["source"],
-        )
-        for row in csv.DictReader(text.splitlines())
-    ]
 
 
 def summarise_runs(results: Sequence[dict[str, Any]]) -> dict[Setting, list[Row]]:
@@ -314,7 +285,7 @@ def _ablation_table(rows: list[Row], published: list[Peer]) -> list[str]:
 
 
 def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know: jobs that are missing, runs of different code or devices."""
+    """What a reader must know: jobs that are missing or tested nothing new, runs of different code or devices."""
     notes = []
     statuses = {entry.job.name: entry.status() for entry in entries}
     absent = [f"{name} ({status})" for name, status in statuses.items() if status != "done"]
@@ -322,6 +293,12 @@ def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[
         notes.append(
             f"{len(absent)} of {len(entries)} jobs are not in these means: {', '.join(absent[:10])}"
             f"{', ...' if len(absent) > 10 else ''}."
+        )
+    if trained_on := [r for r in results if none_held_out(r)]:
+        which = dict.fromkeys(f"{r['job']['scene']}, {r['job']['views']} views" for r in trained_on)
+        notes.append(
+            f"In {len(trained_on)} of {len(results)} runs no image was held out: their metrics are of the training "
+            f"images themselves and say nothing about new views ({'; '.join(which)})."
         )
     revisions = sorted({str(r["git_revision"]) for r in results})
     if len(revisions) > 1:
@@ -383,6 +360,8 @@ def _job_rows(done: Sequence[tuple[Entry, dict[str, Any]]]) -> list[dict[str, An
             "protocol": result["protocol"],
             "image_size": "x".join(map(str, result["image_size"])),
             "steps": result["steps"],
+            "test_images": len(result["images"]),
+            "test_is_train": none_held_out(result),
             **{name: result["metrics"].get(name) for name in METRICS},
             **{f"seconds_{phase}": seconds for phase, seconds in result["seconds"].items()},
             **{f"peak_{kind}": amount for kind, amount in result["peak_memory"].items()},
