@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ddm_training.errors import InputError
 from diffusionerf_ns.bench.results import read_entries
 from diffusionerf_ns.bench.table import Mean, over_scenes
 from diffusionerf_ns.bench.variants import VARIANTS
@@ -38,6 +39,19 @@ def read_runs(folder: Path, views: int | str = VIEWS) -> Runs:
     return dict(sorted(runs.items(), key=lambda item: order.index(item[0])))
 
 
+def one_method(folder: Path) -> str:
+    """The method of all finished jobs of a results folder.
+
+    Raises:
+        InputError: they have several, or none is done.
+    """
+    methods = sorted({entry.job.method for entry in read_entries(folder) if entry.result() is not None})
+    if len(methods) != 1:
+        found = f"finished jobs of the methods {', '.join(methods)}" if methods else "no finished jobs"
+        raise InputError(f"{folder} has {found}; expected those of one method: give each method a folder of its own.")
+    return methods[0]
+
+
 def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | None:
     """A metric over the scenes and seeds that have it."""
     found = {key: run["metrics"][metric] for key, run in runs.items() if metric in run["metrics"]}
@@ -48,9 +62,9 @@ def summary(runs: Runs) -> str:
     """One row a variant that was run on all scenes: metrics, depth over scenes with true depth, the time of a step."""
     scenes = {scene for found in runs.values() for scene, _ in found}
     first = next(iter(next(iter(runs.values())).values()))
-    views, steps = first["job"]["views"], first["steps"]
+    views, steps, method = first["job"]["views"], first["steps"], first["job"]["method"]
     lines = [
-        f"{len(scenes)} scenes, {views} views, {steps:,} steps of `diffusionerf-tiny`, or of nerfacto at the same "
+        f"{len(scenes)} scenes, {views} views, {steps:,} steps of `{method}`, or of nerfacto at the same "
         "sizes; +- is the deviation over the seeds that have all scenes. Variants that were not run on all scenes are "
         "left out.",
         "",
@@ -135,6 +149,10 @@ def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
+    try:
+        one_method(folder)
+    except InputError as error:
+        sys.exit(str(error))
     runs = read_runs(folder)
     if not runs.keys() & set(OURS):
         sys.exit(f"{folder} has no runs of {' or '.join(OURS)}, which the targets are about; it has {', '.join(runs)}.")
