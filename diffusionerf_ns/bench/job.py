@@ -45,7 +45,10 @@ LOSS_POINTS = 200  # of a loss curve in a result file
 
 @dataclass(frozen=True)
 class TestImage:
-    """One test image with what was rendered for it. Depth is planar, in metres where the capture is metric."""
+    """One test image with what was rendered for it. Depth is planar, in metres where the capture is metric.
+
+    The rendered one is the median along the ray, and so are `depth_abs_rel` and its like in result files.
+    """
 
     name: str
     true: Float[Tensor, "h w 3"]
@@ -248,7 +251,9 @@ def _evaluate(
 def render_test_image(pipeline: Any, index: int) -> TestImage:
     """Render the view of a test image.
 
-    Depth is the median depth along the ray, taken to planar depth, and to metres where the capture knows them.
+    Depth is the median depth along the ray, taken to planar depth, and to metres where the capture knows them. Metrics
+    of depth in results are of it, for our model and nerfacto alike; those of `ns-eval` are of expected depth, the mean
+    along the ray, so the two differ for one and the same checkpoint.
     """
     dataset = pipeline.datamanager.eval_dataset
     data = dataset[index]
