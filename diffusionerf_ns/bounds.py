@@ -42,6 +42,15 @@ class BoundsCollider(SceneCollider):
         ray_bundle.fars = ones * self.bounds[1]
         return ray_bundle
 
+    def within(self, ray_bundle: RayBundle) -> RayBundle:
+        """Keep rays that a crop box has clipped already within the bounds too; those that miss it have no length."""
+        near, far = self.bounds.to(ray_bundle.origins).unbind()
+        assert ray_bundle.nears is not None
+        assert ray_bundle.fars is not None
+        ray_bundle.nears = ray_bundle.nears.clamp(near, far)
+        ray_bundle.fars = torch.maximum(ray_bundle.fars.clamp(max=far), ray_bundle.nears)
+        return ray_bundle
+
 
 def first_metric_scale(
     near: float | None, far: float | None, found: Mapping[str, float], spec: Callable[[], RgbdSpec]

@@ -19,10 +19,11 @@ from diffusionerf_ns.pipeline import DiffusioNeRFPipelineConfig
 
 
 def _optimizers() -> dict:
-    """Adam from 1e-2 to 1e-3 over the run (the paper's), after a short warm-up."""
+    """Adam from 1e-2 to 1e-3 over the run (the paper's), after a short warm-up; poses, if asked for, as nerfacto's."""
+    rates = {"proposal_networks": (1e-2, 1e-3), "fields": (1e-2, 1e-3), "camera_opt": (1e-3, 1e-4)}
     return {
-        name: {"optimizer": FusedAdamConfig(lr=1e-2), "scheduler": ExponentialDecayConfig(lr_final=1e-3)}
-        for name in ("proposal_networks", "fields")
+        name: {"optimizer": FusedAdamConfig(lr=first), "scheduler": ExponentialDecayConfig(lr_final=last)}
+        for name, (first, last) in rates.items()
     }
 
 

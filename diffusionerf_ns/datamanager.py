@@ -191,7 +191,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         images = [image[..., :3] for image in images]
         count = min(len(images), stereo.FINE_VIEWS)
         with CONSOLE.status(f"Matching {count} of {len(images)} training images and completing their depth..."):
-            matched = stereo.match(cameras, images, masks, completer)
+            have_masks = any(mask is not None for mask in masks)
+            matched = stereo.match(cameras, images, masks if have_masks else None, completer)
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(

@@ -100,3 +100,13 @@ def _weights_and_edges(outputs: dict[str, Any]) -> tuple[Float[Tensor, "rays sam
     frustums = outputs["ray_samples_list"][-1].frustums
     edges = torch.cat([frustums.starts[..., 0], frustums.ends[:, -1:, 0]], dim=-1)
     return outputs["weights_list"][-1][..., 0], edges
+
+
+def normals_losses(config: DiffusioNeRFModelConfig, outputs: dict[str, Any]) -> dict[str, Tensor]:
+    """nerfacto's terms of normals, with its weights; none where ``predict_normals`` is off."""
+    if not config.predict_normals:
+        return {}
+    return {
+        "orientation_loss": config.orientation_loss_mult * outputs["rendered_orientation_loss"].mean(),
+        "pred_normal_loss": config.pred_normal_loss_mult * outputs["rendered_pred_normal_loss"].mean(),
+    }

@@ -79,8 +79,8 @@ def encode(grid: HashEncoding, x: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*
 def speed_up_hash_grids(module: nn.Module) -> int:
     """Let all torch hash grids of a module use `encode`, and return how many there are.
 
-    Parameters and checkpoints stay as they are. Not for models that need the gradient of the density with respect to
-    position (nerfacto's `predict_normals`).
+    Parameters and checkpoints stay as they are. Not for models that need the gradient with respect to position
+    (nerfacto's `predict_normals` and `camera_optimizer`).
     """
     grids = [m for m in module.modules() if isinstance(m, HashEncoding) and m.tcnn_encoding is None]
     for grid in grids:

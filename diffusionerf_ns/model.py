@@ -26,7 +26,7 @@ from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers,
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch, StereoRequest
 from diffusionerf_ns.errors import check_finite
-from diffusionerf_ns.geometric_losses import geometric_losses, stereo_losses
+from diffusionerf_ns.geometric_losses import geometric_losses, normals_losses, stereo_losses
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
@@ -87,7 +87,7 @@ class DiffusioNeRFModel(NerfactoModel):
         backbone.limit_view_dependence(self.field, c.view_degrees)
         self.level_mask = backbone.insert_level_mask(self.field, c, c.implementation)
         backbone.draw_weights(self.field)
-        if not c.predict_normals:
+        if not c.predict_normals and c.camera_optimizer.mode == "off":
             speed_up_hash_grids(self)
 
     # The prior
@@ -201,7 +201,8 @@ class DiffusioNeRFModel(NerfactoModel):
         `rgb` is refined by the prior (`refine_tau`) and filled where no training image shows anything (`fill_unseen`),
         `rgb_rendered` as it was rendered.
         """
-        outputs = super().get_outputs_for_camera(camera, obb_box)
+        rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
+        outputs = self.get_outputs_for_camera_ray_bundle(rays if obb_box is None else self.collider.within(rays))
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
             self.frusta.near = float(self.collider.bounds[0])  # a checkpoint may have brought other bounds
@@ -383,6 +384,7 @@ class DiffusioNeRFModel(NerfactoModel):
                     self.config, outputs, patches, self.prior, tau=self.tau, factor=self.score_factor, log=log
                 )
                 log["metric_scale"] = self.metric_scale.clone()
+            losses.update(normals_losses(self.config, outputs))
             self._find_metric_scale(outputs)
             log |= inspection.depth_quantiles(outputs["depth"][:count, 0])
             self.camera_optimizer.get_loss_dict(losses)

@@ -1,5 +1,6 @@
 """All options of the model, in one place; `model` reads them at every step, so the viewer may change them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,6 +9,8 @@ from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 
 from diffusionerf_ns.errors import InputError
+
+NEAR_PLANE, FAR_PLANE = 0.05, 1000.0  # nerfacto's, scene units
 
 
 def _model_class() -> type:
@@ -200,12 +203,24 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
         Args:
             near: of the capture, scene units; None where it has no bounds.
             far: likewise.
-            found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it.
+            found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it. It says more than nerfacto's
+                `near_plane` and `far_plane`, which are lengths in units that may be anything; others than nerfacto's
+                are kept to.
+
+        Raises:
+            InputError: rays would end before they begin.
         """
-        begin = self.near_plane if near is None else self.near_margin * near
-        end = self.far_margin * far if far is not None else self.far_plane
+        end = self.far_plane if far is None else self.far_margin * far
         if far is None and found:
-            end = min(end, self.stereo_far_margin * found["far"])
+            limit = math.inf if self.far_plane == FAR_PLANE else self.far_plane
+            end = min(limit, self.stereo_far_margin * found["far"])
+        begin = self.near_plane if near is None else self.near_margin * near
         if found and found["near"] < end:
-            begin = max(begin, self.stereo_near_margin * found["near"])
+            least = 0.0 if near is None and self.near_plane == NEAR_PLANE else begin
+            begin = max(least, self.stereo_near_margin * found["near"])
+        if begin >= end:
+            raise InputError(
+                f"rays would begin at {begin:g} and end at {end:g} scene units; expected near before far. Correct the "
+                "capture's bounds, or --pipeline.model.near-plane and far-plane."
+            )
         return begin, end

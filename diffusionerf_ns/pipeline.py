@@ -52,6 +52,9 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             here, there = (any(TCNN in name for name in names) for names in (lacking, held))
             raise InputError(_other_modules(here, there, lacking))
         super().load_pipeline(loaded_state, step)
+        model: Any = self.model
+        if getattr(model.config, "metric_scale", None) is not None:  # given by hand, which wins when resumed too
+            model.metric_scale.fill_(model.config.metric_scale)
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes

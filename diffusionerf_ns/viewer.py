@@ -134,7 +134,7 @@ class InspectionPanel(ViewerControl):
                 tau = gui.add_slider(
                     "Verdict tau",
                     0.0,
-                    0.5,
+                    max(0.5, self._model.verdict_tau),
                     0.01,
                     self._model.verdict_tau,
                     hint="Noise level for PriorScore... and PriorCleanDepth; training has its own",
@@ -198,9 +198,8 @@ class InspectionPanel(ViewerControl):
                 "Weight", 0.0, max(4.0, 2.0 * weight), 0.05, weight, hint="Overall factor of the score term"
             )
             fixed = gui.add_checkbox("Fixed tau", config.tau_fixed is not None, hint="Instead of the schedule")
-            tau = gui.add_slider(
-                "Tau", 0.0, 0.5, 0.005, config.tau_start if config.tau_fixed is None else config.tau_fixed
-            )
+            level = config.tau_start if config.tau_fixed is None else config.tau_fixed
+            tau = gui.add_slider("Tau", 0.0, max(0.5, level), 0.005, level)
             share = gui.add_slider(
                 "Image patches",
                 0.0,
@@ -210,15 +209,19 @@ class InspectionPanel(ViewerControl):
                 hint="Share of patches whose colours come from a training image",
             )
 
+        def fits() -> bool:
+            cameras = data.train_dataset.cameras
+            return share.value == 0.0 or not self._refused(
+                lambda: patches.check_image_patches_fit(cameras, self._model.patch_spec())
+            )
+
         def set_weight(_: Any) -> None:
-            if on.value and slider.value > 0.0 and self._refused(lambda: self._model.prior):
+            if on.value and slider.value > 0.0 and (self._refused(lambda: self._model.prior) or not fits()):
                 on.value = False
             self._change(config, "score_weight", lambda: slider.value if on.value else 0.0)
 
         def set_share(_: Any) -> None:
-            if share.value > 0.0 and self._refused(
-                lambda: patches.check_image_patches_fit(data.train_dataset.cameras, self._model.patch_spec())
-            ):
+            if not fits():
                 share.value = 0.0
             self._change(data.config, "image_patch_share", lambda: share.value)
 

@@ -266,6 +266,29 @@ def test_ids_win_over_lists_that_overlap(tmp_path):
     assert names(parse(tmp_path, train_ids=(0, 1), test_ids=(2,))) == ["f00", "f01"]
 
 
+def test_captures_far_from_the_origin_keep_their_shape(tmp_path):
+    """Positions on the earth: float32 keeps halves of metres there."""
+    content = make_capture(tmp_path / "here", 6)
+    here = parse(tmp_path / "here")
+    (tmp_path / "utm").mkdir()
+    (tmp_path / "here" / "images").rename(tmp_path / "utm" / "images")
+    offset = np.array([451_234.4, 5_412_345.6, 310.0])
+    for frame in content["frames"]:
+        for row, shift in zip(frame["transform_matrix"], offset):
+            row[3] += shift
+    write(tmp_path / "utm", content)
+    there = parse(tmp_path / "utm")
+    torch.testing.assert_close(there.cameras.camera_to_worlds, here.cameras.camera_to_worlds, atol=1e-5, rtol=0.0)
+    moved = there.dataparser_transform[:, :3].double() @ torch.from_numpy(offset) + there.dataparser_transform[:, 3]
+    torch.testing.assert_close(moved.float(), here.dataparser_transform[:, 3], atol=1.0, rtol=0.0)
+
+
+def test_a_camera_says_that_there_is_no_more_to_say(tmp_path):
+    """`ns-export cameras` asserts that there is metadata."""
+    make_capture(tmp_path, 4)
+    assert parse(tmp_path).cameras.metadata == {}
+
+
 def test_broken_json_is_refused(tmp_path):
     make_capture(tmp_path, 3)
     (tmp_path / "transforms.json").write_text("{")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from model_steps import RAYS, SCORE_ALONE, TERMS_OFF, P, build, set_step, step, with_known_prior
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
+from nerfstudio.configs.method_configs import all_methods
 
 from ddm_training import rgbd
 from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
@@ -283,3 +285,23 @@ def test_a_wrong_shape_at_a_public_boundary_raises():
         regularizers.score_pseudo_loss(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 9))
     with pytest.raises(TypeCheckError):
         rgbd.encode(torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 8))
+
+
+def test_poses_learn_where_they_are_asked_to(folders):
+    """The grid that is faster in plain torch has no gradient with respect to position."""
+    pipeline = build(folders, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"), score_weight=0.0)
+    assert {"fields", "proposal_networks", "camera_opt"} <= all_methods["diffusionerf-tiny"].optimizers.keys()
+    set_step(pipeline, 1)
+    sum(step(pipeline)[2].values()).backward()
+    gradient = pipeline.model.camera_optimizer.pose_adjustment.grad
+    assert gradient is not None
+    assert bool((gradient != 0.0).any())
+
+
+def test_normals_learn_where_they_are_asked_for(folders):
+    pipeline = build(folders, predict_normals=True, score_weight=0.0)
+    losses = step(pipeline)[2]
+    assert {"orientation_loss", "pred_normal_loss"} <= losses.keys()
+    sum(losses.values()).backward()
+    gradients = [p.grad for p in pipeline.model.field.mlp_pred_normals.parameters()]
+    assert any(g is not None and bool((g != 0.0).any()) for g in gradients)

@@ -1,6 +1,7 @@
 """What a model is built with and what its checkpoint holds: metric scale, bounds of rays, nothing of the prior."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -70,7 +71,27 @@ def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(folders, here,
     pipeline.load_pipeline({f"module.{key}": value for key, value in pipeline.state_dict().items()}, 7)
 
 
+def test_a_scale_given_by_hand_wins_over_that_of_the_run_that_is_resumed(folders):
+    state = build(folders, metric_scale=1.0).state_dict()
+    for given, kept in ((2.0, 2.0), (None, 1.0)):
+        pipeline = build(folders, metric_scale=given)
+        pipeline.load_pipeline(state, 7)
+        assert float(pipeline.model.metric_scale) == kept
+
+
 # Bounds of rays
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e4])
+def test_rays_of_a_scene_in_any_unit_hold_what_stereo_found(unit):
+    config = all_methods["diffusionerf-tiny"].pipeline.model
+    found = {"near": 2.0 * unit, "far": 7.0 * unit}
+    assert config.ray_bounds(None, None, found) == pytest.approx((0.6 * 2.0 * unit, 3.0 * 7.0 * unit))
+    assert config.ray_bounds(None, None, {}) == (0.05, 1000.0)
+    by_hand = dataclasses.replace(config, near_plane=1.5 * unit, far_plane=8.0 * unit)
+    assert by_hand.ray_bounds(None, None, found) == pytest.approx((1.5 * unit, 8.0 * unit))
+    with pytest.raises(InputError, match=r"begin at .* and end at"):
+        config.ray_bounds(9.0 * unit, 1.0 * unit, {})
 
 
 @pytest.mark.parametrize(

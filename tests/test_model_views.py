@@ -210,7 +210,25 @@ def test_what_a_crop_box_leaves_out_is_not_filled(folders):
     empty = ~(outputs["accumulation"][..., 0] > inspection.EMPTY)
     assert empty.float().mean() > 0.2
     assert (outputs["unseen"][..., 0][empty] == 0.0).all()
-    torch.testing.assert_close(outputs["rgb"][empty], outputs["rgb_rendered"][empty], equal_nan=True)
+    torch.testing.assert_close(outputs["rgb"][empty], outputs["rgb_rendered"][empty])
+
+
+def test_a_crop_box_takes_away_what_is_outside_and_nothing_else(folders):
+    """nerfstudio gives rays that miss a box an endless distance, and those that meet it no bounds of the scene."""
+    pipeline = build(folders, metric_scale=1.0, fill_unseen=False).eval()
+    camera = pipeline.datamanager.eval_dataset.cameras[:1]
+    plain = pipeline.model.get_outputs_for_camera(camera)
+    holds_all = OrientedBox.from_params((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1e4, 1e4, 1e4))
+    cropped = pipeline.model.get_outputs_for_camera(camera, obb_box=holds_all)
+    for name in ("rgb_rendered", "rgb", "depth", "planar_depth"):
+        torch.testing.assert_close(cropped[name], plain[name])
+    point = camera.camera_to_worlds[0, :, 3] - 3.0 * camera.camera_to_worlds[0, :, 2]
+    part = OrientedBox.from_params(tuple(point.tolist()), (0.0, 0.0, 0.0), (0.4, 0.4, 0.4))
+    cropped = pipeline.model.get_outputs_for_camera(camera, obb_box=part)
+    outside = cropped["accumulation"][..., 0].abs() < 1e-5
+    assert 0.2 < outside.float().mean() < 1.0
+    for name in ("rgb_rendered", "rgb", "depth", "planar_depth"):
+        assert cropped[name].isfinite().all(), name
 
 
 def test_what_the_training_views_show_is_rendered_as_after_training_and_the_mode_kept(folders, monkeypatch):

@@ -270,4 +270,5 @@ def _cameras(capture: Capture, ids: list[int], poses: torch.Tensor, width: int, 
         height=height,
         distortion_params=distortion,
         camera_type=CameraType.PERSPECTIVE,
+        metadata={},  # `ns-export cameras` expects some
     )

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 
+FAR_OFF = 1000.0  # times the cameras' spread from the origin: there float32 would round them
+
 OrientationMethod = Literal["pca", "up", "vertical", "none"]
 CenterMethod = Literal["poses", "focus", "none"]
 
@@ -83,6 +85,11 @@ def normalise(
         unit: a length in units of the capture; by default the largest absolute camera coordinate after orienting.
         scale_factor: multiplies the scale.
     """
+    # Positions on the earth (UTM) are millions of metres, of which float32 keeps halves: take most away before.
+    middle = poses[:, :, 3].mean(axis=0)
+    if center_method == "none" or np.abs(middle).max() < FAR_OFF * np.abs(poses[:, :, 3] - middle).max():
+        middle = np.zeros(3)
+    poses = np.concatenate([poses[:, :, :3], poses[:, :, 3:] - middle[:, None]], axis=2)
     square = np.concatenate([poses, np.tile([[[0.0, 0.0, 0.0, 1.0]]], (len(poses), 1, 1))], axis=1)
     oriented, transform = auto_orient_and_center_poses(
         torch.from_numpy(square.astype(np.float32)), method=orientation_method, center_method=center_method
@@ -94,7 +101,9 @@ def normalise(
             scale /= length
     oriented = oriented[:, :3].clone()
     oriented[:, :, 3] *= scale
-    return Normalised(poses=oriented, transform=transform[:3], scale=scale)
+    transform = transform[:3].clone()
+    transform[:, 3] -= (transform[:, :3].double() @ torch.from_numpy(middle)).to(transform)
+    return Normalised(poses=oriented, transform=transform, scale=scale)
 
 
 def compose(first: Float[Tensor, "3 4"], then: Float[Tensor, "3 4"]) -> Float[Tensor, "3 4"]:
