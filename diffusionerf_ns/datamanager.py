@@ -209,6 +209,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         self._completed = matched.completed.to(self.device)
         self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1).to(self.device)
         centre, radius = matched.content_cube(cameras)
+        low, high = ([f"{c + sign * radius:.2f}" for c in centre] for sign in (-1.0, 1.0))
+        CONSOLE.print(f"Most of it lies between ({', '.join(low)}) and ({', '.join(high)}), scene units.")
         self.train_dataset.metadata["stereo"] = {
             "near": near,
             "far": far,
