@@ -234,18 +234,18 @@ def _open_arrays(folder: Path, info: SceneInfo) -> Scene:
 
 
 def _map(path: Path, array: np.memmap) -> np.ndarray:
-    """The same map without an open file: those of numpy hold one each as long as they live.
+    """The same map without an open file, of which numpy's hold one each as long as they live.
 
-    Raises:
-        InputError: the machine refuses another map.
+    It is private to the process; where the machine does not give memory for what could be written into it, which
+    nobody does, numpy's is kept.
     """
     import torch  # not above: what writes stores does without
 
     offset, size = array.offset, array.nbytes
     try:
         whole = torch.from_file(str(path), size=offset + size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        raise InputError(f"{path} cannot be mapped ({error}): mend that and run the same command again.") from error
+    except RuntimeError:
+        return array
     mapped = whole[offset:].view(array.dtype).reshape(array.shape)
     mapped.flags.writeable = False
     return mapped

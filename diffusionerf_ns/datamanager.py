@@ -17,6 +17,7 @@ from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, Va
 from nerfstudio.data.pixel_samplers import PixelSampler
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 
 from ddm_training.rgbd import RgbdSpec
@@ -146,7 +147,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         self._request: Callable[[], PatchRequest | None] = lambda: None
         self._stereo_request: Callable[[], StereoRequest | None] = lambda: None
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
-        self._check_masks()
+        if test_mode == "val":
+            self._warn_of_black_masks()
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
         # Views are compared with the photographs when they are rendered, also long after the training.
@@ -163,14 +165,14 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """Data set class, also when the data parser is nerfstudio's own."""
         return FewViewDataset
 
-    def _check_masks(self) -> None:
-        """Raises InputError where a mask leaves out a whole training image, which would teach nothing."""
+    def _warn_of_black_masks(self) -> None:
+        """Say which masks leave out a whole training image."""
         cameras = self.train_dataset.cameras
         for i, path in enumerate(self.train_dataparser_outputs.mask_filenames or ()):
             if not load_mask(path, int(cameras.height[i]), int(cameras.width[i])).any():
-                raise InputError(
-                    f"mask {path} is black, which leaves out the whole training image; expected white where the scene "
-                    "is. Mend it, or choose other images with --train-ids."
+                CONSOLE.print(
+                    f"[yellow]Mask {escape(str(path))} is black: nothing of that training image is used. Masks are "
+                    "white where the scene is."
                 )
 
     def _get_pixel_sampler(self, dataset: FewViewDataset, num_rays_per_batch: int) -> PixelSampler:
@@ -196,8 +198,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(
-                "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap or texture may "
-                "be the reason): training goes on without it."
+                "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap, texture, or "
+                "cameras too close to one another may be the reason): training goes on without it."
             )
             return
         near, far = matched.near_far(cameras)

@@ -32,7 +32,10 @@ class FewViewDataset(InputDataset):
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
         """The image as uint8 [h, w, 3], of palettes, grey and 16 bits too; [h, w, 4] if any of the set has alpha."""
         with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
-            image = in_8_bits(image).convert("RGBA" if self._any_alpha else "RGB")
+            try:
+                image = in_8_bits(image).convert("RGBA" if self._any_alpha else "RGB")
+            except InputError as error:
+                raise InputError(f"{image.filename}: {error}") from error
             if self.scale_factor != 1.0:
                 width, height = image.size
                 size = (int(width * self.scale_factor), int(height * self.scale_factor))
@@ -71,18 +74,19 @@ class FewViewDataset(InputDataset):
 def load_mask(path: Path, height: int, width: int) -> Bool[Tensor, "{height} {width} 1"]:
     """A mask at image size: True where the area average of the file is at least one half.
 
-    White is True; in a file without a value of 128 or more, as segmentations of 0 and 1, all that is not 0 is.
+    White is True; in a file without a value of 128 or more, as segmentations of 0 and 1, all that is not 0 is (not so
+    in a JPEG, whose black is not quite 0).
 
     Raises:
         InputError: not an image, or its shape is not that of the image.
     """
     try:
         with Image.open(path) as file:
-            mask = file.convert("L")
+            mask, lossy = file.convert("L"), file.format == "JPEG"
     except OSError as error:
         raise InputError(f"mask {path} cannot be read: {error}.") from error
     _check_shape("mask", path, mask.size, height, width)
-    if np.asarray(mask).max() < 128:
+    if not lossy and np.asarray(mask).max() < 128:
         mask = mask.point(lambda value: 255 if value else 0)
     if mask.size != (width, height):
         mask = mask.resize((width, height), Image.Resampling.BOX)

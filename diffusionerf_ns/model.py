@@ -261,7 +261,7 @@ class DiffusioNeRFModel(NerfactoModel):
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
-        known = bool(self._stereo) or float(self.collider.bounds[1]) < self.config.far_plane
+        known = bool(self._stereo) or float(self.collider.bounds[1]) != self.config.far_plane
         return self.depth_colours.get(known, lambda: self.depth_range(outputs), self.step)
 
     def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
@@ -273,7 +273,7 @@ class DiffusioNeRFModel(NerfactoModel):
         near, far = self.collider.bounds.tolist()
         if self._stereo and self._stereo["near"] < far and near < self._stereo["far"]:
             near, far = max(near, self._stereo["near"] / 1.2), min(far, 1.2 * self._stereo["far"])
-        elif far >= self.config.far_plane and outputs is not None:
+        elif far == self.config.far_plane and outputs is not None:
             far = float(outputs["depth"].flatten()[:: max(outputs["depth"].numel() // 10_000, 1)].quantile(0.95))
         return near, max(far, near * 1.01)
 

@@ -141,14 +141,16 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     # Where the rays begin and end
     near_margin: float = 0.75
     """Where the scene's near bound is known, rays begin at this times it, or at `stereo_near_margin` times the nearest
-    depth (2 % quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`."""
+    depth (2 % quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`, which is a
+    lower limit too if it is not nerfacto's .05."""
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25
     """Where the scene's far bound is known, rays end at this times it."""
     stereo_far_margin: float = 3.0
     """Where it is not, rays end at this times the farthest depth (98 % quantile) that stereo finds; without stereo at
-    `far_plane`. What no training view shows is then a little behind the scene, not at the end of the world."""
+    `far_plane`, which is an upper limit too if it is not nerfacto's 1,000. What no training view shows is then a little
+    behind the scene, not at the end of the world."""
 
     # Changes to the backbone, none of them in the paper
     center_grid: bool = True

@@ -27,7 +27,9 @@ def spread(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
     distance = torch.cdist(positions, positions)
     chosen = [int(distance.sum(dim=1).argmax())]
     while len(chosen) < count:
-        chosen.append(int(distance[:, chosen].amin(dim=1).argmax()))
+        nearest = distance[:, chosen].amin(dim=1)
+        nearest[chosen] = -1.0  # several cameras may stand at one place
+        chosen.append(int(nearest.argmax()))
     return sorted(chosen)
 
 

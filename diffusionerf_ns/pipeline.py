@@ -1,5 +1,6 @@
 """nerfstudio's pipeline: the data manager learns of the model's prior, and evaluation keeps each image's values."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.optimizers import follow_run
 
 TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
+NEW = ("camera_optimizer.", "field.mlp_pred_normals.")  # a run may begin to learn these when it is resumed
 
 
 @dataclass
@@ -47,7 +49,7 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             InputError: the checkpoint lacks parameters of the model.
         """
         held = {name.removeprefix("module.").removeprefix("_model.").removeprefix("module.") for name in loaded_state}
-        lacking = [name for name, _ in self.model.named_parameters() if name not in held]
+        lacking = [name for name, _ in self.model.named_parameters() if name not in held and not name.startswith(NEW)]
         if lacking:
             here, there = (any(TCNN in name for name in names) for names in (lacking, held))
             raise InputError(_other_modules(here, there, lacking))
@@ -64,6 +66,12 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         if optimizers is not None and trainer is not None:
             follow_run(optimizers, trainer.config.max_num_iterations)
         return super().get_training_callbacks(training_callback_attributes)
+
+    def get_eval_image_metrics_and_images(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """nerfstudio's, without the depth metrics of an image that has no true depth."""
+        values, images = super().get_eval_image_metrics_and_images(step)
+        unknown = {name for name in metrics.DEPTH_METRICS if math.isnan(values.get(name, 0.0))}
+        return {name: value for name, value in values.items() if name not in unknown}, images
 
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
@@ -82,7 +90,8 @@ class DiffusioNeRFPipeline(VanillaPipeline):
                 means.pop(f"{name}_std", None)
             elif len(known) < len(model.image_metrics):
                 means[name] = float(known.mean())
-                means |= {f"{name}_std": float(known.std())} if get_std else {}
+                if get_std:
+                    means[f"{name}_std"] = float(known.std()) if len(known) > 1 else 0.0
         if step is None:  # in training the trainer's writers take scalars only
             split = (getattr(self.datamanager.eval_dataset, "metadata", None) or {}).get("split")
             images = split["test"] if split else [{} for _ in model.image_metrics]

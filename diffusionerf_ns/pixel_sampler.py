@@ -11,6 +11,9 @@ from ddm_training.errors import InputError
 class MaskedPixelSampler(PixelSampler):
     """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn."""
 
+    _small: tuple[Tensor, Tensor] | None = None
+    """Masks of which few pixels are inside, and these: a step has the same masks as the one before."""
+
     def sample_method(
         self,
         batch_size: int,
@@ -27,6 +30,8 @@ class MaskedPixelSampler(PixelSampler):
         """
         if mask is None or self.config.ignore_mask:
             return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
+        if self._small is not None and self._small[0] is mask:
+            return self._any_of(self._small[1], batch_size)
         inside = mask[..., 0].to(device)
         size = torch.tensor(inside.shape, device=device)
         drawn = (torch.rand((batch_size, 3), device=device) * size).long()
@@ -35,7 +40,12 @@ class MaskedPixelSampler(PixelSampler):
             if len(outside) == 0:
                 return drawn
             drawn[outside] = (torch.rand((len(outside), 3), device=device) * size).long()
-        pixels = torch.nonzero(inside)  # slow, but sure
+        pixels = torch.nonzero(inside)
         if len(pixels) == 0:
             raise InputError("the masks of all images are black; expected white where the scene is.")
-        return pixels[torch.randint(len(pixels), (batch_size,), device=device)]
+        self._small = mask, pixels
+        return self._any_of(pixels, batch_size)
+
+    @staticmethod
+    def _any_of(pixels: Int[Tensor, "n 3"], count: int) -> Int[Tensor, "{count} 3"]:
+        return pixels[torch.randint(len(pixels), (count,), device=pixels.device)]

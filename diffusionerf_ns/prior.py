@@ -119,7 +119,7 @@ class PatchPrior:
             replay: on CUDA, from a CUDA graph, which is faster; for one thread and inputs of few shapes, as a
                 training's.
         """
-        if replay and isinstance(self.denoiser, torch.nn.Module):
+        if replay and not self.autocast and isinstance(self.denoiser, torch.nn.Module):
             return self.graph(x, t)
         return self._denoise(x, t)
 

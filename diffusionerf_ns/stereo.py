@@ -28,7 +28,7 @@ from diffusionerf_ns.visibility import Projections
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
 MAX_PLANES = 128  # depths of a sweep
-FEWEST_PLANES = 16  # with less, two images say next to nothing of depth
+FEWEST_PLANES = 8  # with less, two images say next to nothing of depth
 COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one another; the others' depth stays unknown
 ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
 CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less

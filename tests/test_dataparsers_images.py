@@ -1,6 +1,7 @@
 """The cache of reduced images: right pixels, whole or absent, never over the user's files."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -100,6 +101,20 @@ def test_a_damaged_image_that_is_not_needed_is_left_out_until_it_is(tmp_path, ca
     assert downscaled(paths, 2, tmp_path / "images_2", {paths[0]}) == made
     with pytest.raises(InputError, match=r"im001\.png cannot be read"):
         downscaled(paths, 2, tmp_path / "images_2", set(paths))
+    (tmp_path / "images_2" / "im000.png").unlink()  # as if it had been left out then, and be whole now
+    assert check_readable(downscaled(paths, 2, tmp_path / "images_2", {paths[0]})[:1]) == [(16, 12)]
+
+
+def test_copies_of_other_names_are_made_again(tmp_path):
+    paths = make_images(tmp_path / "images", 2)
+    downscaled(paths, 2, tmp_path / "images_2")
+    file = tmp_path / "images_2" / CACHE_FILE
+    content = json.loads(file.read_text())
+    content["names"] = ["other.png", "names.png"]
+    file.write_text(json.dumps(content))
+    for copy in (tmp_path / "images_2").glob("*.png"):
+        copy.unlink()
+    assert len(check_readable(downscaled(paths, 2, tmp_path / "images_2"))) == 2
 
 
 def test_what_an_image_cannot_be_is_said_of_it_not_that_it_is_damaged(tmp_path):

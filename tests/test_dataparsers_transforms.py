@@ -12,7 +12,6 @@ from PIL import Image
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
-from diffusionerf_ns.dataparsers.images import in_8_bits
 from diffusionerf_ns.dataset import FewViewDataset, load_mask
 
 
@@ -330,8 +329,12 @@ def test_16_bit_grey_keeps_its_shades(tmp_path, factor):
 
 
 def test_floating_point_images_are_refused(tmp_path):
-    with pytest.raises(InputError, match="floating point numbers"):
-        in_8_bits(Image.fromarray(np.ones((4, 4), dtype=np.float32)))
+    make_capture(tmp_path, 3)
+    Image.fromarray(np.ones((30, 40), dtype=np.float32)).save(tmp_path / "images" / "f01.tiff")
+    (tmp_path / "images" / "f01.tiff").rename(tmp_path / "images" / "f01.png")
+    dataset = FewViewDataset(parse(tmp_path))
+    with pytest.raises(InputError, match=r"f01\.png: .*floating point numbers"):
+        dataset.get_numpy_image(1)
 
 
 def test_one_image_with_alpha_gives_all_of_them_a_channel_for_it(tmp_path):
@@ -354,6 +357,12 @@ def test_masks_of_few_values_are_read_as_people_mean_them(tmp_path, values, true
     assert load_mask(tmp_path / "mask.png", 1, 1).all()
     Image.fromarray(np.zeros((2, 2), dtype=np.uint8)).save(tmp_path / "mask.png")
     assert not load_mask(tmp_path / "mask.png", 2, 2).any()
+
+
+def test_the_black_of_a_jpeg_is_black(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 3, (16, 16), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "mask.jpg", quality=100)
+    assert not load_mask(tmp_path / "mask.jpg", 16, 16).any()
 
 
 def test_a_folder_that_is_not_there_is_said_with_where_it_was_looked_for(tmp_path, monkeypatch):

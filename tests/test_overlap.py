@@ -94,6 +94,12 @@ def test_frames_of_a_film_are_compared_with_those_some_way_off():
     assert float((error > 0.1).float().mean()) < 0.1
 
 
+def test_three_cameras_close_together_all_keep_their_depth():
+    found, _ = matched([(0.2 * i, 0.0, 0.0) for i in (-1, 0, 1)], 3.0)
+    assert (torch.bincount(found.view, minlength=3) > 0.3 * HEIGHT * WIDTH).all()
+    assert float(((found.depth / 3.0 - 1.0).abs() > 0.1).float().mean()) < 0.1
+
+
 def test_cameras_that_hardly_move_say_nothing():
     assert len(matched([(0.004 * i, 0.0, 0.0) for i in range(3)], 3.0)[0]) == 0
 
@@ -115,6 +121,8 @@ def test_cameras_are_chosen_from_everywhere():
     positions = torch.tensor([[x, 0.0, 0.0] for x in (0.0, 0.1, 0.2, 5.0, 5.1, 10.0)])
     assert overlap.spread(positions, 3) in ([0, 3, 5], [0, 4, 5])
     assert overlap.spread(positions, 6) == list(range(6))
+    twice = torch.cat([positions, positions])  # cameras that turn on the spot
+    assert len(set(overlap.spread(twice, 9))) == 9
 
 
 def test_neighbours_are_the_nearest_that_are_far_enough_else_the_farthest():

@@ -160,6 +160,7 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
         "made_by": "diffusionerf-ns",
         "factor": factor,
         "sources": [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources],
+        "names": names,
     }
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     places = [folder, user_cache() / "images" / f"{folder.parent.name}-{folder.name}-{digest}"]
@@ -172,8 +173,11 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
             if not _is_made_from(place, origin):
                 _make(place, sources, names, factor, origin, sources if needed is None else needed)
             made = [place / name for name in names]
-            left_out = [p for p, copy in zip(sources, made) if (needed is None or p in needed) and not copy.is_file()]
-            check_readable(left_out)  # not needed when the copies were made, and damaged
+            for source, copy in zip(sources, made):
+                if (needed is None or source in needed) and not copy.is_file():  # not needed and damaged, once
+                    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+                    _shrunk(source, factor).save(part, format="PNG", compress_level=4)
+                    part.replace(copy)
             return made
         except OSError as error:
             problems.append(f"{place}: {error.strerror or error}")
@@ -217,20 +221,27 @@ def _make(
         for source, name in zip(sources, names):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                with Image.open(source) as image:
-                    small = shrink(image, factor)
+                small = _shrunk(source, factor)
             except InputError as error:
-                raise InputError(f"{source}: {error}") from error
-            except UNREADABLE as error:
                 if source in needed:
-                    raise _unreadable(source, error) from error
-                CONSOLE.print(f"[yellow]Left out: {escape(str(_unreadable(source, error)))}")
+                    raise
+                CONSOLE.print(f"[yellow]Left out: {escape(str(error))}")
                 continue
             small.save(part / name, compress_level=4)
         (part / CACHE_FILE).write_text(json.dumps(origin))
         _move_into_place(part, place, origin)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _shrunk(source: Path, factor: int) -> Image.Image:
+    try:
+        with Image.open(source) as image:
+            return shrink(image, factor)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    except UNREADABLE as error:
+        raise _unreadable(source, error) from error
 
 
 def _move_into_place(part: Path, place: Path, origin: dict) -> None:
