@@ -11,6 +11,7 @@ both: X = R (u z, -v z, -z) + t for a pixel at u = (column + .5 - cx) / fx, v = 
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,7 +88,7 @@ class ExportDepthConfig:
         print(f"{len(frames)} depth maps in {self.output_dir}; a scene unit is {scale:.4g} m ({source}).")
 
     def _export_split(
-        self, pipeline: Any, dataset: Any, split: str, scale: float, known: set[str]
+        self, pipeline: Any, dataset: Any, split: str, scale: float, known: Collection[str] = ()
     ) -> list[dict[str, Any]]:
         cameras = dataset.cameras.to(pipeline.device)
         if self.downscale != 1.0:
