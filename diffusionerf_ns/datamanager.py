@@ -167,13 +167,17 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
     def _warn_of_black_masks(self) -> None:
         """Say which masks leave out a whole training image."""
-        cameras = self.train_dataset.cameras
         for i, path in enumerate(self.train_dataparser_outputs.mask_filenames or ()):
-            if not load_mask(path, int(cameras.height[i]), int(cameras.width[i])).any():
+            if not self._mask(i, path).any():
                 CONSOLE.print(
                     f"[yellow]Mask {escape(str(path))} is black: nothing of that training image is used. Masks are "
                     "white where the scene is."
                 )
+
+    def _mask(self, index: int, path: Path) -> Bool[Tensor, "h w"]:
+        """The mask of a training image, without its image."""
+        cameras = self.train_dataset.cameras
+        return load_mask(path, int(cameras.height[index]), int(cameras.width[index]))[..., 0]
 
     def _get_pixel_sampler(self, dataset: FewViewDataset, num_rays_per_batch: int) -> PixelSampler:
         """nerfstudio's, or where it would be its plain one, ours."""
@@ -223,9 +227,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
     def _belongs(self, index: int, image: UInt8[np.ndarray, "h w c"]) -> Bool[Tensor, "h w"] | None:
         """Pixels of a training image that are of the scene, by its mask and by its alpha; None: all."""
-        inside = None
-        if self.train_dataparser_outputs.mask_filenames is not None:
-            inside = self.train_dataset[index]["mask"][..., 0]
+        paths = self.train_dataparser_outputs.mask_filenames
+        inside = None if paths is None else self._mask(index, paths[index])
         if image.shape[2] == 3:
             return inside
         opaque = torch.from_numpy(image[..., 3] >= 128)

@@ -18,6 +18,7 @@ NEIGHBOURS = 4  # views that a view is compared with, the nearest ones: work sta
 SAME_PLACE = 0.01  # of the largest b: a picture from nearer by looks the same at every depth
 LEAST_BASELINE = 0.05  # of the depth: from nearer by a wrong depth looks as good as the right one
 LEAST_POINTS = 200  # that lie in a view, to say how deep it is
+BEFORE, BEHIND = 0.7, 1.5  # times the nearest and the farthest depth: the room that is left around them
 
 
 def spread(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
@@ -65,19 +66,16 @@ def depth_quantiles(
     return found
 
 
-def widened(
-    near: float, far: float, own: Sequence[Sequence[float] | None], before: float, behind: float
-) -> list[tuple[float, float]]:
-    """Depths to search in each view: those of all together, and its own where these leave the room around them.
+def widened(near: float, far: float, own: Sequence[Sequence[float] | None]) -> list[tuple[float, float]]:
+    """Nearest and farthest depth of each view: of all together, and its own where these leave the room around them.
 
     Args:
         near, far: of all views together.
         own: of each view its nearest depth first and its farthest last; None where they are not known.
-        before, behind: factors of ``near`` and ``far`` up to which there is room.
     """
     ranges = []
     for pair in own:
         low, high = (pair[0], pair[-1]) if pair else (near, far)
-        begin, end = (near if low >= before * near else low), (far if high <= behind * far else high)
+        begin, end = (near if low >= BEFORE * near else low), (far if high <= BEHIND * far else high)
         ranges.append((begin, end))
     return ranges

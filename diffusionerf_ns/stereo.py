@@ -62,15 +62,14 @@ class MatchedDepth:
     def near_far(self, cameras: Cameras) -> tuple[float, float]:
         """Quantiles .02 and .98 of depth, scene units; those of a view that they would leave out, as a close-up's."""
         near, far = map(float, np.quantile(self.depth.numpy(), [0.02, 0.98]))
-        bundle, distance = self.rays(cameras, torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long())
-        points = (bundle.origins + bundle.directions * distance[:, None]).cpu()
+        points = self._some_points(cameras).cpu()
         frusta = Projections(cameras.to("cpu"))
         own: list[list[float] | None] = []
         for index in range(len(frusta)):
             _, z, inside = frusta(index, points)
             z = z[inside].numpy()
             own.append(np.quantile(z, [0.02, 0.98]).tolist() if len(z) >= MIN_MATCHES else None)
-        ranges = overlap.widened(near, far, own, 0.7, 1.5)
+        ranges = overlap.widened(near, far, own)
         return min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def median_disparity(self) -> float:
@@ -86,11 +85,14 @@ class MatchedDepth:
         bundle.metadata = {"directions_norm": bundle.metadata["directions_norm"]}
         return bundle, self.depth[chosen].to(cameras.device) * bundle.metadata["directions_norm"][:, 0]
 
+    def _some_points(self, cameras: Cameras) -> Float[Tensor, "k 3"]:
+        """Up to 20,000 of the surface points, spread evenly over the pixels."""
+        bundle, distance = self.rays(cameras, torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long())
+        return bundle.origins + bundle.directions * distance[:, None]
+
     def content_cube(self, cameras: Cameras, share: float = 0.8) -> tuple[tuple[float, float, float], float]:
         """Centre and half side, scene units, of the cube about the median point that holds ``share`` of the points."""
-        chosen = torch.linspace(0, len(self) - 1, min(len(self), 20_000)).long()
-        bundle, distance = self.rays(cameras, chosen)
-        points = bundle.origins + bundle.directions * distance[:, None]
+        points = self._some_points(cameras)
         centre = points.median(dim=0).values
         radius = (points - centre).abs().amax(dim=1).quantile(share)
         return (float(centre[0]), float(centre[1]), float(centre[2])), max(float(radius), 1e-6)
@@ -130,10 +132,10 @@ def match(
     chosen = overlap.spread(centres, FINE_VIEWS)
     fine = [_view(cameras, i, images[i], WIDTH) for i in chosen]
     own = overlap.depth_quantiles(fine, overlap.points_of(coarse, depths), (0.03, 0.5, 0.97))
-    ranges = overlap.widened(near, far, own, 0.7, 1.5)
+    ranges = overlap.widened(near, far, own)
     least = [max(overlap.SAME_PLACE * baseline, overlap.LEAST_BASELINE * (q[1] if q else middle)) for q in own]
     nearest = overlap.neighbours(distance[chosen][:, chosen], least)
-    depths = agreed_depth(fine, nearest, [(0.7 * low, 1.5 * high) for low, high in ranges], STEP)
+    depths = agreed_depth(fine, nearest, [(overlap.BEFORE * low, overlap.BEHIND * high) for low, high in ranges], STEP)
     sizes = [depth.shape for depth in depths]
     chosen_masks = [None if masks is None else masks[i] for i in chosen]
     small_masks = [None if m is None else _small_mask(m, size) for m, size in zip(chosen_masks, sizes)]

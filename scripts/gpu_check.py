@@ -184,10 +184,10 @@ class Checks:
         # A smooth patch: its noise at tau = 0 is small, and lost where a network rounds much.
         ramp = torch.linspace(-0.8, 0.8, size)
         x = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size)] * 2)[None].contiguous()
+        there = x.to(self.device)
         checks = []
         for tau in (0.1, 0.0):
             expected = reference.score(x, tau)
-            there = x.to(self.device)
             for _ in range(WARM_UP):  # until the calls are replayed from a CUDA graph
                 other.score(torch.randn_like(there), tau, replay=True)
             error = relative_error(expected, other.score(there, tau, replay=True))

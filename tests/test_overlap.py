@@ -136,4 +136,4 @@ def test_neighbours_are_the_nearest_that_are_far_enough_else_the_farthest():
 
 def test_a_view_has_its_own_range_where_that_of_all_leaves_no_room():
     own = [(2.1, 4.0), None, (0.5, 4.0), (2.0, 9.0)]
-    assert overlap.widened(2.0, 5.0, own, 0.7, 1.5) == [(2.0, 5.0), (2.0, 5.0), (0.5, 5.0), (2.0, 9.0)]
+    assert overlap.widened(2.0, 5.0, own) == [(2.0, 5.0), (2.0, 5.0), (0.5, 5.0), (2.0, 9.0)]

@@ -33,7 +33,7 @@ from diffusionerf_ns.bench.jobs import config_hash, describe, prior_hash, traini
 from diffusionerf_ns.bench.pictures import save_pictures
 from diffusionerf_ns.bench.results import CHECKPOINTS, FORMAT, RESULT_FILE, same_training, write_json
 from diffusionerf_ns.lpips import LpipsNetworks
-from diffusionerf_ns.metrics import ProtocolName, evaluate_depth, evaluate_image, summarise
+from diffusionerf_ns.metrics import ProtocolName, evaluate_depth, evaluate_image, has_known_depth, summarise
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
@@ -238,7 +238,7 @@ def _evaluate(
         image = render_test_image(pipeline, index)
         size = image.rgb.shape[1], image.rgb.shape[0]
         values = evaluate_image(protocol, image.rgb, image.true, image.mask, networks)
-        if image.true_depth is not None and bool((image.true_depth > 0).any()):
+        if image.true_depth is not None and has_known_depth(image.true_depth):
             values |= evaluate_depth(image.depth, image.true_depth)
         rows.append({"name": image.name, "metrics": values})
         if index in chosen:

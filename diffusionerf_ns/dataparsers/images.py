@@ -155,7 +155,7 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
     """
     if factor == 1:
         return list(sources)
-    names = _names(sources)
+    names, needed = _names(sources), sources if needed is None else needed
     origin = {
         "made_by": "diffusionerf-ns",
         "factor": factor,
@@ -171,12 +171,12 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
             continue
         try:
             if not _is_made_from(place, origin):
-                _make(place, sources, names, factor, origin, sources if needed is None else needed)
+                _make(place, sources, names, factor, origin, needed)
             made = [place / name for name in names]
             for source, copy in zip(sources, made):
-                if (needed is None or source in needed) and not copy.is_file():  # not needed and damaged, once
+                if source in needed and not copy.is_file():  # not needed and damaged, once
                     part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-                    _shrunk(source, factor).save(part, format="PNG", compress_level=4)
+                    _write_copy(source, factor, part)
                     part.replace(copy)
             return made
         except OSError as error:
@@ -221,27 +221,26 @@ def _make(
         for source, name in zip(sources, names):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                small = _shrunk(source, factor)
+                _write_copy(source, factor, part / name)
             except InputError as error:
                 if source in needed:
                     raise
                 CONSOLE.print(f"[yellow]Left out: {escape(str(error))}")
-                continue
-            small.save(part / name, compress_level=4)
         (part / CACHE_FILE).write_text(json.dumps(origin))
         _move_into_place(part, place, origin)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _shrunk(source: Path, factor: int) -> Image.Image:
+def _write_copy(source: Path, factor: int, copy: Path) -> None:
     try:
         with Image.open(source) as image:
-            return shrink(image, factor)
+            small = shrink(image, factor)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except UNREADABLE as error:
         raise _unreadable(source, error) from error
+    small.save(copy, format="PNG", compress_level=4)
 
 
 def _move_into_place(part: Path, place: Path, origin: dict) -> None:

@@ -143,17 +143,13 @@ def read_transforms(path: Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise InputError(f"{path} has no frames; expected a nerfstudio capture with a list under 'frames'.")
     for owner in (meta, *meta["frames"]):
-        model = owner.get("camera_model", "PERSPECTIVE")
+        fisheye = owner.get("is_fisheye")  # instant-ngp's
+        model = "FISHEYE (is_fisheye)" if fisheye else owner.get("camera_model", "PERSPECTIVE")
         if model not in PERSPECTIVE:
             raise InputError(
                 f"{path}: camera model {model} is not supported; patches and planar depth need a perspective camera "
                 f"({', '.join(PERSPECTIVE)}). Undistort the images first."
             )
-    if meta.get("is_fisheye"):  # instant-ngp's
-        raise InputError(
-            f"{path}: is_fisheye is set; patches and planar depth need a perspective camera. Undistort the images "
-            "first."
-        )
     return meta
 
 
