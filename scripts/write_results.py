@@ -39,8 +39,8 @@ def read_runs(folder: Path, views: int | str = VIEWS) -> Runs:
     return dict(sorted(runs.items(), key=lambda item: order.index(item[0])))
 
 
-def one_method(folder: Path) -> str:
-    """The method of all finished jobs of a results folder.
+def check_one_method(folder: Path) -> None:
+    """The finished jobs of a results folder are of one method.
 
     Raises:
         InputError: they have several, or none is done.
@@ -49,7 +49,6 @@ def one_method(folder: Path) -> str:
     if len(methods) != 1:
         found = f"finished jobs of the methods {', '.join(methods)}" if methods else "no finished jobs"
         raise InputError(f"{folder} has {found}; expected those of one method: give each method a folder of its own.")
-    return methods[0]
 
 
 def mean_of(runs: dict[tuple[str, int], dict[str, Any]], metric: str) -> Mean | None:
@@ -150,7 +149,7 @@ def main() -> None:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     try:
-        one_method(folder)
+        check_one_method(folder)
     except InputError as error:
         sys.exit(str(error))
     runs = read_runs(folder)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusionerf_ns import pose_search
+
 DATA_ROOT = Path(os.environ.get("DIFFUSIONERF_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -42,3 +44,10 @@ def taken(tmp_path_factory) -> tuple[Path, np.ndarray]:
 
     folder = tmp_path_factory.mktemp("taken") / "photographs"
     return folder, corner.photographs(folder)
+
+
+@pytest.fixture(scope="session")
+def placed(taken, tmp_path_factory) -> tuple[Path, pose_search.Posed]:
+    """The capture that was made of them, not to be changed, and what was found."""
+    capture = tmp_path_factory.mktemp("placed") / "capture"
+    return capture, pose_search.find_poses(taken[0], capture)

@@ -87,3 +87,9 @@ def placed(
         known_focal=None,
         points=points,
     )
+
+
+def noise(path: Path, seed: int = 0) -> None:
+    """Write a photograph that has nothing in common with those."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (HEIGHT // 12, WIDTH // 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(path)

@@ -12,24 +12,12 @@ from PIL import Image
 from script_modules import load_script
 
 from ddm_training.errors import InputError
-from diffusionerf_ns import demo, pose_search, structure_from_motion
+from diffusionerf_ns import pose_search, structure_from_motion
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig, is_photographs
 from diffusionerf_ns.pose_search import find_poses
 
 pose_errors = load_script("pose_errors").pose_errors
 FOCAL_35 = 30.3  # millimetres: 43.27 mm of film are the 600 pixels of the corner's diagonal, 420 its focal length
-
-
-@pytest.fixture(scope="module")
-def placed(taken, tmp_path_factory) -> tuple[Path, pose_search.Posed]:
-    """The capture of them."""
-    capture = tmp_path_factory.mktemp("placed") / "capture"
-    return capture, find_poses(taken[0], capture)
-
-
-def noise(path: Path, seed: int = 0) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 255, (corner.HEIGHT // 12, corner.WIDTH // 12, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((corner.WIDTH, corner.HEIGHT)).save(path)
 
 
 def errors_of(frames: list[dict], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +154,7 @@ def test_what_a_file_holds_decides_not_its_suffix(taken, tmp_path):
 def test_a_photograph_of_another_place_is_left_out_and_named(taken, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(taken[0], mixed)
-    noise(mixed / "elsewhere.png")
+    corner.noise(mixed / "elsewhere.png")
     found = find_poses(mixed, tmp_path / "capture")
     assert found.missing == ("elsewhere.png",)
     assert "3 of 4 photographs have a pose" in found.summary()
@@ -179,7 +167,7 @@ def test_unrelated_photographs_are_refused_and_nothing_is_left_behind(tmp_path, 
     folder = tmp_path / "unrelated"
     folder.mkdir()
     for seed in range(3):
-        noise(folder / f"{seed}.png", seed)
+        corner.noise(folder / f"{seed}.png", seed)
     with pytest.raises(SystemExit) as stopped:
         pose_search.main(["--data", str(folder), "--output", str(tmp_path / "capture")])
     assert stopped.value.code == 2
@@ -322,7 +310,7 @@ def test_folders_that_were_to_be_made_are_not_left_behind(tmp_path):
     folder = tmp_path / "unrelated"
     folder.mkdir()
     for seed in range(3):
-        noise(folder / f"{seed}.png", seed)
+        corner.noise(folder / f"{seed}.png", seed)
     with pytest.raises(InputError):
         find_poses(folder, tmp_path / "new" / "capture")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
@@ -373,87 +361,6 @@ def test_an_unlikely_focal_length_is_told(found, known):
         names=("a",), points={"a": 400}, num_points=400, error=0.2, focal=found, known_focal=known, longest=2000
     )
     assert "That focal length is unlikely" in posed.summary()
-
-
-def test_the_demo_makes_a_capture_of_photographs_once_and_removes_nothing(taken, placed, tmp_path, capsys):
-    assert demo.find_capture(placed[0], tmp_path / "unused") == placed[0]
-    assert not (tmp_path / "unused").exists()
-    folder = tmp_path / "capture"
-    for _ in range(2):
-        assert demo.find_capture(taken[0], folder) == folder
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["capture"]
-        assert (folder / "transforms.json").is_file()
-    assert "are used again" in capsys.readouterr().out
-
-
-def brighter(source: Path, target: Path) -> None:
-    """The same photographs under the same names, taken again: a little brighter."""
-    target.mkdir()
-    for path in source.iterdir():
-        Image.open(path).point([min(value + 3, 255) for value in range(256)] * 3).save(target / path.name)
-
-
-def test_the_demo_tells_photographs_of_the_same_names_apart(taken, placed, tmp_path, capsys):
-    again, folder = tmp_path / "again", tmp_path / "capture"
-    brighter(taken[0], again)
-    shutil.copytree(placed[0], folder)
-    demo.find_capture(again, folder)
-    assert (folder / "images" / "0.png").read_bytes() == (again / "0.png").read_bytes()
-    assert f"it is kept as {tmp_path / 'capture-1'}." in capsys.readouterr().out
-    for name in ("transforms.json", "images/0.png"):
-        assert (tmp_path / "capture-1" / name).read_bytes() == (placed[0] / name).read_bytes()
-    demo.find_capture(taken[0], folder)
-    assert (folder / "images" / "0.png").read_bytes() == (taken[0] / "0.png").read_bytes()
-    assert (tmp_path / "capture-2" / "images" / "0.png").read_bytes() == (again / "0.png").read_bytes()
-
-
-def test_the_demo_goes_on_after_a_photograph_more(taken, placed, tmp_path):
-    more, folder = tmp_path / "more", tmp_path / "capture"
-    shutil.copytree(taken[0], more)
-    shutil.copytree(placed[0], folder)
-    noise(more / "3.png")
-    demo.find_capture(more, folder)
-    assert sorted(p.name for p in (folder / "images").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
-    assert sorted(p.name for p in (tmp_path / "capture-1" / "images").iterdir()) == ["0.png", "1.png", "2.png"]
-    assert pose_search.was_made_of(folder, more)
-    assert not pose_search.was_made_of(folder, taken[0])
-
-
-def test_the_demo_keeps_a_capture_in_its_place_where_other_photographs_have_no_poses(placed, tmp_path):
-    unrelated, folder = tmp_path / "unrelated", tmp_path / "capture"
-    unrelated.mkdir()
-    for seed in range(3):
-        noise(unrelated / f"{seed}.png", seed)
-    shutil.copytree(placed[0], folder)
-    with pytest.raises(InputError, match="could be placed"):
-        demo.find_capture(unrelated, folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["capture", "unrelated"]
-    assert (folder / "transforms.json").read_bytes() == (placed[0] / "transforms.json").read_bytes()
-
-
-@pytest.mark.parametrize("own", ["transforms.json", "notes.txt"])
-def test_the_demo_leaves_a_folder_of_the_users_own_alone(taken, tmp_path, own):
-    folder = tmp_path / "capture"
-    folder.mkdir()
-    (folder / own).write_text("{}")
-    with pytest.raises(InputError, match=r"diffusionerf-poses did not make; expected .* Give another OUTPUT"):
-        demo.find_capture(taken[0], folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["capture"]
-    assert [p.name for p in folder.iterdir()] == [own]
-
-
-def test_captures_are_of_other_photographs_where_images_or_contents_are_not_known(taken, placed, tmp_path):
-    assert pose_search.was_made_of(placed[0], taken[0])
-    earlier, damaged = tmp_path / "earlier", tmp_path / "damaged"
-    for folder in (earlier, damaged):
-        shutil.copytree(placed[0], folder)
-    content = json.loads((earlier / "transforms.json").read_text())
-    del content["made_of"]
-    (earlier / "transforms.json").write_text(json.dumps(content))
-    (damaged / "images" / "1.png").unlink()
-    for folder in (earlier, damaged):
-        assert pose_search.is_made_here(folder)
-        assert not pose_search.was_made_of(folder, taken[0])
 
 
 @pytest.mark.parametrize(("scene", "train"), [("fern", (1, 10, 19)), ("flower", (1, 17, 33))])

@@ -1,6 +1,5 @@
 """Training: runs, resume to the bit, stops, atomic checkpoints, and what a run leaves behind."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -14,24 +13,16 @@ import numpy as np
 import pytest
 import torch
 import toy_training
-from toy_training import SMALL, config
+from toy_training import config, flags
 
 from ddm_training import checkpoints, loop
 from ddm_training.errors import InputError
-from ddm_training.progress import truncate_log
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.train import PatchTask, train
 from ddm_training.unet import Prediction, load_scheduler, load_unet, make_scheduler, make_unet, velocity_to_noise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 store = toy_training.store  # a fixture
-
-
-def flags(store: Path, output: Path, **changed) -> list[str]:
-    words = ["train", "--data", str(store), "--output-dir", str(output)]
-    for key, value in {**SMALL, **changed}.items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
-    return words
 
 
 def command(arguments: list[str], **options) -> subprocess.Popen:
@@ -332,135 +323,3 @@ def test_a_store_without_held_out_scenes_is_refused(store, tmp_path):
 def test_settings_out_of_range_name_their_flag(changed, message, store, tmp_path):
     with pytest.raises(InputError, match=message):
         config(store, tmp_path, **changed)
-
-
-# --- a full disk ---------------------------------------------------------------------------------------------------
-
-
-def full(*arguments: object, **options: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def ended(monkeypatch) -> list[bool]:
-    """Grows when a training tells accelerate that it ends."""
-    from accelerate import Accelerator
-
-    told: list[bool] = []
-    monkeypatch.setattr(Accelerator, "end_training", lambda self: told.append(True))
-    return told
-
-
-@pytest.mark.parametrize(
-    ("place", "name"),
-    [
-        ("ddm_training.progress.os.replace", "log.jsonl"),
-        ("torch.utils.tensorboard.SummaryWriter.__init__", "tensorboard"),
-        ("torch.utils.tensorboard.SummaryWriter.add_scalar", "tensorboard"),
-        ("torch.utils.tensorboard.SummaryWriter.close", "tensorboard"),
-        ("matplotlib.figure.Figure.savefig", "curves.png"),
-    ],
-)
-def test_a_full_disk_ends_a_training_with_what_could_not_be_written(store, tmp_path, monkeypatch, place, name):
-    train(config(store, tmp_path, max_train_steps=1))
-    monkeypatch.setattr(place, full)
-    told = ended(monkeypatch)
-    with pytest.raises(InputError, match=rf"{name} could not be written .*No space left.*make room"):
-        train(config(store, tmp_path, max_train_steps=3))
-    assert told or place.endswith(("replace", "__init__"))  # these two end it before it begins
-    assert checkpoints.list_checkpoints(tmp_path)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
-def test_a_line_that_does_not_fit_into_the_log_ends_a_training_plainly(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("ddm_training.progress.truncate_log", lambda path, step: path.symlink_to("/dev/full"))
-    with pytest.raises(InputError, match=r"log.jsonl could not be written .*No space left"):
-        train(config(store, tmp_path))
-
-
-def test_a_folder_that_cannot_be_made_is_named(store, tmp_path):
-    (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match=r"taken/run could not be written"):
-        train(config(store, tmp_path / "taken" / "run"))
-
-
-def test_what_ends_a_training_is_told_and_not_what_then_fails_as_well(store, tmp_path, monkeypatch):
-    told = ended(monkeypatch)
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
-    with pytest.raises(InputError, match="training stopped"):
-        train(config(store, tmp_path, learning_rate=1e30, lr_warmup_steps=0))
-    assert told == [True]
-
-
-@pytest.mark.slow
-def test_the_command_ends_plainly_where_files_cannot_grow(store, tmp_path):
-    limit = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash", sys.executable, "-m", "ddm_training.cli"]
-    words = flags(store, tmp_path, logging_steps=1, max_train_steps=40, checkpointing_steps=100)
-    run = subprocess.run([*limit, *words], capture_output=True, text=True)
-    assert run.returncode == 2
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert "could not be written" in last
-    assert "Traceback" not in run.stderr
-
-
-# --- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    checkpoints.save_checkpoint(tmp_path, 1, {"model": torch.ones(3)}, {"preset": "tiny"}, limit=1)
-
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.torch, "save", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        checkpoints.save_checkpoint(tmp_path, 2, {"model": torch.ones(3)}, {"preset": "tiny"}, limit=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    loaded, _ = checkpoints.load_checkpoint(tmp_path / "checkpoint-1", {"preset": "tiny"}, {"preset": None})
-    assert torch.equal(loaded["model"], torch.ones(3))
-
-
-def test_the_checkpoint_just_written_is_never_the_one_that_goes(tmp_path):
-    for step in (1, 2, 3):
-        checkpoints.save_checkpoint(tmp_path, step * 1000, {}, {}, limit=3)
-    checkpoints.save_checkpoint(tmp_path, 1500, {}, {}, limit=1)
-    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [1500, 2000, 3000]
-
-
-def test_half_written_checkpoints_are_not_seen_and_are_cleared(tmp_path):
-    checkpoints.save_checkpoint(tmp_path, 5, {}, {}, limit=2)
-    (tmp_path / "checkpoint-7.part").mkdir()
-    (tmp_path / "checkpoint-3.old.part").mkdir()
-    found = checkpoints.find_checkpoint(tmp_path, "latest")
-    assert found is not None
-    assert found.name == "checkpoint-5"
-    checkpoints.remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
-
-
-def test_a_truncated_checkpoint_is_named(tmp_path):
-    path = checkpoints.save_checkpoint(tmp_path, 5, {"model": torch.ones(1000)}, {}, limit=2)
-    content = (path / "state.pt").read_bytes()
-    (path / "state.pt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="checkpoint-5 is not a readable checkpoint"):
-        checkpoints.load_checkpoint(path, {}, {})
-
-
-def test_resume_choices(tmp_path):
-    assert checkpoints.find_checkpoint(tmp_path, "latest") is None
-    assert checkpoints.find_checkpoint(tmp_path, "none") is None
-    path = checkpoints.save_checkpoint(tmp_path, 5, {}, {}, limit=2)
-    for wanted in ("latest", "checkpoint-5", str(path)):
-        assert checkpoints.find_checkpoint(tmp_path, wanted) == path
-    with pytest.raises(InputError, match="would mix two runs"):
-        checkpoints.find_checkpoint(tmp_path, "none")
-    with pytest.raises(InputError, match="checkpoint-9 was not found"):
-        checkpoints.find_checkpoint(tmp_path, "checkpoint-9")
-
-
-def test_the_log_is_cut_to_the_checkpoint(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    truncate_log(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

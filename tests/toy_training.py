@@ -42,3 +42,11 @@ SMALL = {
 
 def config(store: Path, output: Path, **changed) -> TrainConfig:
     return TrainConfig(data=(store,), output_dir=output, **{**SMALL, **changed})
+
+
+def flags(store: Path, output: Path, **changed) -> list[str]:
+    """Words of the command line `ddm train` for `config` of the same settings."""
+    words = ["train", "--data", str(store), "--output-dir", str(output)]
+    for key, value in {**SMALL, **changed}.items():
+        words += [f"--{key.replace('_', '-')}", str(value)]
+    return words
