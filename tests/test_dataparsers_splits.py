@@ -107,10 +107,12 @@ def test_impossible_choices_are_refused_with_what_is_possible(flags, words):
         (9, {"num_views": 3}, (0, 4, 8), (1, 2, 3, 5, 6, 7)),
         (5, {"test_ids": (2,)}, (0, 1, 3, 4), (2,)),
         (10, {}, (1, 2, 3, 4, 5, 6, 7, 9), (0, 8)),
+        (10, {"test_ids": (4, 5)}, (0, 1, 2, 3, 6, 7, 8, 9), (4, 5)),
+        (10, {"test_ids": (4, 5), "num_views": 3}, (0, 6, 9), (4, 5)),
     ],
 )
-def test_a_small_capture_without_lists_trains_on_all_its_images(count, flags, train, test):
-    split = choose(count, *without_lists(count), **flags)
+def test_a_capture_without_lists_trains_on_all_images_that_nobody_holds_out(count, flags, train, test):
+    split = choose(count, *without_lists(count, "test_ids" in flags), **flags)
     assert (split.train, split.test, split.test_is_train) == (train, test, train == test)
 
 

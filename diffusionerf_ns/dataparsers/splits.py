@@ -36,13 +36,14 @@ def hold_out(count: int, every: int = HOLD_OUT_EVERY) -> tuple[tuple[int, ...], 
     return tuple(i for i in range(count) if i % every), test
 
 
-def without_lists(count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def without_lists(count: int, test_named: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids ``(pool, test)`` of somebody's own capture that has no lists of training and test images.
 
     Of at most 9 images all may train, and those that ``--num-views`` leaves over are tested on; else `hold_out`.
+    Where ``--test-ids`` names the test images, all others may train: nobody asked for more to be held out.
     """
     everything = tuple(range(count))
-    return (everything, everything) if count <= SMALL_CAPTURE else hold_out(count)
+    return (everything, everything) if count <= SMALL_CAPTURE or test_named else hold_out(count)
 
 
 def spread(pool: Sequence[int], views: int) -> tuple[int, ...]:

@@ -117,7 +117,8 @@ class TransformsFewViewParser(FewViewBaseParser):
                     "--test-ids."
                 )
         else:
-            pool, test = (list(ids) for ids in without_lists(len(files)))
+            named = self.config.test_ids is not None
+            pool, test = (list(ids) for ids in without_lists(len(files), named))
         return choose(
             len(files),
             pool,
