@@ -37,18 +37,24 @@ class BoundsCollider(SceneCollider):
 
     def set_nears_and_fars(self, ray_bundle: RayBundle) -> RayBundle:
         """Give every ray the same near and far."""
-        ones = torch.ones_like(ray_bundle.origins[..., :1])
-        ray_bundle.nears = ones * self.bounds[0]
-        ray_bundle.fars = ones * self.bounds[1]
-        return ray_bundle
+        return self.bound(ray_bundle)
 
-    def within(self, ray_bundle: RayBundle) -> RayBundle:
-        """Keep rays that a crop box has clipped already within the bounds too; those that miss it have no length."""
+    def bound(self, ray_bundle: RayBundle, nearer: float = 1.0) -> RayBundle:
+        """Give every ray the bounds; those that a crop box has clipped keep within, those that miss it have no length.
+
+        Args:
+            ray_bundle: of training images or of a view.
+            nearer: of a view that is nearer to the scene than any training image, its distance by theirs, which near
+                is multiplied by: it would else begin behind what it looks at.
+        """
         near, far = self.bounds.to(ray_bundle.origins).unbind()
-        assert ray_bundle.nears is not None
-        assert ray_bundle.fars is not None
-        ray_bundle.nears = ray_bundle.nears.clamp(near, far)
-        ray_bundle.fars = torch.maximum(ray_bundle.fars.clamp(max=far), ray_bundle.nears)
+        near = nearer * near
+        if ray_bundle.nears is None or ray_bundle.fars is None:
+            ones = torch.ones_like(ray_bundle.origins[..., :1])
+            ray_bundle.nears, ray_bundle.fars = ones * near, ones * far
+        else:
+            ray_bundle.nears = ray_bundle.nears.clamp(near, far)
+            ray_bundle.fars = torch.maximum(ray_bundle.fars.clamp(max=far), ray_bundle.nears)
         return ray_bundle
 
 

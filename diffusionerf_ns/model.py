@@ -202,7 +202,8 @@ class DiffusioNeRFModel(NerfactoModel):
         `rgb_rendered` as it was rendered.
         """
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
-        outputs = self.get_outputs_for_camera_ray_bundle(rays if obb_box is None else self.collider.within(rays))
+        nearer = self.shown_surfaces().nearer(camera) if self._knows_surfaces() else 1.0
+        outputs = self.get_outputs_for_camera_ray_bundle(self.collider.bound(rays, nearer))
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
             self.frusta.near = float(self.collider.bounds[0])  # a checkpoint may have brought other bounds
@@ -216,14 +217,14 @@ class DiffusioNeRFModel(NerfactoModel):
             count=None if self.frusta is None else self.frusta.count,
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
-            hidden=self._hidden if self._fills_unseen() else None,
+            hidden=self._hidden if self.config.fill_unseen and self._knows_surfaces() else None,
             fill_empty=obb_box is None and self.config.background_color == "last_sample",
         )
         return inspection.view_outputs(outputs, camera, context)
 
-    def _fills_unseen(self) -> bool:
-        """Whether views are filled where they show nothing known: not while a training waits for its viewer."""
-        if not self.config.fill_unseen or self.frusta is None or len(self.frusta) > unseen.MAX_VIEWS:
+    def _knows_surfaces(self) -> bool:
+        """Whether views may use what the training images show: not while a training waits for its viewer."""
+        if self.frusta is None or len(self.frusta) > unseen.MAX_VIEWS:
             return False
         if not are_perspective(self.metadata["train_cameras"]):
             return False

@@ -4,6 +4,7 @@ Where the field was never looked at, its colours are chance, as loud as they com
 what is known around are wrong by less, and do not catch the eye.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from diffusionerf_ns.visibility import Projections
 MAX_VIEWS = 32  # more training views leave little unseen, and their depth would take long
 WIDTH = 128  # pixels of the training views' depth, at most
 BEHIND = 0.05  # relative difference of depth from which a point is hidden
+NEAREST = 0.02  # quantile of distance that counts as a view's nearest surface, as for the bounds in training
 FAR = 0.9  # of the rays' end, from which a training view shows no surface but what is behind all
 MAX_PIXELS = 320 * 240  # of a view that is filled as it is; larger ones are filled as if they were that large
 
@@ -52,6 +54,34 @@ class ShownSurfaces:
     @cached_property
     def _projections(self) -> Projections:
         return Projections(self.cameras)
+
+    @cached_property
+    def _points(self) -> Float[Tensor, "k 3"]:
+        """All of them, in the world."""
+        points = []
+        for index, depth in enumerate(self.depth):
+            rays = self.cameras.generate_rays(camera_indices=index, keep_shape=True)
+            distance = depth[..., None] * rays.metadata["directions_norm"]
+            points.append((rays.origins + rays.directions * distance)[depth.isfinite()])
+        return torch.cat(points)
+
+    @cached_property
+    def _closest(self) -> float:
+        """The smallest `_distance` of a training view."""
+        return min(self._distance(self._projections, index) for index in range(len(self._projections)))
+
+    def _distance(self, projections: Projections, index: int) -> float:
+        """From the camera to the surfaces in its image: the quantile `NEAREST`, scene units; infinite of none."""
+        _, _, inside = projections(index, self._points)
+        distance = (self._points[inside] - projections.position[index]).norm(dim=-1)
+        return float(np.quantile(distance.cpu().numpy(), NEAREST)) if len(distance) else math.inf
+
+    @torch.no_grad()
+    def nearer(self, camera: Cameras) -> float:
+        """The distance of a camera to the surfaces in its image by the smallest of a training view, at most 1."""
+        if not math.isfinite(self._closest):
+            return 1.0
+        return min(self._distance(Projections(camera.to(self.cameras.device)), 0) / self._closest, 1.0)
 
     @torch.no_grad()
     def hide(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:

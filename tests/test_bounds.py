@@ -60,6 +60,18 @@ def test_every_ray_is_clipped_to_the_same_bounds_in_training_and_after_it(traini
     assert torch.equal(rays.fars, torch.full((6, 1), 12.5))
 
 
+def test_rays_of_a_view_that_is_nearer_begin_nearer_and_stay_within_a_crop_box():
+    rays = RayBundle(origins=torch.zeros(3, 3), directions=torch.ones(3, 3), pixel_area=torch.ones(3, 1))
+    collider = BoundsCollider(0.8, 10.0)
+    whole = collider.bound(rays, nearer=0.25)
+    assert whole.nears.flatten().tolist() == pytest.approx([0.2] * 3)
+    assert whole.fars.flatten().tolist() == [10.0] * 3
+    rays.nears, rays.fars = torch.tensor([[0.0], [3.0], [1e10]]), torch.tensor([[2.0], [40.0], [1e10]])
+    cropped = collider.bound(rays, nearer=0.25)
+    assert cropped.nears.flatten().tolist() == pytest.approx([0.2, 3.0, 10.0])
+    assert cropped.fars.flatten().tolist() == [2.0, 10.0, 10.0]
+
+
 def test_bounds_travel_in_the_checkpoint():
     loaded = BoundsCollider(1.0, 2.0)
     loaded.load_state_dict(BoundsCollider(0.5, 40.0).state_dict())

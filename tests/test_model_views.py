@@ -37,6 +37,26 @@ def turned(cameras: Cameras, angle: float) -> Cameras:
     return camera
 
 
+# Where rays begin
+
+
+def test_rays_of_a_view_nearer_to_the_scene_than_all_training_views_begin_nearer(folders, monkeypatch):
+    pipeline = build(folders, fill_unseen=False).eval()
+    model, starts = pipeline.model, []
+    cameras = pipeline.datamanager.train_dataset.cameras
+    depth = [torch.full((int(c.height), int(c.width)), 4.0) for c in unseen.small_cameras(cameras)]
+    monkeypatch.setattr(model, "_surfaces", unseen.ShownSurfaces(unseen.small_cameras(cameras), depth))
+    render = model.get_outputs
+    monkeypatch.setattr(model, "get_outputs", lambda rays: starts.append(float(rays.nears.mean())) or render(rays))
+    near = copy.deepcopy(cameras[:1])
+    near.camera_to_worlds[0, :, 3] -= 3.0 * near.camera_to_worlds[0, :, 2]
+    for camera in (cameras[:1], near):
+        model.get_outputs_for_camera(camera)
+    begin = float(model.collider.bounds[0])
+    assert starts[0] == pytest.approx(begin)
+    assert 0.1 * begin < starts[-1] < 0.5 * begin
+
+
 # Depth
 
 

@@ -88,6 +88,26 @@ def test_nothing_is_behind_a_view_that_meets_nothing_and_no_point_is_none():
     assert not shown.hide(torch.tensor([[torch.nan, 0.0, 0.0], [torch.inf, -5.0, 0.0]])).any()
 
 
+def facing(y: float, towards: float = 1.5) -> Pinhole:
+    """A camera that faces the wall at y = 1.5, or turns its back to it."""
+    return Pinhole(c2w=look_at((0.0, y, 0.0), (0.0, towards, 0.0)))
+
+
+def test_a_view_is_nearer_by_its_distance_to_what_training_views_show():
+    train = [facing(0.0), facing(-0.5)]  # 1.5 and 2 away from the wall
+    shown = unseen.ShownSurfaces(ns_cameras(train), [torch.full((72, 96), 1.5), torch.full((72, 96), 2.0)])
+    nearer = lambda camera: shown.nearer(ns_cameras([camera]))  # noqa: E731
+    assert nearer(facing(0.9)) == pytest.approx(0.6 / 1.5, rel=1e-2)
+    assert nearer(facing(0.0)) == 1.0
+    assert nearer(facing(-0.7)) == 1.0
+    assert nearer(facing(0.9, towards=-1.5)) == 1.0, "nothing known is ahead"
+
+
+def test_views_are_as_near_as_training_views_where_these_meet_nothing():
+    shown = unseen.ShownSurfaces(ns_cameras([facing(0.0)]), [torch.full((72, 96), torch.inf)])
+    assert shown.nearer(ns_cameras([facing(0.9)])) == 1.0
+
+
 @pytest.mark.parametrize("k1", [-0.1, 0.15])
 def test_a_view_through_a_lens_shows_its_own_pixels_and_nothing_beyond(k1):
     lens = torch.tensor([[k1, 0.02, 0.0, 0.0, 0.01, -0.01]])

@@ -39,8 +39,8 @@ class FewViewBaseConfig(DataParserConfig):
     train_ids: tuple[int, ...] | None = None
     """Train on these images (0-based, sorted by name) instead; they are then not tested on."""
     test_ids: tuple[int, ...] | None = None
-    """Test on these images instead; they are then not trained on. `transforms.json` without lists of its own: all others
-    may then train."""
+    """Test on these images instead; they are then not trained on. With a `transforms.json` that has no lists of its
+    own, all others may then train."""
     downscale_factor: int | None = None
     """Reduce images by this factor: `images_K` is used where it exists, else made once. Unset: LLFF takes `images_8`
     (the protocol's size) where it exists, DTU what gives 400 x 300, others the smallest factor whose result has no
