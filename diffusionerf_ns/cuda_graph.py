@@ -37,6 +37,7 @@ class Graphed:
         self._calls: dict[tuple, int] = {}
         self._graphs: dict[tuple, tuple[Any, tuple[Tensor, ...], Tensor]] = {}
         self._works = True
+        self._attempt: Any = None
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -73,7 +74,12 @@ class Graphed:
             self.call(*inputs)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile, a viewer's say, is not looked at.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        self._attempt = graph  # kept if it fails: memory that was taken for it must not be used by others
+        # What other threads do meanwhile, a viewer's say, is not looked at. A failed capture leaves its thread on the
+        # side stream (torch 2.14); the outer block brings it back.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
             output = self.call(*inputs)
         return graph, inputs, output

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 # The primes of Instant-NGP (Mueller et al. 2022, eq. 4); the first is 1. As signed 32-bit integers: products wrap.
 PRIME_Y = 2654435761 - 2**32
 PRIME_Z = 805459861
+POINTS = 1 << 19  # of a view are encoded at a time: rows and weights take up to 3 kB a point
 
 
 @torch.no_grad()
@@ -34,8 +35,10 @@ def corners(
     scaled = x[:, None, :] * scalings[:, None]
     floor = scaled.floor()
     high, low = (scaled - floor).unbind(-1), (1.0 - (scaled - floor)).unbind(-1)
-    prime = torch.tensor([1, PRIME_Y, PRIME_Z], dtype=torch.int32, device=x.device)
-    low_key, high_key = (floor.int() * prime).unbind(-1), (scaled.ceil().int() * prime).unbind(-1)
+    # Python's numbers: a tensor of the primes would be copied to the device, and waited for, with every call.
+    low_key, high_key = (
+        (x, y * PRIME_Y, z * PRIME_Z) for x, y, z in (floor.int().unbind(-1), scaled.ceil().int().unbind(-1))
+    )
 
     def combine(operation: Any, low: Any, high: Any) -> Tensor:
         """The 8 ways to take one of (low, high) for each of x, y, z."""
@@ -69,11 +72,22 @@ class _WeightedRows(torch.autograd.Function):
 
 
 def encode(grid: HashEncoding, x: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch features"]:
-    """The encoding of x: a drop-in for `HashEncoding.pytorch_fwd`, without a gradient for x."""
+    """The encoding of x: a drop-in for `HashEncoding.pytorch_fwd`, without a gradient for x.
+
+    Many points are encoded in parts where no gradient is asked for, so that memory does not grow with the view.
+    """
+    if grid.scalings.device != x.device:
+        grid.scalings = grid.scalings.to(x.device)  # no buffer in nerfstudio: it stays where it was made
     flat = x.detach().reshape(-1, 3)
-    rows, weights = corners(flat, grid.scalings.to(x.device), grid.hash_table_size)
+    parts = [flat] if torch.is_grad_enabled() else flat.split(POINTS)
+    features = torch.cat([_features(grid, part) for part in parts])
+    return features.reshape(*x.shape[:-1], features.shape[-1])
+
+
+def _features(grid: HashEncoding, x: Float[Tensor, "n 3"]) -> Float[Tensor, "n features"]:
+    rows, weights = corners(x, grid.scalings, grid.hash_table_size)
     features = _WeightedRows.apply(grid.hash_table, rows.reshape(-1, 8), weights.reshape(-1, 8))
-    return features.reshape(*x.shape[:-1], -1)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return features.reshape(len(x), -1)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 def speed_up_hash_grids(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
@@ -214,7 +214,7 @@ class DiffusioNeRFModel(NerfactoModel):
             metric_scale=float(torch.nan_to_num(self.metric_scale, nan=1.0)),
             spec=self._prior_spec,
             prior=lambda: self.prior,
-            count=None if self.frusta is None else self.frusta.count,
+            count=None if self.frusta is None else self._count_views,
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
             hidden=self._hidden if self.config.fill_unseen and self._knows_surfaces() else None,
@@ -229,6 +229,10 @@ class DiffusioNeRFModel(NerfactoModel):
         if not are_perspective(self.metadata["train_cameras"]):
             return False
         return not (self._in_training_run and inspection.in_viewer())
+
+    def _count_views(self, points: Float[Tensor, "n 3"]) -> Int[Tensor, " n"]:
+        assert self.frusta is not None
+        return self.frusta.count(points.to(self.device)).to(points.device)
 
     def _hidden(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
         return self.shown_surfaces().hide(points.to(self.device)).to(points.device)

@@ -12,7 +12,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from ddm_training.errors import InputError
 from diffusionerf_ns import metrics
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
-from diffusionerf_ns.optimizers import follow_run
+from diffusionerf_ns.optimizers import follow_run, scale_small_gradients
 
 TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
 NEW = ("camera_optimizer.", "field.mlp_pred_normals.")  # a run may begin to learn these when it is resumed
@@ -61,10 +61,12 @@ class DiffusioNeRFPipeline(VanillaPipeline):
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
-        """nerfstudio's; the learning rates learn the run's length here, where a checkpoint is loaded already."""
+        """nerfstudio's; a checkpoint is loaded already, and optimisers learn here what they need to know of the run."""
         optimizers, trainer = training_callback_attributes.optimizers, training_callback_attributes.trainer
         if optimizers is not None and trainer is not None:
             follow_run(optimizers, trainer.config.max_num_iterations)
+            if getattr(self.model.config, "implementation", None) == "tcnn" and not trainer.grad_scaler.is_enabled():
+                scale_small_gradients(trainer)
         return super().get_training_callbacks(training_callback_attributes)
 
     def get_eval_image_metrics_and_images(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -32,15 +32,16 @@ class MaskedPixelSampler(PixelSampler):
             return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
         if self._small is not None and self._small[0] is mask:
             return self._any_of(self._small[1], batch_size)
-        inside = mask[..., 0].to(device)
+        inside = mask[..., 0]
         size = torch.tensor(inside.shape, device=device)
         drawn = (torch.rand((batch_size, 3), device=device) * size).long()
         for _ in range(self.config.max_num_iterations if self.config.rejection_sample_mask else 0):
-            outside = torch.nonzero(~inside[drawn.unbind(-1)])[:, 0]
+            looked_up = inside[drawn.to(inside.device).unbind(-1)]  # where the masks are: they may be large
+            outside = torch.nonzero(~looked_up)[:, 0].to(device)
             if len(outside) == 0:
                 return drawn
             drawn[outside] = (torch.rand((len(outside), 3), device=device) * size).long()
-        pixels = torch.nonzero(inside)
+        pixels = torch.nonzero(inside).to(device)
         if len(pixels) == 0:
             raise InputError("the masks of all images are black; expected white where the scene is.")
         self._small = mask, pixels

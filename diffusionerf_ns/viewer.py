@@ -103,7 +103,9 @@ class LastPatch:
         corners = [first, first + p - 1, first + p * (p - 1), first + p * p - 1]
         frustums = samples.frustums
         directions = torch.stack([frustums.directions[ray, 0] for ray in corners])
-        return cls(x=x[0], score=score[0], tau=tau, origin=frustums.origins[first, 0], corners=directions)
+        origin = frustums.origins[first, 0]
+        # A camera optimiser's rays have a gradient, and would keep all of the step.
+        return cls(x=x[0], score=score[0], tau=tau, origin=origin.detach(), corners=directions.detach())
 
 
 class InspectionPanel(ViewerControl):

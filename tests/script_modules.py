@@ -10,6 +10,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 def load_script(name: str) -> ModuleType:
     """`scripts/NAME.py` as a module."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))  # as if it were run: some import one another
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

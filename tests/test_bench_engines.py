@@ -103,12 +103,15 @@ def test_a_worker_ends_when_the_run_that_started_it_is_gone() -> None:
     process.stdout.close()
 
 
-def test_each_gpu_gets_its_worker_and_cpu_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker_environments(None, gpus=["2", "5"]) == [{"CUDA_VISIBLE_DEVICES": "2"}, {"CUDA_VISIBLE_DEVICES": "5"}]
-    names = [e["CUDA_VISIBLE_DEVICES"] for e in worker_environments(4, gpus=["2", "5"])]
-    assert names == ["2", "5", "2", "5"]
+def test_each_gpu_gets_its_worker_and_all_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(engines, "_cores", lambda: 6)
+    assert worker_environments(None, gpus=["2", "5"]) == [
+        {"CUDA_VISIBLE_DEVICES": "2", "OMP_NUM_THREADS": "3"},
+        {"CUDA_VISIBLE_DEVICES": "5", "OMP_NUM_THREADS": "3"},
+    ]
+    names = [e["CUDA_VISIBLE_DEVICES"] for e in worker_environments(4, gpus=["2", "5"])]
+    assert names == ["2", "5", "2", "5"]
     assert worker_environments(None, gpus=[]) == [{"OMP_NUM_THREADS": "6"}]
     assert worker_environments(4, gpus=[]) == [{"OMP_NUM_THREADS": "1"}] * 4
 

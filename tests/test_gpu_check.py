@@ -49,12 +49,13 @@ def test_a_check_that_raises_is_a_failed_line_and_the_others_go_on(
         completion=lambda: passing,
         denoiser=lambda: passing,
         one_step=fail,
+        half_gradients=lambda _: passing,
         step_times=lambda _: passing,
         training=fail,
     )
     monkeypatch.setattr(gpu_check, "Checks", lambda *_: stand_in)
     lines = gpu_check.run_checks(gpu_check.GpuCheckConfig(), "cpu", tmp_path)
-    assert [line.passed for line in lines] == [True, True, True, False, True, False, False, True, False]
+    assert [line.passed for line in lines] == [True, True, True, False, True, True, False, False, True, True, False]
     assert "no kernel image" in lines[3].error
     assert "no kernel image" in (tmp_path / "log.txt").read_text()
 
@@ -68,6 +69,7 @@ def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, 
     lines = [
         checks.one_step("diffusionerf-tiny"),
         checks.step_times("diffusionerf-tiny"),
+        checks.half_gradients("diffusionerf-tiny"),
         *checks.prior(),
         checks.completion(),
         checks.denoiser(),

@@ -31,6 +31,20 @@ def test_values_and_gradients_equal_those_of_nerfstudio(features: int) -> None:
     torch.testing.assert_close(grid.hash_table.grad, expected_gradient, atol=1e-5, rtol=1e-5)
 
 
+def test_points_are_encoded_in_parts_where_nothing_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, x, sizes = make_grid(), torch.rand(5, 7, 3), []
+    whole = hash_grid.encode(grid, x)
+    features = hash_grid._features
+    monkeypatch.setattr(hash_grid, "POINTS", 16)
+    monkeypatch.setattr(hash_grid, "_features", lambda g, part: sizes.append(len(part)) or features(g, part))
+    with torch.no_grad():
+        assert torch.equal(hash_grid.encode(grid, x), whole)
+    assert sizes == [16, 16, 3]
+    sizes.clear()
+    hash_grid.encode(grid, x)
+    assert sizes == [35]
+
+
 def test_corner_weights_sum_to_one_and_rows_stay_in_their_level() -> None:
     grid = make_grid()
     rows, weights = hash_grid.corners(torch.rand(100, 3), grid.scalings, grid.hash_table_size)

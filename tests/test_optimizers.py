@@ -3,6 +3,7 @@
 import io
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import box_room
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import tyro
 import yaml
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
+from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
 from ddm_training.errors import InputError
@@ -190,3 +192,19 @@ def test_a_rate_that_stays_for_want_of_the_run_s_length_says_so():
     with pytest.warns(UserWarning, match="max-steps"):
         rates, *_ = run(3, ExponentialDecayConfig(lr_final=1e-3))
     assert rates == [1e-2] * 3
+
+
+@pytest.mark.parametrize(
+    ("implementation", "enabled", "scaled"), [("tcnn", False, True), ("torch", False, False), ("tcnn", True, False)]
+)
+def test_the_loss_is_scaled_for_tinycudann_alone(tmp_path, capture, monkeypatch, implementation, enabled, scaled):
+    """After a checkpoint is loaded: an enabled scaler would refuse one without its state."""
+    trainer = set_up(tmp_path, capture)
+    own = trainer.grad_scaler = SimpleNamespace(is_enabled=lambda: enabled)
+    trainer.pipeline.model.config.implementation = implementation
+    made = []
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: made.append(device) or "scaler")
+    attributes = TrainingCallbackAttributes(trainer.optimizers, None, trainer.pipeline, trainer)
+    trainer.pipeline.get_training_callbacks(attributes)
+    assert made == ["cuda"] * scaled
+    assert trainer.grad_scaler == ("scaler" if scaled else own)

@@ -318,6 +318,12 @@ def test_a_patch_in_the_middle_of_its_camera_is_drawn_as_that_camera():
     assert fov == pytest.approx(2 * np.arctan(0.5 * (SIZE - 1) / 40.0), rel=0.01)
 
 
+def test_a_patch_of_rays_that_a_camera_optimizer_moves_keeps_nothing_of_the_step():
+    shown = patch(some_pose().requires_grad_())
+    assert not shown.origin.requires_grad
+    assert not shown.corners.requires_grad
+
+
 def test_a_patch_beside_the_optical_axis_is_drawn_looking_through_its_middle():
     pose = some_pose()
     rotation, _ = ours.corner_camera(patch(pose, (44.0, 30.0)).corners.double().numpy())

@@ -61,7 +61,7 @@ def run_entries(
 
 
 def worker_environments(workers: int | None, gpus: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """What is added to the environment of each local worker: its GPU, or its share of the CPU cores.
+    """What is added to the environment of each local worker: its GPU if there are any, and its share of the CPU cores.
 
     Args:
         workers: how many; None for one per GPU, or one.
@@ -69,10 +69,10 @@ def worker_environments(workers: int | None, gpus: Sequence[str] | None = None) 
     """
     gpus = _visible_gpus() if gpus is None else list(gpus)
     count = workers or len(gpus) or 1
-    if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(count)]
-    # One worker keeps the user's setting; several must share the cores, or they hinder each other.
+    # Several must share the cores, or they hinder each other: stereo runs on the CPU beside a GPU too.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": threads} for i in range(count)]
     return [{"OMP_NUM_THREADS": threads} for _ in range(count)]
 
 
