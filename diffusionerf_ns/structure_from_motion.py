@@ -12,6 +12,7 @@ A process of its own, because Pillow and OpenCV crash at writing PNG where pycol
 and because its memory is free again.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -203,18 +204,22 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
     with pycolmap.Database.open(database) as opened:
         matches = max(opened.read_two_view_geometry_num_inliers()[1], default=0)
     tried = []
-    for find_focal in (False, True) if None not in known.values() else (True,):
-        for find_distortion in (False, True) if how.distortion else (False,):
-            options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
-            options.ba_refine_focal_length, options.ba_refine_extra_params = find_focal, find_distortion
-            options.mapper.init_min_num_inliers = how.least_inliers
-            options.mapper.init_min_tri_angle = how.least_angle
-            options.mapper.abs_pose_min_num_inliers = how.least_points
-            folder = scratch / str(len(tried))
-            folder.mkdir()
-            models = pycolmap.incremental_mapping(database, images, folder, options)
-            found = [_content(model, known) for model in models.values()]
-            tried.append((find_focal + find_distortion, found))
+    focals = (False, True) if None not in known.values() else (True,)
+    distortions = (False, True) if how.distortion else (False,)
+    # COLMAP makes no point of what two images alone have matched: where only neighbours share enough, of nothing.
+    for by_two, find_focal, find_distortion in itertools.product((False, True), focals, distortions):
+        if by_two and any(len(model["images"]) == len(names) for _, models in tried for model in models):
+            break
+        options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
+        options.ba_refine_focal_length, options.ba_refine_extra_params = find_focal, find_distortion
+        options.mapper.init_min_num_inliers = how.least_inliers
+        options.mapper.init_min_tri_angle = how.least_angle
+        options.mapper.abs_pose_min_num_inliers = how.least_points
+        options.triangulation.ignore_two_view_tracks = not by_two
+        folder = scratch / str(len(tried))
+        folder.mkdir()
+        models = pycolmap.incremental_mapping(database, images, folder, options)
+        tried.append((find_focal + find_distortion, [_content(model, known) for model in models.values()]))
     return {"unread": [], "tried": tried, "matches": matches}
 
 

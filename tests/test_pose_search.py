@@ -132,6 +132,23 @@ def test_photographs_of_little_contrast_need_the_second_search(tmp_path):
     assert errors_of(frames, truth)[0].max() < 0.5
 
 
+def test_two_photographs_that_no_third_shares_anything_with_are_placed(taken, tmp_path):
+    """COLMAP by itself makes no points of what two images alone have matched."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copy(taken[0] / name, folder)
+    corner.noise(folder / "2.png")
+    found = find_poses(folder, tmp_path / "capture", focal_35mm=FOCAL_35)
+    assert found.missing == ("2.png",)
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    first, second = (np.array(frame["transform_matrix"])[:3, :3] for frame in frames)
+    true = [pose[:, :3].T for pose in taken[1][:2]]
+    flip = np.diag([1.0, -1.0, -1.0])
+    turn, expected = second.T @ first, flip @ true[1].T @ true[0] @ flip
+    assert np.degrees(np.arccos((np.trace(turn @ expected.T) - 1.0) / 2.0)) < 1.0
+
+
 def test_photographs_of_several_zooms_are_refused_by_name(taken, tmp_path):
     zooms = tmp_path / "zooms"
     zooms.mkdir()
