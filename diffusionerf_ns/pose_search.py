@@ -200,13 +200,13 @@ def _best_model(images: Path, names: list[str], cameras: Cameras, focal: float |
             break
     if best is None:
         why = (
-            "they seem to be taken from one place: take them a step apart, not by turning on the spot"
+            "Probably they were taken from one place: take them a step apart, not by turning on the spot."
             if matches > MANY_MATCHES
-            else "they should share more than half of what they show, be taken a step apart, and be sharp and not small"
+            else "They should share more than half of what they show, be taken a step apart, and be sharp, not small."
         )
         raise NotPlacedError(
             f"none of the {len(names)} photographs could be placed; {matches} points at most agree between two of "
-            f"them. Probably {why}. --focal-35mm helps where EXIF does not say it. More photographs from in between "
+            f"them. {why} --focal-35mm helps where EXIF does not say it. More photographs from in between "
             "help most: --num-views chooses afterwards which are trained on."
         )
     return best

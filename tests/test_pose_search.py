@@ -195,6 +195,16 @@ def test_unrelated_photographs_are_refused_and_nothing_is_left_behind(tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["unrelated"]
 
 
+def test_photographs_taken_by_turning_on_the_spot_are_refused_with_that_reason(taken, tmp_path):
+    pose, angle = taken[1][1], np.radians(6.0)
+    turn = np.array([[np.cos(angle), 0.0, np.sin(angle)], [0.0, 1.0, 0.0], [-np.sin(angle), 0.0, np.cos(angle)]])
+    for number, times in enumerate((-1, 0, 1)):
+        turned = np.linalg.matrix_power(turn if times >= 0 else turn.T, abs(times)) @ pose
+        Image.fromarray(corner.render(turned)).save(tmp_path / f"{number}.png")
+    with pytest.raises(InputError, match=r"Probably they were taken from one place: take them a step apart"):
+        find_poses(tmp_path, tmp_path / "capture", focal_35mm=FOCAL_35)
+
+
 def test_upright_photographs_are_turned_where_others_lie(taken, placed, tmp_path, capsys):
     mixed = tmp_path / "mixed"
     shutil.copytree(taken[0], mixed)
