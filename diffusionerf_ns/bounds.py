@@ -18,7 +18,7 @@ from ddm_training.rgbd import RgbdSpec
 
 
 class BoundsCollider(SceneCollider):
-    """Clips all rays to [near, far], in training and after it.
+    """Clips all rays to [near, far], in training and after it; views nearer to the scene begin nearer, see `bound`.
 
     nerfstudio's own collider moves the near plane to 0 after training. With few views nothing ever trained the space in
     front of the near plane, and its initial fog would be rendered.

@@ -30,14 +30,15 @@ class Graphed:
 
     def __init__(self, call: Callable[..., Tensor], name: str = "the network") -> None:
         self.call, self.name = call, name
+        self._works = True
+        # Of the last capture, for good: what a failed one had taken of the memory must not be given to others.
+        self._attempt: Any = None
         self.clear()
 
     def clear(self) -> None:
         """Forget all graphs; needed when the network's weights have moved or changed their type."""
         self._calls: dict[tuple, int] = {}
         self._graphs: dict[tuple, tuple[Any, tuple[Tensor, ...], Tensor]] = {}
-        self._works = True
-        self._attempt: Any = None
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -74,7 +75,7 @@ class Graphed:
             self.call(*inputs)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        self._attempt = graph  # kept if it fails: memory that was taken for it must not be used by others
+        self._attempt = graph
         # What other threads do meanwhile, a viewer's say, is not looked at. A failed capture leaves its thread on the
         # side stream (torch 2.14); the outer block brings it back.
         with (

@@ -37,7 +37,7 @@ def corners(
     high, low = (scaled - floor).unbind(-1), (1.0 - (scaled - floor)).unbind(-1)
     # Python's numbers: a tensor of the primes would be copied to the device, and waited for, with every call.
     low_key, high_key = (
-        (x, y * PRIME_Y, z * PRIME_Z) for x, y, z in (floor.int().unbind(-1), scaled.ceil().int().unbind(-1))
+        (i, j * PRIME_Y, k * PRIME_Z) for i, j, k in (floor.int().unbind(-1), scaled.ceil().int().unbind(-1))
     )
 
     def combine(operation: Any, low: Any, high: Any) -> Tensor:

@@ -202,7 +202,8 @@ class DiffusioNeRFModel(NerfactoModel):
         `rgb_rendered` as it was rendered.
         """
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
-        nearer = self.shown_surfaces().nearer(camera) if self._knows_surfaces() else 1.0
+        known = self._knows_surfaces()
+        nearer = self.shown_surfaces().nearer(camera) if known else 1.0
         outputs = self.get_outputs_for_camera_ray_bundle(self.collider.bound(rays, nearer))
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
@@ -217,7 +218,7 @@ class DiffusioNeRFModel(NerfactoModel):
             count=None if self.frusta is None else self._count_views,
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
-            hidden=self._hidden if self.config.fill_unseen and self._knows_surfaces() else None,
+            hidden=self._hidden if self.config.fill_unseen and known else None,
             fill_empty=obb_box is None and self.config.background_color == "last_sample",
         )
         return inspection.view_outputs(outputs, camera, context)
@@ -243,6 +244,8 @@ class DiffusioNeRFModel(NerfactoModel):
         if self._surfaces is None:
             cameras = unseen.small_cameras(self.metadata["train_cameras"].to(self.device))
             training = self.training
+            if not self._in_training_run:
+                CONSOLE.print("Before the first view: depth of the training views, small.")
             self.eval()
             try:
                 self._surfaces = unseen.ShownSurfaces(

@@ -142,7 +142,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     near_margin: float = 0.75
     """Where the scene's near bound is known, rays begin at this times it, or at `stereo_near_margin` times the nearest
     depth (2 % quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`, which is a
-    lower limit too if it is not nerfacto's .05."""
+    lower limit too if it is not nerfacto's .05. After training, views that are nearer to the scene than all training
+    images begin nearer in proportion (of up to 32 perspective training images)."""
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25

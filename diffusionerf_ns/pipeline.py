@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 
 from ddm_training.errors import InputError
 from diffusionerf_ns import metrics
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
-from diffusionerf_ns.optimizers import follow_run, scale_small_gradients
+from diffusionerf_ns.optimizers import check_gradients, follow_run, scale_small_gradients
 
 TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
 NEW = ("camera_optimizer.", "field.mlp_pred_normals.")  # a run may begin to learn these when it is resumed
@@ -65,9 +65,14 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         optimizers, trainer = training_callback_attributes.optimizers, training_callback_attributes.trainer
         if optimizers is not None and trainer is not None:
             follow_run(optimizers, trainer.config.max_num_iterations)
-            if getattr(self.model.config, "implementation", None) == "tcnn" and not trainer.grad_scaler.is_enabled():
+        callbacks = super().get_training_callbacks(training_callback_attributes)
+        if trainer is not None and getattr(self.model.config, "implementation", None) == "tcnn":
+            if not trainer.grad_scaler.is_enabled():
                 scale_small_gradients(trainer)
-        return super().get_training_callbacks(training_callback_attributes)
+            after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
+            check = lambda step: check_gradients(trainer.grad_scaler, step)  # noqa: E731
+            callbacks.append(TrainingCallback(after, check, update_every_num_iters=1))
+        return callbacks
 
     def get_eval_image_metrics_and_images(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """nerfstudio's, without the depth metrics of an image that has no true depth."""

@@ -32,6 +32,8 @@ MAX_THREADS = 4  # for features, each of which takes about a gigabyte
 # Ratio of the errors without and with an unknown, above which it is used. Measured on 3 and 6 images of two captures:
 # 1.030 at most where the focal length is right, 1.06 to 2.1 where it is 30 or 40 % off.
 WORTH_AN_UNKNOWN = 1.03
+LEAST_OF_TWO = 100  # points that each image must see where those of two images alone count; COLMAP's first pair's
+FEW = 12  # images, of which it is tried; of more, three that see the same are hardly missing
 KEPT_POINTS = 0.8  # share of the points of the image that sees fewest, that a lower error must not cost
 Cameras = Literal["one", "each"]
 
@@ -203,23 +205,32 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
     pycolmap.match_exhaustive(database, matching_options=matching)
     with pycolmap.Database.open(database) as opened:
         matches = max(opened.read_two_view_geometry_num_inliers()[1], default=0)
-    tried = []
     focals = (False, True) if None not in known.values() else (True,)
-    distortions = (False, True) if how.distortion else (False,)
-    # COLMAP makes no point of what two images alone have matched: where only neighbours share enough, of nothing.
-    for by_two, find_focal, find_distortion in itertools.product((False, True), focals, distortions):
-        if by_two and any(len(model["images"]) == len(names) for _, models in tried for model in models):
-            break
-        options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
-        options.ba_refine_focal_length, options.ba_refine_extra_params = find_focal, find_distortion
-        options.mapper.init_min_num_inliers = how.least_inliers
-        options.mapper.init_min_tri_angle = how.least_angle
-        options.mapper.abs_pose_min_num_inliers = how.least_points
-        options.triangulation.ignore_two_view_tracks = not by_two
-        folder = scratch / str(len(tried))
-        folder.mkdir()
-        models = pycolmap.incremental_mapping(database, images, folder, options)
-        tried.append((find_focal + find_distortion, [_content(model, known) for model in models.values()]))
+    lenses = list(itertools.product(focals, (False, True) if how.distortion else (False,)))
+
+    def find(by_two: bool) -> list[tuple[int, list[dict[str, Any]]]]:
+        tried = []
+        for find_focal, find_distortion in lenses:
+            options = pycolmap.IncrementalPipelineOptions(min_model_size=2, random_seed=0, num_threads=1)
+            options.ba_refine_focal_length, options.ba_refine_extra_params = find_focal, find_distortion
+            options.mapper.init_min_num_inliers = how.least_inliers
+            options.mapper.init_min_tri_angle = how.least_angle
+            options.mapper.abs_pose_min_num_inliers = how.least_points
+            options.triangulation.ignore_two_view_tracks = not by_two
+            folder = scratch / f"{by_two}-{find_focal}-{find_distortion}"
+            folder.mkdir()
+            models = pycolmap.incremental_mapping(database, images, folder, options)
+            tried.append((find_focal + find_distortion, [_content(model, known) for model in models.values()]))
+        return tried
+
+    # COLMAP makes no point of what two images alone have matched. Where only neighbours share enough there is no other,
+    # but nothing confirms such points: they count where they place more images, and many of them do.
+    tried = find(by_two=False)
+    placed = max((len(model["images"]) for _, models in tried for model in models), default=0)
+    if placed < len(names) <= FEW:
+        for unknowns, models in find(by_two=True):
+            sure = [m for m in models if min(image["points"] for image in m["images"]) >= LEAST_OF_TWO]
+            tried.append((unknowns, [m for m in sure if len(m["images"]) > placed]))
     return {"unread": [], "tried": tried, "matches": matches}
 
 

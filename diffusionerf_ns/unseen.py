@@ -1,4 +1,4 @@
-"""What no training image shows of a view: found by the depth of the training views, and filled from around.
+"""What training images show, by the depth of their views: what they do not show of a view is filled from around.
 
 Where the field was never looked at, its colours are chance, as loud as they come. The smoothest colours that go on from
 what is known around are wrong by less, and do not catch the eye.
@@ -16,12 +16,13 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusionerf_ns.visibility import Projections
+from diffusionerf_ns.visibility import Projections, are_perspective
 
 MAX_VIEWS = 32  # more training views leave little unseen, and their depth would take long
 WIDTH = 128  # pixels of the training views' depth, at most
 BEHIND = 0.05  # relative difference of depth from which a point is hidden
 NEAREST = 0.02  # quantile of distance that counts as a view's nearest surface, as for the bounds in training
+POINTS = 20_000  # of all training views, among which a view's nearest are looked for
 FAR = 0.9  # of the rays' end, from which a training view shows no surface but what is behind all
 MAX_PIXELS = 320 * 240  # of a view that is filled as it is; larger ones are filled as if they were that large
 
@@ -57,13 +58,14 @@ class ShownSurfaces:
 
     @cached_property
     def _points(self) -> Float[Tensor, "k 3"]:
-        """All of them, in the world."""
+        """Some of them, in the world."""
         points = []
         for index, depth in enumerate(self.depth):
             rays = self.cameras.generate_rays(camera_indices=index, keep_shape=True)
             distance = depth[..., None] * rays.metadata["directions_norm"]
             points.append((rays.origins + rays.directions * distance)[depth.isfinite()])
-        return torch.cat(points)
+        together = torch.cat(points)
+        return together[:: max(len(together) // POINTS, 1)]  # enough for a quantile of every frame of a viewer
 
     @cached_property
     def _closest(self) -> float:
@@ -78,8 +80,11 @@ class ShownSurfaces:
 
     @torch.no_grad()
     def nearer(self, camera: Cameras) -> float:
-        """The distance of a camera to the surfaces in its image by the smallest of a training view, at most 1."""
-        if not math.isfinite(self._closest):
+        """The distance of a camera to the surfaces in its image by the smallest of a training view, at most 1.
+
+        Of cameras that are not perspective, which look to all sides, it is 1.
+        """
+        if not math.isfinite(self._closest) or not are_perspective(camera):
             return 1.0
         return min(self._distance(Projections(camera.to(self.cameras.device)), 0) / self._closest, 1.0)
 

@@ -116,7 +116,6 @@ class Checks:
         seconds = time.perf_counter() - start
         bundle = bundle.to(torch.device(self.device))
         # The prior's convolutions shall be float32 too. Unless it is told, `flags` would switch cuDNN off as a whole.
-        # The prior's convolutions shall be float32 too. Unless it is told, `flags` would switch cuDNN off as a whole.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = losses_and_gradients(other.pipeline.model, bundle, to_device(batch, self.device))
         floor = SMALL_TERM * float(sum(expected[0].values()))

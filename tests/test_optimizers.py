@@ -1,9 +1,11 @@
 """The optimiser and learning-rate schedule configs, and what of a real trainer's schedules follows the run's length."""
 
 import io
+import math
+import random
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import box_room
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 import tyro
 import yaml
 from nerfstudio.configs.method_configs import AnnotatedBaseConfigUnion
-from nerfstudio.engine.callbacks import TrainingCallbackAttributes
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
 from ddm_training.errors import InputError
+from diffusionerf_ns.errors import NonFiniteLossError
 from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
 
 
@@ -194,17 +197,83 @@ def test_a_rate_that_stays_for_want_of_the_run_s_length_says_so():
     assert rates == [1e-2] * 3
 
 
-@pytest.mark.parametrize(
-    ("implementation", "enabled", "scaled"), [("tcnn", False, True), ("torch", False, False), ("tcnn", True, False)]
-)
-def test_the_loss_is_scaled_for_tinycudann_alone(tmp_path, capture, monkeypatch, implementation, enabled, scaled):
-    """After a checkpoint is loaded: an enabled scaler would refuse one without its state."""
-    trainer = set_up(tmp_path, capture)
-    own = trainer.grad_scaler = SimpleNamespace(is_enabled=lambda: enabled)
+# The loss, scaled for tinycudann
+
+
+def tie(trainer: Trainer, implementation: str) -> list[TrainingCallback]:
+    """What a trainer asks for after a checkpoint is loaded, as if its model had this implementation."""
     trainer.pipeline.model.config.implementation = implementation
-    made = []
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: made.append(device) or "scaler")
     attributes = TrainingCallbackAttributes(trainer.optimizers, None, trainer.pipeline, trainer)
-    trainer.pipeline.get_training_callbacks(attributes)
-    assert made == ["cuda"] * scaled
-    assert trainer.grad_scaler == ("scaler" if scaled else own)
+    return trainer.pipeline.get_training_callbacks(attributes)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.pipeline.model.named_parameters()}
+
+
+def seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)  # the order in which nerfstudio keeps the images
+
+
+def trained(trainer: Trainer) -> Trainer:
+    seed()
+    trainer.train()
+    return trainer
+
+
+def test_a_training_with_a_scaled_loss_ends_with_the_same_weights_and_is_resumed(tmp_path, capture):
+    few = ["--max-num-iterations", 4]
+    seed()
+    plain = trained(set_up(tmp_path / "plain", capture, *few))
+    seed()
+    scaled = set_up(tmp_path / "scaled", capture, *few)
+    start = weights(scaled)
+    tie(scaled, "tcnn")
+    assert scaled.grad_scaler.is_enabled()
+    trained(scaled)
+    assert scaled.grad_scaler.get_scale() >= 1024.0
+    expected, found = weights(plain), weights(scaled)
+    assert any(not torch.equal(found[name], start[name]) for name in start)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    resumed = set_up(tmp_path / "resumed", capture, *few, "--load-dir", scaled.checkpoint_dir)
+    tie(resumed, "tcnn")
+    assert resumed.grad_scaler.is_enabled()
+    trained(resumed)
+    assert resumed.step == 7
+
+
+@pytest.mark.parametrize("implementation", ["torch", "tcnn"])
+def test_the_loss_is_left_alone_without_tinycudann_and_where_the_trainer_scales_it(tmp_path, capture, implementation):
+    trainer = set_up(tmp_path, capture)
+    if implementation == "tcnn":
+        trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    own = trainer.grad_scaler
+    tie(trainer, implementation)
+    assert trainer.grad_scaler is own
+
+
+def test_accumulated_gradients_are_not_scaled_which_is_said(tmp_path, capture):
+    trainer = set_up(tmp_path, capture, "--gradient-accumulation-steps", "fields", 2)
+    with pytest.warns(UserWarning, match=r"cannot scale the loss.*--pipeline.model.implementation torch"):
+        tie(trainer, "tcnn")
+    assert not trainer.grad_scaler.is_enabled()
+
+
+def test_gradients_that_no_scale_makes_finite_stop_a_training(tmp_path, capture, monkeypatch):
+    """The steps are left out, so that no loss would ever tell."""
+    trainer = set_up(tmp_path, capture, "--max-num-iterations", 40)
+    trainer.callbacks = tie(trainer, "tcnn")
+    loss = trainer.pipeline.model.get_loss_dict
+
+    def with_bad_gradients(*arguments: Any) -> dict[str, torch.Tensor]:
+        losses = loss(*arguments)
+        for value in losses.values():
+            if value.requires_grad:
+                value.register_hook(lambda gradient: gradient * math.nan)
+        return losses
+
+    monkeypatch.setattr(trainer.pipeline.model, "get_loss_dict", with_bad_gradients)
+    with pytest.raises(NonFiniteLossError, match=r"at step 1\d: gradients have been NaN or infinite for many steps"):
+        trainer.train()

@@ -71,9 +71,10 @@ def worker_environments(workers: int | None, gpus: Sequence[str] | None = None) 
     count = workers or len(gpus) or 1
     # Several must share the cores, or they hinder each other: stereo runs on the CPU beside a GPU too.
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))
+    share = {"OMP_NUM_THREADS": threads}
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)], "OMP_NUM_THREADS": threads} for i in range(count)]
-    return [{"OMP_NUM_THREADS": threads} for _ in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} | (share if count > 1 else {}) for i in range(count)]
+    return [share] * count
 
 
 def _cores() -> int:
