@@ -4,13 +4,14 @@ Start reading at `get_loss_dict`. The maths is in `regularizers`, the shape of t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 from unittest import mock
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
@@ -203,7 +204,7 @@ class DiffusioNeRFModel(NerfactoModel):
         """
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
         known = self._knows_surfaces()
-        nearer = self.shown_surfaces().nearer(camera) if known else 1.0
+        nearer = self.shown_surfaces().nearer(camera) if known else 1.0  # than any training image
         outputs = self.get_outputs_for_camera_ray_bundle(self.collider.bound(rays, nearer))
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
@@ -215,10 +216,10 @@ class DiffusioNeRFModel(NerfactoModel):
             metric_scale=float(torch.nan_to_num(self.metric_scale, nan=1.0)),
             spec=self._prior_spec,
             prior=lambda: self.prior,
-            count=None if self.frusta is None else self._count_views,
+            count=None if self.frusta is None else self._of_points(self.frusta.count),
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
-            hidden=self._hidden if self.config.fill_unseen and known else None,
+            hidden=self._of_points(self.shown_surfaces().hide) if self.config.fill_unseen and known else None,
             fill_empty=obb_box is None and self.config.background_color == "last_sample",
         )
         return inspection.view_outputs(outputs, camera, context)
@@ -231,12 +232,9 @@ class DiffusioNeRFModel(NerfactoModel):
             return False
         return not (self._in_training_run and inspection.in_viewer())
 
-    def _count_views(self, points: Float[Tensor, "n 3"]) -> Int[Tensor, " n"]:
-        assert self.frusta is not None
-        return self.frusta.count(points.to(self.device)).to(points.device)
-
-    def _hidden(self, points: Float[Tensor, "n 3"]) -> Bool[Tensor, " n"]:
-        return self.shown_surfaces().hide(points.to(self.device)).to(points.device)
+    def _of_points(self, judge: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``judge``, wherever the points are."""
+        return lambda points: judge(points.to(self.device)).to(points.device)
 
     @torch.no_grad()
     def shown_surfaces(self) -> unseen.ShownSurfaces:
