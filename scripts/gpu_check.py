@@ -155,11 +155,13 @@ class Checks:
 
     def training(self, preset: str) -> Check:
         """A whole run with its evaluation."""
+        import torch
+
         from diffusionerf_ns.bench.job import run
 
         name = f"{preset}-run"
         gc.collect()  # trainers of earlier checks: the memory shown shall be this one's
-        synchronise(self.device, empty=True)
+        torch.cuda.empty_cache()
         result = run(self.trainer_config(preset, self.device, name), self.folder / name, pictures=1)
         psnr = [point["psnr"] for point in result["curve"]]
         return Check(

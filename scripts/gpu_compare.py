@@ -60,14 +60,12 @@ def compare(expected: dict[str, Any], found: dict[str, Any], floor: float = 0.0)
     }
 
 
-def synchronise(device: str, empty: bool = False) -> None:
-    """Wait until the device has done what it was given; ``empty``: and give back its unused memory."""
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
     import torch
 
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-        if empty:
-            torch.cuda.empty_cache()
 
 
 def timed(call: Callable[[], Any], device: str, count: int) -> float:
