@@ -33,8 +33,9 @@ from diffusionerf_ns.lpips import LpipsNetworks
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.score_loss import score_loss
+from diffusionerf_ns.surfaces import FieldSurfaces
 from diffusionerf_ns.viewer import InspectionPanel, LastPatch, draw_small_on_cpu
-from diffusionerf_ns.visibility import TrainingFrusta, are_perspective
+from diffusionerf_ns.visibility import TrainingFrusta
 
 
 class DiffusioNeRFModel(NerfactoModel):
@@ -61,8 +62,7 @@ class DiffusioNeRFModel(NerfactoModel):
         self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
         cameras = metadata.get("train_cameras")
         self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
-        self._surfaces: unseen.ShownSurfaces | None = None
-        self.register_load_state_dict_post_hook(self._forget_surfaces)
+        self.surfaces = FieldSurfaces(self, cameras, self._depth_of)
         self.total_steps = 1
         self._in_training_run = False
         scale = self.config.metric_scale
@@ -203,8 +203,8 @@ class DiffusioNeRFModel(NerfactoModel):
         `rgb_rendered` as it was rendered.
         """
         rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
-        known = self._knows_surfaces()
-        nearer = self.shown_surfaces().nearer(camera) if known else 1.0  # than any training image
+        shown = self._surfaces_of_views()
+        nearer = 1.0 if shown is None else shown.nearer(camera)  # than any training image
         outputs = self.get_outputs_for_camera_ray_bundle(self.collider.bound(rays, nearer))
         near, far = self.depth_colour_range(outputs)
         if self.frusta is not None:
@@ -219,39 +219,20 @@ class DiffusioNeRFModel(NerfactoModel):
             count=None if self.frusta is None else self._of_points(self.frusta.count),
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
-            hidden=self._of_points(self.shown_surfaces().hide) if self.config.fill_unseen and known else None,
+            hidden=self._of_points(shown.hide) if self.config.fill_unseen and shown is not None else None,
             fill_empty=obb_box is None and self.config.background_color == "last_sample",
         )
         return inspection.view_outputs(outputs, camera, context)
 
-    def _knows_surfaces(self) -> bool:
-        """Whether views may use what the training images show: not while a training waits for its viewer."""
-        if self.frusta is None or len(self.frusta) > unseen.MAX_VIEWS:
-            return False
-        if not are_perspective(self.metadata["train_cameras"]):
-            return False
-        return not (self._in_training_run and inspection.in_viewer())
+    def _surfaces_of_views(self) -> unseen.ShownSurfaces | None:
+        """What the training images show, for views to use; None while a training waits for its viewer as well."""
+        if not self.surfaces.can_be_found or (self._in_training_run and inspection.in_viewer()):
+            return None
+        return self.surfaces.get(announce=not self._in_training_run)
 
     def _of_points(self, judge: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """``judge``, wherever the points are."""
         return lambda points: judge(points.to(self.device)).to(points.device)
-
-    @torch.no_grad()
-    def shown_surfaces(self) -> unseen.ShownSurfaces:
-        """What the training images show by the field's own depth, rendered small and kept until the field changes."""
-        if self._surfaces is None:
-            cameras = unseen.small_cameras(self.metadata["train_cameras"].to(self.device))
-            training = self.training
-            if not self._in_training_run:
-                CONSOLE.print("Before the first view: depth of the training views, small.")
-            self.eval()
-            try:
-                self._surfaces = unseen.ShownSurfaces(
-                    cameras, [self._depth_of(cameras[i : i + 1]) for i in range(len(cameras))]
-                )
-            finally:
-                self.train(training)
-        return self._surfaces
 
     def _depth_of(self, camera: Cameras) -> Float[Tensor, "h w"]:
         """Planar depth of a training view, scene units; infinite where it meets nothing before the rays' end."""
@@ -261,9 +242,6 @@ class DiffusioNeRFModel(NerfactoModel):
         )
         z = outputs["planar_depth"] / torch.nan_to_num(self.metric_scale, nan=1.0)
         return torch.where(empty, torch.inf, z)[..., 0]
-
-    def _forget_surfaces(self, *_: Any) -> None:
-        self._surfaces = None
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
@@ -298,7 +276,7 @@ class DiffusioNeRFModel(NerfactoModel):
 
         def set_step(step: int) -> None:
             self.step = step
-            self._forget_surfaces()
+            self.surfaces.forget()
             self.level_mask.set_active(self.active_levels)
 
         if self.config.score_weight != 0.0:

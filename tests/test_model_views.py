@@ -16,7 +16,7 @@ from nerfstudio.engine.callbacks import TrainingCallbackLocation
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
 
-from diffusionerf_ns import inspection, unseen
+from diffusionerf_ns import inspection, surfaces, unseen
 from diffusionerf_ns.refine import ViewRefiner
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
@@ -45,7 +45,8 @@ def test_rays_of_a_view_nearer_to_the_scene_than_all_training_views_begin_nearer
     model, starts = pipeline.model, []
     cameras = pipeline.datamanager.train_dataset.cameras
     depth = [torch.full((int(c.height), int(c.width)), 4.0) for c in unseen.small_cameras(cameras)]
-    monkeypatch.setattr(model, "_surfaces", unseen.ShownSurfaces(unseen.small_cameras(cameras), depth))
+    shown = unseen.ShownSurfaces(unseen.small_cameras(cameras), depth)
+    monkeypatch.setattr(model.surfaces, "get", lambda announce: shown)
     render = model.get_outputs
     monkeypatch.setattr(model, "get_outputs", lambda rays: starts.append(float(rays.nears.mean())) or render(rays))
     near = copy.deepcopy(cameras[:1])
@@ -256,7 +257,7 @@ def test_what_the_training_views_show_is_rendered_as_after_training_and_the_mode
     model, modes = pipeline.model, []
     render = model.get_outputs
     monkeypatch.setattr(model, "get_outputs", lambda rays: modes.append(model.training) or render(rays))
-    model.shown_surfaces()
+    model.surfaces.get()
     assert modes
     assert not any(modes)
     assert model.training
@@ -265,22 +266,22 @@ def test_what_the_training_views_show_is_rendered_as_after_training_and_the_mode
 def test_what_the_training_views_show_is_found_once_until_the_field_changes(folders):
     pipeline = build(folders, score_weight=0.0, refine_tau=0.0)
     model, state = pipeline.eval().model, pipeline.state_dict()
-    first = model.shown_surfaces()
+    first = model.surfaces.get()
     view(pipeline)["rgb"]
-    assert model.shown_surfaces() is first
+    assert model.surfaces.get() is first
     for callback in callbacks(pipeline):
         callback.run_callback_at_location(3, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
-    second = model.shown_surfaces()
+    second = model.surfaces.get()
     assert second is not first
     pipeline.load_pipeline(state, 3)
-    assert model.shown_surfaces() is not second
+    assert model.surfaces.get() is not second
 
 
 @pytest.mark.parametrize("reason", ["switched off", "many views", "other cameras", "a viewer beside a training"])
 def test_views_are_not_filled(folders, monkeypatch, reason):
     pipeline = build(folders, score_weight=0.0, refine_tau=0.0, fill_unseen=reason != "switched off")
     if reason == "many views":
-        monkeypatch.setattr(unseen, "MAX_VIEWS", 1)
+        monkeypatch.setattr(surfaces, "MAX_VIEWS", 1)
     if reason == "other cameras":
         pipeline.model.metadata["train_cameras"].camera_type[:1] = CameraType.FISHEYE.value
     if reason == "a viewer beside a training":
