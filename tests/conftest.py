@@ -1,6 +1,8 @@
 """Fixtures for all tests: where the real data lies, and a skip with the reason where it does not."""
 
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from diffusionerf_ns import pose_search
+from diffusionerf_ns.lpips import LpipsNetworks
 
 DATA_ROOT = Path(os.environ.get("DIFFUSIONERF_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -51,3 +54,24 @@ def placed(taken, tmp_path_factory) -> tuple[Path, pose_search.Posed]:
     """The capture that was made of them, not to be changed, and what was found."""
     capture = tmp_path_factory.mktemp("placed") / "capture"
     return capture, pose_search.find_poses(taken[0], capture)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """An empty torch hub and no connection; returns the checkpoint folder of the hub."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no connection")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def alexnet(offline, real_data) -> LpipsNetworks:
+    """Networks for LPIPS that have AlexNet's weights and no others."""
+    (offline / "alexnet-owt-7be5be79.pth").symlink_to(real_data("lpips/alexnet-owt-7be5be79.pth"))
+    return LpipsNetworks()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
+from script_modules import load_script
 
 from diffusionerf_ns.structure_from_motion import Placed
 
@@ -93,3 +94,18 @@ def noise(path: Path, seed: int = 0) -> None:
     """Write a photograph that has nothing in common with those."""
     pixels = np.random.default_rng(seed).integers(0, 255, (HEIGHT // 12, WIDTH // 12, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((WIDTH, HEIGHT)).save(path)
+
+
+def errors_of(frames: list[dict], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Degrees, and distances in parts of the cameras' spread.
+
+    Args:
+        frames: of `transforms.json`.
+        truth: world-to-camera [n, 3, 4] in OpenCV axes.
+    """
+    rotations = truth[:, :, :3].transpose(0, 2, 1)
+    centers = -(rotations @ truth[:, :, 3:])
+    found = np.array([frame["transform_matrix"] for frame in frames])[:, :3]
+    return load_script("pose_errors").pose_errors(
+        found, np.concatenate([rotations * [1.0, -1.0, -1.0], centers], axis=2)
+    )

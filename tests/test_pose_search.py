@@ -20,19 +20,6 @@ pose_errors = load_script("pose_errors").pose_errors
 FOCAL_35 = 30.3  # millimetres: 43.27 mm of film are the 600 pixels of the corner's diagonal, 420 its focal length
 
 
-def errors_of(frames: list[dict], truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Degrees, and distances in parts of the cameras' spread.
-
-    Args:
-        frames: of `transforms.json`.
-        truth: world-to-camera [n, 3, 4] in OpenCV axes.
-    """
-    rotations = truth[:, :, :3].transpose(0, 2, 1)
-    centers = -(rotations @ truth[:, :, 3:])
-    found = np.array([frame["transform_matrix"] for frame in frames])[:, :3]
-    return pose_errors(found, np.concatenate([rotations * [1.0, -1.0, -1.0], centers], axis=2))
-
-
 def test_errors_of_poses_are_of_the_best_alignment():
     true = corner.poses(4)
     turn = np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
@@ -53,7 +40,7 @@ def test_errors_of_poses_are_of_the_best_alignment():
 def test_three_photographs_have_their_poses_and_the_focal_length(taken, placed):
     capture, found = placed
     content = json.loads((capture / "transforms.json").read_text())
-    degrees, distances = errors_of(content["frames"], taken[1])
+    degrees, distances = corner.errors_of(content["frames"], taken[1])
     assert degrees.max() < 0.3
     assert distances.max() < 0.02
     assert content["frames"][0]["fl_x"] == pytest.approx(corner.FOCAL, rel=0.02)
@@ -105,7 +92,7 @@ def test_photographs_are_turned_as_their_exif_says_and_have_its_focal_length(tak
     difference = np.asarray(written, dtype=float) - np.asarray(Image.open(taken[0] / "0.png"), dtype=float)
     assert np.abs(difference).mean() < 4
     content = json.loads((tmp_path / "capture" / "transforms.json").read_text())
-    assert errors_of(content["frames"], taken[1])[0].max() < 0.5
+    assert corner.errors_of(content["frames"], taken[1])[0].max() < 0.5
 
 
 def test_a_focal_length_that_the_photographs_contradict_is_not_kept(taken, tmp_path, monkeypatch):
@@ -129,7 +116,7 @@ def test_photographs_of_little_contrast_need_the_second_search(tmp_path):
     assert first[0] == []
     find_poses(tmp_path / "faint", tmp_path / "capture")
     frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
-    assert errors_of(frames, truth)[0].max() < 0.5
+    assert corner.errors_of(frames, truth)[0].max() < 0.5
 
 
 def test_two_photographs_that_no_third_shares_anything_with_are_placed(taken, tmp_path):
@@ -207,69 +194,6 @@ def test_photographs_taken_by_turning_on_the_spot_are_refused_with_that_reason(t
         find_poses(tmp_path, tmp_path / "capture", focal_35mm=FOCAL_35)
 
 
-def test_upright_photographs_are_turned_where_others_lie(taken, placed, tmp_path, capsys):
-    mixed = tmp_path / "mixed"
-    shutil.copytree(taken[0], mixed)
-    Image.open(mixed / "1.png").transpose(Image.Transpose.ROTATE_270).save(mixed / "1.png")  # turned back below
-    assert find_poses(mixed, tmp_path / "capture") == placed[1]
-    assert "Turned to lie as the others: 1.png" in capsys.readouterr().out
-    turned, lying = (Image.open(p / "images" / "1.png") for p in (tmp_path / "capture", placed[0]))
-    assert np.array_equal(np.asarray(turned), np.asarray(lying))
-
-
-def test_a_turned_photograph_does_not_tilt_the_scene(taken, tmp_path):
-    """Two that lie and one that was taken upright: its picture is turned, and its left counts as up."""
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    for number in (0, 2):
-        shutil.copy(taken[0] / f"{number}.png", mixed)
-    Image.fromarray(corner.render(taken[1][1], size=(corner.HEIGHT, corner.WIDTH))).save(mixed / "1.png")
-    assert find_poses(mixed, tmp_path / "capture").missing == ()
-    outputs = FewViewDataParserConfig(data=tmp_path / "capture").setup().get_dataparser_outputs("train")
-    found = outputs.cameras.camera_to_worlds.double().numpy()
-    true_up = np.array([0.0, -1.0, 0.0])  # of the corner
-    for number in (0, 2):
-        camera_up = taken[1][number][:, :3] @ true_up  # right, down, forward
-        up = found[number][:, :3] @ (camera_up * [1.0, -1.0, -1.0])
-        assert np.degrees(np.arccos(up[2])) < 20  # cameras look down by about 10 degrees
-    ups = np.stack([found[0][:, 1], -found[1][:, 0], found[2][:, 1]])  # of the turned one the left
-    mean_up = ups.mean(axis=0) / np.linalg.norm(ups.mean(axis=0))
-    assert np.degrees(np.arccos(mean_up[2])) < 0.1
-
-
-def test_a_scene_of_turned_photographs_alone_stands_upright():
-    rotation = ((0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0))  # right is down in the world
-    image = corner.placed("a.png", rotation)
-    model = structure_from_motion.Model(images=(image,), points=99, error=0.1)
-    content = pose_search.frames_of(model, turned=["a.png"])
-    assert content["orientation_override"] == "none"
-    pose = np.array(content["frames"][0]["transform_matrix"])
-    assert pose[:3, 0] == pytest.approx([0.0, 0.0, -1.0])  # its right is down
-    assert "orientation_override" not in pose_search.frames_of(model)
-
-
-def test_turn_to_z_is_the_smallest_rotation():
-    for up in (*np.random.default_rng(1).standard_normal((4, 3)), np.array([0.0, 0.0, -2.0])):
-        turn = pose_search.turn_to_z(up)
-        unit = up / np.linalg.norm(up)
-        assert turn @ unit == pytest.approx([0.0, 0.0, 1.0], abs=1e-12)
-        assert np.linalg.det(turn) == pytest.approx(1.0)
-        assert (np.trace(turn) - 1.0) / 2.0 == pytest.approx(unit[2], abs=1e-12)
-
-
-def test_upright_photographs_alone_stay_upright(taken, tmp_path):
-    upright = tmp_path / "upright"
-    upright.mkdir()
-    for source in taken[0].iterdir():
-        Image.open(source).transpose(Image.Transpose.ROTATE_270).save(upright / source.name)
-    find_poses(upright, tmp_path / "capture")
-    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
-    assert {(frame["w"], frame["h"]) for frame in frames} == {(corner.HEIGHT, corner.WIDTH)}
-    truth = taken[1].copy()
-    truth[:, 0], truth[:, 1] = -taken[1][:, 1], taken[1][:, 0]  # what was up is right
-    assert errors_of(frames, truth)[0].max() < 0.3
-
-
 def test_photographs_of_different_sizes_are_refused(taken, tmp_path):
     sizes = tmp_path / "sizes"
     shutil.copytree(taken[0], sizes)
@@ -285,14 +209,14 @@ def test_each_photograph_may_have_a_lens_of_its_own(taken, tmp_path):
         frames = json.loads((tmp_path / name / "transforms.json").read_text())["frames"]
         assert len({frame["fl_x"] for frame in frames}) == count
         if focal is not None:
-            assert errors_of(frames, taken[1])[0].max() < 0.5
+            assert corner.errors_of(frames, taken[1])[0].max() < 0.5
 
 
 def test_a_known_focal_length_is_kept_and_no_distortion_is_made_up(taken, tmp_path):
     assert find_poses(taken[0], tmp_path / "capture", focal_35mm=30.0).focal == pytest.approx(30.0)  # it is 30.3
     frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
     assert [frame["k1"] for frame in frames] == [0.0] * 3
-    assert errors_of(frames, taken[1])[0].max() < 0.3
+    assert corner.errors_of(frames, taken[1])[0].max() < 0.3
 
 
 def test_a_lens_that_distorts_is_found_out(taken, tmp_path):
@@ -308,7 +232,7 @@ def test_a_lens_that_distorts_is_found_out(taken, tmp_path):
     assert find_poses(bent, tmp_path / "capture", focal_35mm=FOCAL_35).missing == ()
     frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
     assert frames[0]["k1"] == pytest.approx(k1, abs=0.05)
-    assert errors_of(frames, taken[1])[0].max() < 0.5
+    assert corner.errors_of(frames, taken[1])[0].max() < 0.5
 
 
 def test_an_output_that_holds_something_is_refused(taken, tmp_path):
@@ -406,6 +330,8 @@ def test_three_real_photographs_have_the_poses_that_were_found_with_all(real_dat
     pose = down_right_back[:, :, [1, 0, 2, 3]] * [1.0, 1.0, -1.0, 1.0]  # right, down, forward, position
     rotation = pose[:, :, :3].transpose(0, 2, 1)
     truth = np.concatenate([rotation, -rotation @ pose[:, :, 3:]], axis=2)
-    degrees, distances = errors_of(json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"], truth)
+    degrees, distances = corner.errors_of(
+        json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"], truth
+    )
     assert degrees.max() < 1.0
     assert distances.max() < 0.15
