@@ -93,7 +93,8 @@ class HypersimPrepareConfig:
     split_csv: Path | None = None
     """`metadata_images_split_scene_v1.csv`; in `data` when not given."""
     camera_csv: Path | None = None
-    """`metadata_camera_parameters.csv`; in `data` when not given."""
+    """`metadata_camera_parameters.csv`; in `data` when not given. Not part of the download: it is in
+    `contrib/mikeroberts3000` of the repository apple/ml-hypersim."""
     camera: Literal["table", "plain"] = "table"
     """The scene's own camera from that table, or the plain one (f = 886.81) for all: wrong in every second scene."""
     splits: tuple[Split, ...] = ("train", "val", "test")

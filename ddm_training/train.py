@@ -33,7 +33,8 @@ class TrainConfig(LoopConfig):
     """
 
     preset: Preset = "tiny"
-    """Network: prototype 1.8 M, tiny (ships in the wheel), small, paper (about 36 M parameters)."""
+    """Network: prototype 1.8 M, tiny (ships in the wheel), small 22 M, paper 38 M parameters (the
+    paper's own: 36 M)."""
     prediction_type: Prediction = "v_prediction"
     """What the network gives. Noise is the paper's; velocity is nearly the same at the low levels that a NeRF uses, and
     at the high ones, which decide what an unconditional sample shows, nearly the clean patch."""

@@ -26,7 +26,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 TIMESTEPS = 1000
 UNET_FOLDER, SCHEDULER_FOLDER = "unet", "scheduler"
 
-# Widths of the levels, residual layers per level, and whether a level has attention. What they cost: see the README.
+# Widths of the levels, residual layers per level, and whether a level has attention. What `tiny` costs: docs/prior.md.
 _PRESETS: dict[str, tuple[tuple[int, ...], int, tuple[bool, ...]]] = {
     "prototype": ((32, 64, 96), 1, (False, False, True)),
     "tiny": ((32, 64, 96, 128), 1, (False, False, False, True)),

@@ -122,13 +122,13 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     the distance ratio. Not in the paper."""
 
     completed_depth_weight: float = 0.1
-    """The same for all pixel rays and stereo depth interpolated between the matched pixels, as far as it exceeds
+    """The same for all pixel rays and stereo depth completed between the matched pixels, as far as it exceeds
     `completed_depth_margin` or `confirmed_depth_margin`; where another image sees farther, nothing is asked. Keeps
     untextured walls from ending up before the cameras. Not in the paper."""
     completed_depth_margin: float = 0.3
-    """Relative error that costs nothing, as interpolated depth is rough; behind the surface, 1.5 times as much."""
+    """Relative error that costs nothing, as completed depth is rough; behind the surface, 1.5 times as much."""
     confirmed_depth_margin: float = 0.1
-    """In its place where the interpolated depth of another image says the same. Of .05, .1 and .2, see
+    """In its place where the completed depth of another image says the same. Of .05, .1 and .2, see
     docs/findings.md."""
 
     completed_error_factor: float = 1.0

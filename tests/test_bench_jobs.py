@@ -166,8 +166,19 @@ def test_overrides_are_read_as_json_or_text_and_unknown_ones_are_refused(tmp_pat
         parse_overrides(("score",))
     with pytest.raises(InputError, match="no such field"):
         configure(make_job(tmp_path, overrides={"pipeline.model.scroe_weight": 1}), tmp_path)
-    with pytest.raises(InputError, match="give --steps instead"):
-        configure(make_job(tmp_path, overrides={"max_num_iterations": 100}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "flag"),
+    [
+        ("max_num_iterations", "--steps"),
+        ("machine.seed", "--seeds"),
+        ("pipeline.datamanager.dataparser.downscale_factor", "--downscale-factor"),
+    ],
+)
+def test_an_override_of_what_a_flag_sets_is_refused(tmp_path: Path, path: str, flag: str) -> None:
+    with pytest.raises(InputError, match=f"give {flag} instead"):
+        configure(make_job(tmp_path, overrides={path: 4}), tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["photometric", "paper-geometric"])

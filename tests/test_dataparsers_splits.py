@@ -119,3 +119,12 @@ def test_a_capture_without_lists_trains_on_all_images_that_nobody_holds_out(coun
 def test_one_image_alone_cannot_be_trained_on():
     with pytest.raises(InputError, match="held out"):
         choose(1, *hold_out(1))
+
+
+@pytest.mark.parametrize(
+    ("count", "test_ids", "why"), [(1, None, "testing. Add"), (3, (0, 1, 2), "by --test-ids. Add")]
+)
+def test_a_capture_without_a_training_image_is_refused_with_the_reason(count, test_ids, why):
+    train, test = (tuple(range(count)), ()) if test_ids else hold_out(count)
+    with pytest.raises(InputError, match=why):
+        choose(count, train, test, test_ids=test_ids)

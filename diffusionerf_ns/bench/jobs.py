@@ -33,6 +33,17 @@ _NOT_HASHED = (
     "pipeline.model.eval_num_rays_per_chunk",
     "pipeline.model.color_corrected_metrics",  # further metrics of ns-eval; a benchmark has its own
 )
+# Fields that a job has of its own, and the flag of `diffusionerf-bench run` for each: not to be overridden.
+_FLAGS = {
+    "max_num_iterations": "--steps",  # with the schedules
+    "data": "--data",
+    "pipeline.datamanager.data": "--data",
+    "pipeline.datamanager.dataparser.data": "--data",
+    "pipeline.datamanager.dataparser.num_views": "--views",
+    "pipeline.datamanager.dataparser.downscale_factor": "--downscale-factor",
+    "machine.seed": "--seeds",
+    "output_dir": "--output",
+}
 # What changes views only, not the weights that training gives.
 _AFTER_TRAINING = tuple(f"pipeline.model.{name}" for name in ("refine_tau", "eval_samples_factor", "fill_unseen"))
 
@@ -138,10 +149,10 @@ def configure(job: Job, folder: Path) -> "TrainerConfig":
     """nerfstudio's configuration of a job that writes into ``folder``.
 
     Raises:
-        InputError: unknown method, variant or override, a number of steps below 1 or one given as an override.
+        InputError: unknown method, variant or override, a number of steps below 1, or an override of what a flag sets.
     """
-    if "max_num_iterations" in job.overrides:
-        raise InputError("override 'max_num_iterations' would leave the schedules as they are: give --steps instead.")
+    if own := sorted(set(_FLAGS) & set(job.overrides)):
+        raise InputError(f"override {own[0]!r} would not do what it says: give {_FLAGS[own[0]]} instead.")
     config = variants.base_config(job.method, job.steps)
     variant = variants.find_variant(job.variant)
     variants.override(config, job.overrides)  # before the variant: nerfacto takes its sizes and rays from ours

@@ -196,6 +196,6 @@ def lock(folder: Path) -> Iterator[None]:
 
 def _other_version(path: Path, found: Any) -> str:
     return (
-        f"{path} has the format {found!r}; this version reads and writes {FORMAT!r}. Give another --output, or use the "
-        "version that wrote it."
+        f"{path} has the format {found!r}; this version reads and writes {FORMAT!r}. Give another results folder, "
+        "or use the version that wrote it."
     )

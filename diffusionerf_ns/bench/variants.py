@@ -23,8 +23,8 @@ NO_STEREO = {
     "pipeline.model.completed_depth_weight": 0.0,
     "pipeline.datamanager.stereo_rays_per_batch": 0,
 }
-# Nothing that this project adds to the photometric loss, nor to nerfacto's fields but for where the grid lies and how
-# the weights of torch networks are drawn.
+# Nothing that this project adds to the photometric loss, nor to nerfacto's fields but for how the weights of torch
+# networks are drawn.
 NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,

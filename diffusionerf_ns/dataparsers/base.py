@@ -35,7 +35,8 @@ class FewViewBaseConfig(DataParserConfig):
     data: Path = Path()
     """Folder of the capture."""
     num_views: int | Literal["all"] = "all"
-    """Number of training images, spread evenly over those that are not held out; "all" takes them all."""
+    """Number of training images, spread evenly over those that are not held out (of DTU the first of the
+    protocol's list); "all" takes them all."""
     train_ids: tuple[int, ...] | None = None
     """Train on these images (0-based, sorted by name) instead; they are then not tested on."""
     test_ids: tuple[int, ...] | None = None

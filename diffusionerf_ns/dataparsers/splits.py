@@ -101,8 +101,8 @@ def choose(
         train = take([i for i in pool if i not in held], num_views, how)
     if not train:
         raise InputError(
-            f"no training image is left of {count}: id % {HOLD_OUT_EVERY} == 0 is held out for testing. "
-            "Add images, or name the training images with --train-ids."
+            f"no training image is left of {count}: all are held out for testing"
+            f"{' by --test-ids' if test_ids else ''}. Add images, or name the training images with --train-ids."
         )
     chosen = tuple(test_ids) if test_ids is not None else tuple(i for i in test if i not in set(train))
     return Split(train=train, test=chosen or train, test_is_train=not chosen)
