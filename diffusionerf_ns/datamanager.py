@@ -111,6 +111,10 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Steps of training by which that network is brought to contradict itself less between the images of the capture,
     see `agreement`; 0, or more than 12 images: each is completed alone. Not in the paper."""
 
+    cut_out_flat_background: bool = True
+    """Where all training images show an object before one flat colour, that colour counts as empty, as transparent
+    pixels do; False takes it for a surface. Not in the paper."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.image_patch_share <= 1.0:
@@ -151,9 +155,13 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             self._warn_of_black_masks()
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
+        background = self.train_dataset.background
+        if background is not None:
+            self.train_dataset.metadata["background"] = background
+        shown_on = torch.zeros(3) if background is None else background
         # Views are compared with the photographs when they are rendered, also long after the training.
         self.train_dataset.metadata["fine_detail"] = refine.detail_by_scale(
-            (self.train_dataset.get_image_float32(i)[..., :3], float(self.train_dataset.cameras.fx[i]))
+            (self.train_dataset.image_on(i, shown_on), float(self.train_dataset.cameras.fx[i]))
             for i in range(len(self.train_dataset))
         )
         self._matched: stereo.MatchedDepth | None = None
@@ -164,6 +172,18 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Data set class, also when the data parser is nerfstudio's own."""
         return FewViewDataset
+
+    def create_train_dataset(self) -> FewViewDataset:
+        """nerfstudio's; before it is read, a flat background is found and made transparent."""
+        dataset = super().create_train_dataset()
+        if self.config.cut_out_flat_background:
+            colour = dataset.cut_out_flat_background()
+            if colour is not None:
+                CONSOLE.print(
+                    f"The training images show an object before one flat colour, {tuple(colour.tolist())}: it counts "
+                    "as empty (--pipeline.datamanager.cut-out-flat-background False takes it for a surface)."
+                )
+        return dataset
 
     def _warn_of_black_masks(self) -> None:
         """Say which masks leave out a whole training image."""
@@ -327,7 +347,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """All training images in the order of the cameras, on the device; checked once that patches fit."""
         if not hasattr(self, "_images"):
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
+            black = torch.zeros(3)  # as rays are rendered in training that meet nothing
             self._images = [
-                self.train_dataset.get_image_float32(i)[..., :3].to(self.device) for i in range(len(self.train_dataset))
+                self.train_dataset.image_on(i, black).to(self.device) for i in range(len(self.train_dataset))
             ]
         return self._images

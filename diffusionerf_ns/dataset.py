@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image
 from torch import Tensor
 
 from ddm_training.errors import InputError
+from diffusionerf_ns import cut_out
 from diffusionerf_ns.dataparsers.images import has_alpha, in_8_bits
 
 
@@ -29,6 +30,25 @@ class FewViewDataset(InputDataset):
         "depth_image",
     ]
 
+    _flat_background: UInt8[np.ndarray, "3"] | None = None
+
+    def cut_out_flat_background(self) -> UInt8[np.ndarray, "3"] | None:
+        """Give the images alpha where all are opaque and show an object before one flat colour; returns that colour."""
+        if not self._any_alpha and not self._dataparser_outputs.mask_filenames:
+            self._flat_background = cut_out.flat_background(self.get_numpy_image(i) for i in range(len(self)))
+        return self._flat_background
+
+    @cached_property
+    def background(self) -> Float[Tensor, "3"] | None:
+        """Of images with transparent pixels the colour to show them on, in [0, 1]: their own flat one, or else black.
+
+        Black is nerfacto's. None: the images are opaque.
+        """
+        if self._flat_background is not None:
+            return torch.from_numpy(self._flat_background.astype(np.float32) / 255.0)
+        transparent = self._any_alpha and any(self.get_numpy_image(i)[..., 3].min() < 128 for i in range(len(self)))
+        return torch.zeros(3) if transparent else None
+
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
         """The image as uint8 [h, w, 3], of palettes, grey and 16 bits too; [h, w, 4] if any of the set has alpha."""
         with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
@@ -40,7 +60,16 @@ class FewViewDataset(InputDataset):
                 width, height = image.size
                 size = (int(width * self.scale_factor), int(height * self.scale_factor))
                 image = image.resize(size, Image.Resampling.BOX)
-            return np.array(image, dtype=np.uint8)
+            pixels = np.array(image, dtype=np.uint8)
+        if self._flat_background is None:
+            return pixels
+        opaque = ~cut_out.background(pixels, self._flat_background)
+        return np.concatenate([pixels, np.uint8(255) * opaque[..., None]], axis=-1)
+
+    def image_on(self, image_idx: int, colour: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
+        """The image in [0, 1] on a background of that colour."""
+        image = self.get_image_float32(image_idx)
+        return image if image.shape[2] == 3 else image[..., :3] * image[..., 3:] + colour * (1.0 - image[..., 3:])
 
     @cached_property
     def _any_alpha(self) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.rays import RaySamples
 from torch import Tensor
 
@@ -23,6 +23,7 @@ def geometric_losses(
     frusta: TrainingFrusta | None,
     pixel_rays: int,
     first_patch_ray: int | None,
+    opaque: Bool[Tensor, " rays"] | None,
     log: dict[str, Any],
 ) -> dict[str, Tensor]:
     """Frustum, foreground and distortion terms on all rays.
@@ -38,6 +39,7 @@ def geometric_losses(
         frusta: of the training cameras; None where they are unknown.
         pixel_rays: number of rays through pixels of training images, which come first.
         first_patch_ray: from which on rays are those of patches; None without patches.
+        opaque: rays that are known to meet a surface, where some meet none; None: all do.
         log: gets the unweighted terms.
     """
     weights, edges = _weights_and_edges(outputs)
@@ -58,7 +60,7 @@ def geometric_losses(
         losses["frustum_loss"] = config.frustum_weight * boost * log["frustum"]
 
     if config.foreground_weight > 0.0:
-        log["foreground"] = regularizers.foreground(weights)
+        log["foreground"] = regularizers.foreground(weights, opaque)
         losses["foreground_loss"] = config.foreground_weight * log["foreground"]
 
     ramp = schedules.ramp(step, total_steps, start=config.distortion_start, end=config.distortion_full)

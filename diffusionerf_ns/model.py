@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.scene_box import OrientedBox
@@ -55,6 +55,8 @@ class DiffusioNeRFModel(NerfactoModel):
         self.metadata = metadata
         self._stereo: dict[str, Any] = metadata.get("stereo") or {}
         self._adapt_backbone()
+        self.background: Tensor | None = metadata.get("background")
+        """[3]; of cut-outs the colour that their views are shown on, in [0, 1]."""
         self.protocol: metrics.ProtocolName = metadata.get("protocol", "nerfstudio")
         self._lpips: LpipsNetworks | None = None
         self.image_metrics: list[dict[str, float]] = []
@@ -220,7 +222,7 @@ class DiffusioNeRFModel(NerfactoModel):
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
             hidden=self._of_points(shown.hide) if self.config.fill_unseen and shown is not None else None,
-            fill_empty=obb_box is None and self.config.background_color == "last_sample",
+            fill_empty=obb_box is None and self.renderer_rgb.background_color == "last_sample",
         )
         return inspection.view_outputs(outputs, camera, context)
 
@@ -310,6 +312,8 @@ class DiffusioNeRFModel(NerfactoModel):
         if not self.training:
             # The same after a short run as when it is loaded again: a checkpoint does not hold the warm-up's state.
             self.proposal_sampler.set_anneal(1.0)
+        if self.background is not None:  # random colours tell what is empty from what has its background's colour
+            self.renderer_rgb.background_color = "random" if self.training else self.background
         self.proposal_sampler.num_nerf_samples_per_ray = factor * c.num_nerf_samples_per_ray
         outputs = super().get_outputs(ray_bundle)
         scale = torch.nan_to_num(self.metric_scale, nan=1.0)
@@ -357,6 +361,7 @@ class DiffusioNeRFModel(NerfactoModel):
                     frusta=self.frusta,
                     pixel_rays=count,
                     first_patch_ray=None if patches is None else patches.first_ray,
+                    opaque=self._opaque(batch, len(outputs["rgb"])),
                     log=log,
                 )
             )
@@ -374,6 +379,16 @@ class DiffusioNeRFModel(NerfactoModel):
             self.camera_optimizer.get_loss_dict(losses)
         check_finite(losses, self.step)
         return losses
+
+    def _opaque(self, batch: dict[str, Any], rays: int) -> Bool[Tensor, " rays"] | None:
+        """Rays that are known to meet a surface; None where all do: no training image has alpha."""
+        if self.background is None:
+            return None
+        opaque = torch.zeros(rays, dtype=torch.bool, device=self.device)
+        opaque[: len(batch["image"])] = batch["image"][:, 3].to(self.device) >= 0.5
+        if (stereo := batch.get("stereo")) is not None:
+            opaque[stereo.rays] = True
+        return opaque
 
     @torch.no_grad()
     def _find_metric_scale(self, outputs: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ Every term is a mean over rays (the paper sums over its 1,024), so weights do no
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -57,9 +57,15 @@ def chroma(difference: Float[Tensor, "rays 3"]) -> Float[Tensor, ""]:
     return (difference - difference.mean(dim=-1, keepdim=True)).square().mean()
 
 
-def foreground(w: Float[Tensor, "rays samples"]) -> Float[Tensor, ""]:
-    """Mean over rays of (1 - sum_i w_i)^2: every ray must meet a surface (paper eq. 4)."""
-    return (1.0 - w.sum(-1)).square().mean()
+def foreground(w: Float[Tensor, "rays samples"], opaque: Bool[Tensor, " rays"] | None = None) -> Float[Tensor, ""]:
+    """Mean over rays of (1 - sum_i w_i)^2: every ray must meet a surface (paper eq. 4).
+
+    Args:
+        w: weights.
+        opaque: rays of which it is asked; None: all.
+    """
+    missed = (1.0 - w.sum(-1)).square()
+    return missed.mean() if opaque is None else (missed * opaque).sum() / opaque.sum().clamp_min(1)
 
 
 def frustum(

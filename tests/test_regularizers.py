@@ -98,6 +98,8 @@ def test_foreground_is_zero_on_opaque_rays_one_on_empty_ones_and_the_mean_of_squ
     assert regularizers.foreground(torch.zeros(5, 4)) == 1.0
     w = torch.tensor([[0.25, 0.25], [0.5, 0.5]])  # a ray of opacity .5, an opaque one
     assert regularizers.foreground(w).item() == pytest.approx(0.5 * 0.5**2)
+    for opaque, cost in (([True, False], 0.5**2), ([False, True], 0.0), ([False, False], 0.0)):
+        assert regularizers.foreground(w, torch.tensor(opaque)).item() == pytest.approx(cost)
 
 
 def test_frustum_counts_the_views_that_are_missing_weighted():
