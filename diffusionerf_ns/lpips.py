@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 Backbone = Literal["vgg", "alex"]
+LEAST_SIDE: dict[Backbone, int] = {"vgg": 16, "alex": 31}  # pixels; of less their pooling leaves nothing
 PROBE_SECONDS = 5.0  # a machine without a connection must not hang; name look-up has no time limit of its own
 
 
@@ -41,13 +42,25 @@ class LpipsNetworks:
         self.device = torch.device(device)
         self.download = download
         self._networks: dict[Backbone, LearnedPerceptualImagePatchSimilarity | None] = {}
+        self._found_small: set[Backbone] = set()
 
     def distance(self, backbone: Backbone, pred: Float[Tensor, "h w 3"], true: Float[Tensor, "h w 3"]) -> float | None:
         """LPIPS of two images with colours in [0, 1], taken to [-1, 1] at their own size; 0 is equal.
 
         Returns:
-            The distance; NaN where an image holds values that are not finite; None where the network is not to be had.
+            The distance; NaN where an image holds values that are not finite; None where the network is not to be had,
+            or an image has a side below `LEAST_SIDE`.
         """
+        height, width = pred.shape[:2]
+        if min(height, width) < LEAST_SIDE[backbone]:
+            if backbone not in self._found_small:
+                self._found_small.add(backbone)
+                warnings.warn(
+                    f"LPIPS with {backbone} is left out of the results: an image is {width} x {height}, and it needs "
+                    f"{LEAST_SIDE[backbone]} pixels a side. Reduce the images less.",
+                    stacklevel=3,
+                )
+            return None
         if backbone not in self._networks:
             self._networks[backbone] = self._make(backbone)
         network = self._networks[backbone]

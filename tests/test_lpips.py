@@ -12,6 +12,8 @@ import torch
 from noisy_image import images
 from PIL import Image
 from torch import Tensor
+from torchvision.models import alexnet as alexnet_of
+from torchvision.models import vgg16
 
 from diffusionerf_ns import lpips as lpips_module
 from diffusionerf_ns.lpips import LpipsNetworks
@@ -33,7 +35,6 @@ def test_lpips_of_the_official_images_is_the_official_figure(alexnet, real_data,
 def test_lpips_with_vgg_is_the_one_of_the_lpips_package(offline, recwarn):
     """The true VGG-16 weights are not needed to see that both build the same network from the same file."""
     import lpips
-    from torchvision.models import vgg16
 
     with torch.device("meta"):
         shapes = vgg16(weights=None).state_dict()
@@ -70,6 +71,31 @@ def test_with_alexnet_alone_its_average_is_given_and_the_other_left_out(alexnet)
     assert list(values) == ["psnr", "ssim", "lpips_alex", "average_alex"]
     expected = average_error(values["psnr"], values["ssim"], values["lpips_alex"])
     assert values["average_alex"] == expected
+
+
+def test_lpips_of_images_too_small_for_a_network_is_left_out_and_said_once(offline):
+    """Tried without weights, which would be the next thing to be said."""
+    networks = LpipsNetworks()
+    with pytest.warns(UserWarning, match="left out") as record:
+        found = [
+            networks.distance(backbone, *images(h=h, w=w)) for backbone, h, w in 2 * [("alex", 40, 30), ("vgg", 15, 40)]
+        ]
+    assert found == [None] * 4
+    said = [str(w.message) for w in record if "left out" in str(w.message)]
+    assert len(said) == 2
+    assert "alex is left out of the results: an image is 30 x 40, and it needs 31 pixels a side" in said[0]
+    assert "vgg is left out of the results: an image is 40 x 15, and it needs 16 pixels a side" in said[1]
+
+
+@pytest.mark.parametrize("backbone", ["alex", "vgg"])
+def test_the_least_side_is_that_of_which_the_layers_leave_something(backbone):
+    """LPIPS compares what the convolutions give, the last of the pooling left out."""
+    with torch.device("meta"):
+        layers = {"alex": alexnet_of, "vgg": vgg16}[backbone](weights=None).features[:-1]
+        least = lpips_module.LEAST_SIDE[backbone]
+        assert layers(torch.empty(1, 3, least, 64)).numel() > 0
+        with pytest.raises(RuntimeError, match="too small"):
+            layers(torch.empty(1, 3, least - 1, 64))
 
 
 def test_networks_are_made_when_first_wanted(offline, recwarn):
