@@ -6,6 +6,7 @@ python -m diffusionerf_ns.demo [--data FOLDER] [--steps N] [--num-views 3]
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -252,7 +253,7 @@ def show(rows: list[Any], sheet: Path) -> None:
     config = os.path.relpath(rows[-1].folder / rows[-1].result["config_file"])
     print(f"\nPicture sheet:  {sheet}")
     print(f"All pictures:   {', '.join(str(row.folder / 'pictures') for row in rows)}")
-    print(f"Walk through it: ns-viewer --load-config {config}")
+    print(f"Walk through it: ns-viewer --load-config {shlex.quote(config)}")
 
 
 def main(args: list[str] | None = None) -> None:
