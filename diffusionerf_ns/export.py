@@ -12,7 +12,7 @@ both: X = R (u z, -v z, -z) + t for a pixel at u = (column + .5 - cx) / fx, v = 
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,9 +90,8 @@ class ExportDepthConfig:
     def _export_split(
         self, pipeline: Any, dataset: Any, split: str, scale: float, known: Collection[str] = ()
     ) -> list[dict[str, Any]]:
-        cameras = dataset.cameras.to(pipeline.device)
-        if self.downscale != 1.0:
-            cameras.rescale_output_resolution(1.0 / self.downscale)
+        cameras = dataset.cameras if self.downscale == 1.0 else reduced(dataset.cameras, self.downscale)
+        cameras = cameras.to(pipeline.device)
         frames = []
         for i, image in enumerate(dataset.image_filenames):
             file = str(Path(image).resolve())  # relative paths are read from the folder of the JSON
@@ -131,6 +130,33 @@ def metres_per_unit(pipeline: Any, by_hand: float | None) -> tuple[float, str]:
     if not np.isfinite(scale):
         raise InputError("nothing says how many metres a scene unit of this run is: give --metres-per-unit.")
     return scale, "prior"
+
+
+def reduced(cameras: "Cameras", divisor: float) -> "Cameras":
+    """Cameras of images with both sides divided by ``divisor`` and rounded down, which show as much as before.
+
+    A side that does not divide shrinks by a little more, and so do its focal length and centre; nerfstudio's
+    `rescale_output_resolution` scales them by ``divisor`` itself, which cuts the last columns and rows off.
+
+    Raises:
+        InputError: nothing would be left of an image.
+    """
+    width, height = ((side.double() / divisor).long() for side in (cameras.width, cameras.height))
+    if min(int(width.min()), int(height.min())) < 1:
+        raise InputError(
+            f"--downscale {divisor:g}: images of {int(cameras.width.min())} x {int(cameras.height.min())} pixels "
+            "cannot be reduced so much. Give less."
+        )
+    x, y = width / cameras.width, height / cameras.height
+    return replace(
+        cameras,
+        fx=cameras.fx * x,
+        fy=cameras.fy * y,
+        cx=cameras.cx * x,
+        cy=cameras.cy * y,
+        width=width,
+        height=height,
+    )
 
 
 def millimetres(z: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:

@@ -140,6 +140,21 @@ def test_half_the_size_has_half_the_focal_length(run):
     assert (frame["w"], frame["h"], frame["fl_x"], frame["cx"]) == (48, 36, 33.0, 24.0)
 
 
+@pytest.mark.parametrize(("divisor", "size"), [("5", (19, 14)), ("2.5", (38, 28)), ("0.7", (137, 102))])
+def test_a_size_that_does_not_divide_shows_the_whole_image(run, divisor, size):
+    frame = json.loads((run("--downscale", divisor) / "transforms.json").read_text())["frames"][0]
+    width, height = size
+    expected = (width, height, 66.0 * width / 96, 66.0 * height / 72, width / 2, height / 2)
+    assert tuple(frame[key] for key in ("w", "h", "fl_x", "fl_y", "cx", "cy")) == pytest.approx(expected)
+
+
+def test_a_reduction_to_nothing_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--downscale", "80")
+    assert stop.value.code == 2
+    assert "--downscale 80: images of 96 x 72 pixels" in capsys.readouterr().err
+
+
 def test_a_run_without_a_scale_asks_for_one(run, monkeypatch, capsys):
     monkeypatch.setattr(ExactModel, "metric_scale", torch.tensor(float("nan")))
     with pytest.raises(SystemExit) as stop:
