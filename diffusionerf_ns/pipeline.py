@@ -15,6 +15,7 @@ from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.optimizers import check_gradients, follow_run, scale_small_gradients
 
 TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
+POSES = "camera_optimizer.pose_adjustment"
 NEW = ("camera_optimizer.", "field.mlp_pred_normals.")  # a run may begin to learn these when it is resumed
 
 
@@ -46,17 +47,38 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         """nerfstudio's, which takes a checkpoint of other modules and leaves what it lacks as it was drawn.
 
         Raises:
-            InputError: the checkpoint lacks parameters of the model.
+            InputError: the checkpoint lacks parameters of the model, or its camera optimiser is of another number of
+                images or has no place in the training that it is to go on with.
         """
-        held = {name.removeprefix("module.").removeprefix("_model.").removeprefix("module.") for name in loaded_state}
-        lacking = [name for name, _ in self.model.named_parameters() if name not in held and not name.startswith(NEW)]
+        held = {
+            name.removeprefix("module.").removeprefix("_model.").removeprefix("module."): value
+            for name, value in loaded_state.items()
+        }
+        wanted = dict(self.model.named_parameters())
+        lacking = [name for name in wanted if name not in held and not name.startswith(NEW)]
         if lacking:
             here, there = (any(TCNN in name for name in names) for names in (lacking, held))
             raise InputError(_other_modules(here, there, lacking))
+        if POSES in held:
+            self._check_poses(len(held[POSES]), len(wanted[POSES]) if POSES in wanted else None)
         super().load_pipeline(loaded_state, step)
         model: Any = self.model
         if getattr(model.config, "metric_scale", None) is not None:  # given by hand, which wins when resumed too
             model.metric_scale.fill_(model.config.metric_scale)
+
+    def _check_poses(self, images: int, here: int | None) -> None:
+        """``images`` is of the checkpoint's camera optimiser, ``here`` of this run's, None where that is off."""
+        if here is None and self.test_mode == "val":  # training; nerfstudio resumes the optimiser of the poses too
+            raise InputError(
+                f"the checkpoint's camera optimiser has the poses of {images} images, but here it is off. Give "
+                "--pipeline.model.camera-optimizer.mode as in the run's config.yml, or train anew without --load-dir."
+            )
+        if here is not None and here != images:
+            raise InputError(
+                f"the checkpoint's camera optimiser has the poses of {images} images, but here are {here} to train "
+                "on. Give --num-views, --train-ids and --test-ids as in the run, whose split.json names its images, "
+                "or train anew without --load-dir."
+            )
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes

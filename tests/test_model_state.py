@@ -9,6 +9,7 @@ import model_steps
 import pytest
 import torch
 from model_steps import RAYS, SCORE_ALONE, TERMS_OFF, P, build, set_step, step, tie
+from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import all_methods
 
 from diffusionerf_ns.errors import InputError
@@ -69,6 +70,27 @@ def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(folders, here,
     with pytest.raises(InputError, match=words):
         pipeline.load_pipeline(state | {f"_model.{there}": torch.zeros(2)}, 7)
     pipeline.load_pipeline({f"module.{key}": value for key, value in pipeline.state_dict().items()}, 7)
+
+
+def test_poses_of_another_number_of_images_are_refused_with_both(folders):
+    pipeline = build(folders, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
+    state = pipeline.state_dict()
+    name = "_model.camera_optimizer.pose_adjustment"
+    here = len(state[name])
+    words = f"has the poses of {here + 1} images, but here are {here} to train on. Give --num-views.*split.json"
+    with pytest.raises(InputError, match=words):
+        pipeline.load_pipeline(state | {name: torch.zeros(here + 1, 6)}, 7)
+    pipeline.load_pipeline(state, 7)
+
+
+def test_a_training_without_the_poses_that_were_learnt_is_refused_but_not_a_look_at_them(folders):
+    """nerfstudio's trainer would stop at the optimiser of the poses, with a KeyError."""
+    pipeline = build(folders)
+    state = pipeline.state_dict() | {"_model.camera_optimizer.pose_adjustment": torch.zeros(3, 6)}
+    with pytest.raises(InputError, match=r"poses of 3 images, but here it is off. Give .*camera-optimizer\.mode"):
+        pipeline.load_pipeline(state, 7)
+    pipeline.test_mode = "test"
+    pipeline.load_pipeline(state, 7)
 
 
 def test_a_scale_given_by_hand_wins_over_that_of_the_run_that_is_resumed(folders):
