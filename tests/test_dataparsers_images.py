@@ -92,6 +92,21 @@ def test_images_of_several_folders_keep_their_folders(tmp_path):
     assert len(check_readable(made)) == 4
 
 
+def test_images_beside_the_capture_are_reduced_into_the_cache_and_over_nothing(tmp_path):
+    capture = tmp_path / "capture"
+    make_images(tmp_path / "photos", 1)
+    (mine,) = make_images(capture / "photos", 1)
+    before = mine.read_bytes()
+    paths = [*make_images(capture / "images", 1), capture / ".." / "photos" / "im000.png"]
+    made = downscaled(paths, 2, capture / "images_2")
+    assert mine.read_bytes() == before
+    assert sorted(p.relative_to(capture / "images_2").as_posix() for p in made) == [
+        "capture/images/im000.png", "photos/im000.png",
+    ]  # fmt: skip
+    assert all(".." not in p.parts for p in made)
+    assert len(check_readable(made)) == 2
+
+
 def test_a_damaged_image_that_is_not_needed_is_left_out_until_it_is(tmp_path, capsys):
     paths = make_images(tmp_path / "images", 3)
     paths[1].write_bytes(paths[1].read_bytes()[:-200])

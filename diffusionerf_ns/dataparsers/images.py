@@ -188,12 +188,13 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
-    """A PNG name for each source, with the folders below the one that all share.
+    """A PNG name for each source, with the folders below the one that all share, and never "..".
 
     The old suffix is kept in it where two sources differ in nothing else.
     """
-    shared = Path(os.path.commonpath([p.absolute().parent for p in sources]))
-    paths = [p.absolute().relative_to(shared) for p in sources]
+    files = [Path(os.path.abspath(p)) for p in sources]  # Path.absolute keeps "..", which would lead out of the cache
+    shared = Path(os.path.commonpath([p.parent for p in files]))
+    paths = [p.relative_to(shared) for p in files]
     times = Counter(p.with_suffix("") for p in paths)
     names = [f"{p.with_suffix('') if times[p.with_suffix('')] == 1 else p}.png" for p in paths]
     if doubles := sorted(name for name, count in Counter(names).items() if count > 1):
