@@ -246,3 +246,16 @@ def test_hidden_and_other_files_are_not_images(tmp_path):
     for name in ("._im000.png", ".DS_Store", "notes.txt", CACHE_FILE):
         (tmp_path / name).write_bytes(b"x")
     assert [p.name for p in list_images(tmp_path)] == ["im000.png", "im001.png"]
+
+
+def test_folders_are_not_images_whatever_their_name(tmp_path):
+    make_images(tmp_path, 1)
+    (tmp_path / "album.jpg").mkdir()
+    (tmp_path / "lost.jpg").symlink_to(tmp_path / "moved.jpg")
+    assert [p.name for p in list_images(tmp_path)] == ["im000.png", "lost.jpg"], "a link to nothing is not passed over"
+
+
+def test_jpegs_as_some_browsers_name_them_are_images(tmp_path):
+    paths = make_images(tmp_path, 2, suffix=".jfif")
+    assert list_images(tmp_path) == list_images(tmp_path, images.PHOTOGRAPH_SUFFIXES) == paths
+    assert len(check_readable(downscaled(paths, 2, tmp_path / "small"))) == 2

@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from ddm_training.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
 PHOTOGRAPH_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".avif")  # of what people have; captures are of the above
 CACHE_FILE = "cache.json"
@@ -31,10 +31,11 @@ STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed r
 
 
 def list_images(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """Image files of a folder, sorted by name; hidden files and other kinds are left out."""
+    """Image files of a folder, sorted by name; hidden files, other kinds and folders are left out."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    named = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    return sorted(p for p in named if not p.is_dir())  # a link to nothing is kept, to be named when it is read
 
 
 def image_size(path: Path) -> tuple[int, int]:
