@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import images
-from diffusionerf_ns.dataparsers.images import CACHE_FILE, check_readable, downscaled, list_images, shrink
+from diffusionerf_ns.dataparsers.images import CACHE_FILE, check_readable, downscaled, list_images, same_shape, shrink
 
 
 def make_images(folder: Path, count: int, width: int = 32, height: int = 24, suffix: str = ".png") -> list[Path]:
@@ -259,3 +259,21 @@ def test_jpegs_as_some_browsers_name_them_are_images(tmp_path):
     paths = make_images(tmp_path, 2, suffix=".jfif")
     assert list_images(tmp_path) == list_images(tmp_path, images.PHOTOGRAPH_SUFFIXES) == paths
     assert len(check_readable(downscaled(paths, 2, tmp_path / "small"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "same"),
+    [
+        ((1008, 335), (3024, 1007), True),
+        ((3024, 1007), (1008, 335), True),
+        ((335, 1008), (1007, 3024), True),
+        ((100, 8), (400, 35), True),
+        ((504, 378), (4032, 3024), True),
+        ((1920, 1080), (1920, 1088), False),  # the rows that some films have more
+        ((480, 270), (1920, 1088), False),
+        ((30, 40), (40, 30), False),
+        ((48, 48), (64, 48), False),
+    ],
+)
+def test_shapes_are_the_same_but_for_rounding_of_each_side(size, other, same):
+    assert same_shape(size, other) is same

@@ -19,7 +19,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import poses as scene_poses
-from diffusionerf_ns.dataparsers.images import check_readable, check_same_size, downscaled
+from diffusionerf_ns.dataparsers.images import check_readable, check_same_size, downscaled, same_shape
 from diffusionerf_ns.dataparsers.splits import Split, split_table
 
 Source = Literal["llff", "transforms", "dtu"]
@@ -247,17 +247,14 @@ def _reduced_by(capture: Capture, ids: list[int], width: int) -> int:
 
 def _cameras(capture: Capture, ids: list[int], poses: torch.Tensor, width: int, height: int) -> Cameras:
     """Cameras whose intrinsics hold for the image size that was found."""
-    full = capture.sizes[ids].astype(np.float64)
-    ratio = np.array([width, height]) / full  # [n, 2]
-    # the found size may be off by the rounding of a reduction, not by another shape
-    shape_error = np.abs(ratio[:, 0] / ratio[:, 1] - 1.0) * max(width, height)
-    if (shape_error > 2.0).any():
-        worst = int(shape_error.argmax())
-        raise InputError(
-            f"{capture.title}: the images are {width} x {height}, but the cameras are given for "
-            f"{capture.sizes[ids[worst]][0]} x {capture.sizes[ids[worst]][1]} pixels, which has another shape. Use the "
-            "images that the cameras were estimated from, not cropped or turned."
-        )
+    ratio = np.array([width, height]) / capture.sizes[ids]  # [n, 2]
+    for given_width, given_height in capture.sizes[ids].tolist():
+        if not same_shape((width, height), (given_width, given_height)):
+            raise InputError(
+                f"{capture.title}: the images are {width} x {height}, but the cameras are given for {given_width} x "
+                f"{given_height} pixels, which has another shape. Use the images that the cameras were estimated from, "
+                "not cropped or turned."
+            )
     scaled = torch.from_numpy(capture.intrinsics[ids] * np.concatenate([ratio, ratio], axis=1)).float()
     distortion = None
     if capture.distortion is not None and np.any(capture.distortion[ids]):

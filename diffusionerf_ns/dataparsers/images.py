@@ -7,6 +7,7 @@ file belongs to the user and is never written to.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  #
 PHOTOGRAPH_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".avif")  # of what people have; captures are of the above
 CACHE_FILE = "cache.json"
 OTHER_IMAGES = "choose other images with --train-ids and --test-ids"
+ROUNDING = 1.0  # pixels: a side that is rounded, up or down, is off by less
 STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed runs left behind
 
 
@@ -97,6 +99,15 @@ def check_same_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> 
                 f"images differ in size: {paths[0].name} is {sizes[0][0]} x {sizes[0][1]}, {path.name} is "
                 f"{size[0]} x {size[1]}. All images of a scene must have the same size."
             )
+
+
+def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether the larger of two sizes (width, height), reduced by some factor, is the smaller but for `ROUNDING`.
+
+    Sides are compared in pixels, not by their ratio: of a wide image one pixel of the height is several of the width.
+    """
+    (w, h), (width, height) = sorted((size, other), key=math.prod)
+    return abs(w / width - h / height) <= ROUNDING * (1.0 / width + 1.0 / height)
 
 
 def has_alpha(image: Image.Image) -> bool:
