@@ -129,6 +129,15 @@ def test_intrinsics_and_pixels_shrink_together(tmp_path):
     assert found == [18.0, 18.5, 9.5, 7.75, 20, 15]
 
 
+def test_wide_images_are_reduced_though_one_side_does_not_divide(tmp_path):
+    content = make_capture(tmp_path, 3, w=400, h=35)
+    for frame in content["frames"]:
+        Image.new("RGB", (400, 35)).save(tmp_path / frame["file_path"])
+    camera = parse(tmp_path, downscale_factor=4).cameras
+    found = [getattr(camera, key)[0].item() for key in ("width", "height", "fx", "fy")]
+    assert found == pytest.approx([100, 8, 9.0, 37.0 * 8 / 35])
+
+
 def test_reduced_images_of_the_user_are_used(tmp_path):
     make_capture(tmp_path, 4)
     (tmp_path / "images_2").mkdir()
@@ -186,6 +195,49 @@ def test_a_json_file_itself_can_be_given(tmp_path):
     assert names(parse(tmp_path / "mine.json")) == ["f00", "f01", "f02", "f03"]
 
 
+NULL = {
+    **dict.fromkeys(("k1", "p2", "fl_y", "cx", "cy", "w", "h", "distortion_params", "camera_model", "is_fisheye")),
+    **dict.fromkeys(("applied_scale", "applied_transform", "orientation_override")),
+    **dict.fromkeys(("train_filenames", "val_filenames", "test_filenames")),
+}
+
+
+def test_what_is_null_counts_as_absent(tmp_path):
+    content = make_capture(tmp_path, 4)
+    plain = {key: value for key, value in content.items() if key not in NULL}
+    write(tmp_path, plain)
+    expected = parse(tmp_path)
+    for frame in content["frames"]:
+        frame |= dict.fromkeys(("fl_x", "k1", "depth_file_path", "mask_path", "camera_model"))
+    write(tmp_path, content | NULL)
+    found = parse(tmp_path)
+    assert names(found) == names(expected)
+    for key in ("camera_to_worlds", "fx", "fy", "cx", "cy", "width", "height"):
+        assert torch.equal(getattr(found.cameras, key), getattr(expected.cameras, key))
+    assert found.cameras.distortion_params is None
+    assert found.dataparser_scale == expected.dataparser_scale
+
+
+@pytest.mark.parametrize("model", ["opencv", "Pinhole", "PERSPECTIVE"])
+def test_a_camera_model_may_be_written_in_any_case(tmp_path, model):
+    make_capture(tmp_path, 3, camera_model=model)
+    assert len(names(parse(tmp_path))) == 3
+
+
+def test_six_numbers_of_distortion_may_be_those_of_some_frames_only(tmp_path):
+    content = make_capture(tmp_path, 3)
+    content["frames"][0]["distortion_params"] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]  # f02
+    write(tmp_path, content)
+    distortion = parse(tmp_path).cameras.distortion_params
+    assert distortion is not None
+    assert distortion.flatten().tolist() == pytest.approx([0.0] * 12 + [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_an_image_listed_twice_trains_once(tmp_path):
+    make_capture(tmp_path, 4, train_filenames=["images/f01.png", "images/f02.png", "./images/f01.png"])
+    assert names(parse(tmp_path)) == ["f01", "f02"]
+
+
 def frame_without(key):
     def damage(content, _folder):
         del content["frames"][3][key]
@@ -195,6 +247,10 @@ def frame_without(key):
 
 def set_top(**values):
     return lambda content, _folder: content.update(values)
+
+
+def set_frame(**values):
+    return lambda content, _folder: content["frames"][3].update(values)
 
 
 def damage_image_missing(_content, folder):
@@ -249,6 +305,28 @@ def damage_focal(content, _folder):
         (damage_mask, "no mask_path"),
         (damage_depth, r"none\.png"),
         (damage_twice, "same file_path"),
+        (set_top(frames=["a"]), "frame 0 is 'a'; expected an object"),
+        (set_top(frames=[None]), "frame 0 is None; expected an object"),
+        (set_frame(file_path=None), "no 'file_path'"),
+        (set_frame(file_path=7), "file_path is 7 .*name of a file"),
+        (set_frame(depth_file_path=["a"]), r"depth_file_path is \['a'\] .*name of a file"),
+        (set_frame(transform_matrix=None), "no 'transform_matrix'"),
+        (set_frame(k1="much"), r"k1 is 'much' \(frame './images/f06.png'\); expected a number"),
+        (set_top(cx=[19.0]), r"cx is \[19.0\] \(a value for all frames\); expected a number"),
+        (set_top(w=math.inf), "w is inf .*expected a number"),
+        (set_top(k1=math.nan), "k1 is nan .*expected a number"),
+        (set_top(applied_scale="one"), "applied_scale is 'one'"),
+        (set_top(applied_scale=0), "applied_scale is 0; expected a positive number"),
+        (set_top(applied_transform=[[1, 0], [0, 1]]), "applied_transform is .*expected 4 x 4 or 3 x 4"),
+        (set_top(applied_transform=[[None] * 4] * 3), "applied_transform holds null"),
+        (set_top(fl_x=None, camera_angle_x=0), "camera_angle_x .* is 0; expected .*between 0 and pi"),
+        (set_top(train_filenames="images/f01.png"), "train_filenames is 'images/f01.png'; expected a list"),
+        (set_top(test_filenames=[1, 2]), r"test_filenames is \[1, 2\]; expected a list"),
+        (set_top(orientation_override="down"), "orientation_override is 'down'; expected one of pca, up, vertical"),
+        (set_top(distortion_params=[0.1, 0, 0, 0]), r"distortion_params is \[0.1, 0, 0, 0\] .*the 6 numbers k1 k2"),
+        (set_frame(distortion_params=[0.1, 0, 0, 0]), "distortion_params .*f06.png.*the 6 numbers k1 k2"),
+        (set_top(distortion_params=["a"] * 6), "distortion_params is 'a' .*expected a number"),
+        (set_top(camera_model=5), "camera model 5 is not supported"),
     ],
 )
 def test_bad_files_are_refused_with_what_is_wrong(tmp_path, damage, words):

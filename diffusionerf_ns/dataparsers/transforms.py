@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,10 +19,14 @@ from diffusionerf_ns.dataparsers.base import (
     whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size
+from diffusionerf_ns.dataparsers.poses import OrientationMethod
 from diffusionerf_ns.dataparsers.splits import Split, choose, without_lists
 
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+NUMBERS = ("w", "h", "fl_x", "fl_y", "cx", "cy", "camera_angle_x", "applied_scale", *DISTORTION)
+FILES = ("file_path", "depth_file_path", "mask_path")
+LISTS = {kind: f"{kind}_filenames" for kind in ("train", "val", "test")}
 
 
 @dataclass
@@ -72,13 +76,12 @@ class TransformsFewViewParser(FewViewBaseParser):
             gone = [f for i in used if files_of_kind and (f := files_of_kind[i]) is not None and not f.is_file()]
             if gone:
                 raise InputError(f"{path} names {gone[0]}, which does not exist.")
-        applied = meta.get("applied_transform")
         return Capture(
             source="transforms",
             title=f"{folder.resolve().name} ({path.name})",
             names=names,
             images=tuple(images),
-            poses=np.stack([_matrix(frame, path) for frame in frames]),
+            poses=np.stack([_pose(frame, path) for frame in frames]),
             intrinsics=intrinsics,
             sizes=sizes,
             split=split,
@@ -90,20 +93,20 @@ class TransformsFewViewParser(FewViewBaseParser):
             depths=depths,
             depth_unit=self.config.depth_unit_scale_factor,
             metres=None if depths is None else 1.0,
-            applied=None if applied is None else torch.tensor(applied, dtype=torch.float32)[:3],
-            applied_scale=float(meta.get("applied_scale", 1.0)),
+            applied=_applied(meta, path),
+            applied_scale=meta.get("applied_scale", 1.0),
             orientation=meta.get("orientation_override"),
         )
 
     def _split(self, meta: dict[str, Any], files: list[Path], folder: Path, path: Path) -> Split:
         """The file's own lists, completed by what is left where it has one only; else see `without_lists`."""
         given: dict[str, list[int]] = {}
-        for kind in ("train", "val", "test"):
-            if f"{kind}_filenames" in meta:
-                wanted = [_find_file(folder, str(name)) for name in meta[f"{kind}_filenames"]]
+        for kind, key in LISTS.items():
+            if key in meta:
+                wanted = [_find_file(folder, name) for name in meta[key]]
                 if unknown := [str(p) for p in wanted if p not in files]:
-                    raise InputError(f"{path}: {kind}_filenames lists images that no frame has: {unknown[:5]}.")
-                given[kind] = sorted(files.index(p) for p in wanted)
+                    raise InputError(f"{path}: {key} lists images that no frame has: {unknown[:5]}.")
+                given[kind] = sorted({files.index(p) for p in wanted})
         test = given.get("test") or given.get("val")
         if given:
             everything = range(len(files))
@@ -130,10 +133,11 @@ class TransformsFewViewParser(FewViewBaseParser):
 
 
 def read_transforms(path: Path) -> dict[str, Any]:
-    """Read `transforms.json` and check what it must have.
+    """Read `transforms.json` and check what it must have. Of what is null nothing is given back.
 
     Raises:
-        InputError: missing, not JSON, without frames, or of a camera model that is not perspective.
+        InputError: missing, not JSON, without frames, with values of another kind than they should be, or of a camera
+            model that is not perspective.
     """
     try:
         meta = json.loads(path.read_text())
@@ -143,15 +147,64 @@ def read_transforms(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise InputError(f"{path} has no frames; expected a nerfstudio capture with a list under 'frames'.")
-    for owner in (meta, *meta["frames"]):
-        fisheye = owner.get("is_fisheye")  # instant-ngp's
-        model = "FISHEYE (is_fisheye)" if fisheye else owner.get("camera_model", "PERSPECTIVE")
-        if model not in PERSPECTIVE:
-            raise InputError(
-                f"{path}: camera model {model} is not supported; patches and planar depth need a perspective camera "
-                f"({', '.join(PERSPECTIVE)}). Undistort the images first."
-            )
+    for number, frame in enumerate(meta["frames"]):
+        if not isinstance(frame, dict):
+            raise InputError(f"{path}: frame {number} is {_short(frame)}; expected an object with its file_path.")
+    meta = _checked(meta, path)
+    meta["frames"] = [_checked(frame, path) for frame in meta["frames"]]
+    for key in LISTS.values():
+        names = meta.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{path}: {key} is {_short(names)}; expected a list of file names.")
+    if not meta.get("applied_scale", 1.0) > 0:
+        raise InputError(f"{path}: applied_scale is {meta['applied_scale']:g}; expected a positive number.")
+    orientation = meta.get("orientation_override", "none")
+    if orientation not in get_args(OrientationMethod):
+        known = ", ".join(get_args(OrientationMethod))
+        raise InputError(f"{path}: orientation_override is {orientation!r}; expected one of {known}.")
     return meta
+
+
+def _checked(owner: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The file's own values or a frame's, without those that are null, with numbers as floats."""
+    owner = {key: value for key, value in owner.items() if value is not None}
+    where = f"frame {_short(owner['file_path'])}" if "file_path" in owner else "a value for all frames"
+    for key in NUMBERS:
+        if key in owner:
+            owner[key] = _number(owner[key], key, where, path)
+    for key in FILES:
+        if not isinstance(owner.get(key, ""), str):
+            raise InputError(f"{path}: {key} is {_short(owner[key])} ({where}); expected the name of a file.")
+    if (given := owner.get("distortion_params")) is not None:
+        if not isinstance(given, list) or len(given) != len(DISTORTION):
+            raise InputError(
+                f"{path}: distortion_params is {_short(given)} ({where}); expected the {len(DISTORTION)} numbers "
+                f"{' '.join(DISTORTION)}. Put 0 for those that the camera has not, or name those that it has instead."
+            )
+        owner["distortion_params"] = [_number(value, "distortion_params", where, path) for value in given]
+    fisheye = owner.get("is_fisheye")  # instant-ngp's
+    model = "FISHEYE (is_fisheye)" if fisheye else owner.get("camera_model", "PERSPECTIVE")
+    if str(model).upper() not in PERSPECTIVE:
+        raise InputError(
+            f"{path}: camera model {model} is not supported; patches and planar depth need a perspective camera "
+            f"({', '.join(PERSPECTIVE)}). Undistort the images first."
+        )
+    return owner
+
+
+def _number(value: Any, key: str, where: str, path: Path) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{path}: {key} is {_short(value)} ({where}); expected a number.")
+    return number
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _entry(frame: dict[str, Any], key: str, path: Path) -> Any:
@@ -160,19 +213,28 @@ def _entry(frame: dict[str, Any], key: str, path: Path) -> Any:
     return frame[key]
 
 
-def _matrix(frame: dict[str, Any], path: Path) -> np.ndarray:
-    given = _entry(frame, "transform_matrix", path)
+def _pose(frame: dict[str, Any], path: Path) -> np.ndarray:
+    return _matrix(_entry(frame, "transform_matrix", path), f"transform_matrix of {frame['file_path']}", path)
+
+
+def _matrix(given: Any, what: str, path: Path) -> np.ndarray:
+    """The upper 3 x 4 of a matrix of the file."""
     try:
         matrix = np.array(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: transform_matrix of {frame['file_path']} holds other things than numbers."
-        ) from error
+        raise InputError(f"{path}: {what} holds other things than numbers.") from error
     if matrix.shape not in ((4, 4), (3, 4)):
-        raise InputError(
-            f"{path}: transform_matrix of {frame['file_path']} is {matrix.shape}; expected 4 x 4 or 3 x 4."
-        )
+        raise InputError(f"{path}: {what} is {matrix.shape}; expected 4 x 4 or 3 x 4.")
     return matrix[:3]
+
+
+def _applied(meta: dict[str, Any], path: Path) -> torch.Tensor | None:
+    if "applied_transform" not in meta:
+        return None
+    matrix = _matrix(meta["applied_transform"], "applied_transform", path)
+    if not np.isfinite(matrix).all():
+        raise InputError(f"{path}: applied_transform holds null, NaN or infinite numbers; expected 3 x 4 numbers.")
+    return torch.from_numpy(matrix).float()
 
 
 def _find_file(folder: Path, name: str) -> Path:
@@ -206,13 +268,18 @@ def _intrinsics(
         else:
             width, height = image_size(files[sample])
         if "fl_x" in own:
-            fx = float(own["fl_x"])
+            fx = own["fl_x"]
         elif "camera_angle_x" in own:
-            fx = 0.5 * width / math.tan(0.5 * float(own["camera_angle_x"]))
+            if not 0 < own["camera_angle_x"] < math.pi:
+                raise InputError(
+                    f"{path}: camera_angle_x of frame {frame['file_path']} is {own['camera_angle_x']:g}; expected the "
+                    "horizontal field of view in radians, between 0 and pi."
+                )
+            fx = 0.5 * width / math.tan(0.5 * own["camera_angle_x"])
         else:
             raise InputError(f"{path}: frame {frame['file_path']} has no focal length fl_x, and the file has none.")
-        row = (fx, float(own.get("fl_y", fx)), float(own.get("cx", width / 2)), float(own.get("cy", height / 2)))
-        if not np.isfinite(row).all() or min(row[:2]) <= 0 or min(width, height) <= 0:
+        row = (fx, own.get("fl_y", fx), own.get("cx", width / 2), own.get("cy", height / 2))
+        if min(row[:2]) <= 0 or min(width, height) <= 0:
             raise InputError(f"{path}: frame {frame['file_path']} has intrinsics {row} for {width} x {height} pixels.")
         rows.append(row)
         sizes.append((width, height))
@@ -225,7 +292,7 @@ def _distortion(meta: dict[str, Any], frames: list[dict[str, Any]]) -> np.ndarra
     for frame in frames:
         own = {**meta, **frame}
         given = own.get("distortion_params")
-        rows.append([float(own.get(key, 0.0)) for key in DISTORTION] if given is None else [float(v) for v in given])
+        rows.append([own.get(key, 0.0) for key in DISTORTION] if given is None else given)
     return np.array(rows, dtype=np.float64)
 
 
