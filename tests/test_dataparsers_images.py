@@ -193,6 +193,12 @@ def test_two_runs_at_once_end_with_one_whole_cache(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"images", "images_2"}
 
 
+def test_what_another_run_removes_meanwhile_is_no_reason_to_write_elsewhere(tmp_path):
+    paths = make_images(tmp_path / "images", 2)
+    (tmp_path / ".images_2.part-gone").symlink_to(tmp_path / "nothing")  # is listed, and then not there
+    assert [p.parent for p in downscaled(paths, 2, tmp_path / "images_2")] == [tmp_path / "images_2"] * 2
+
+
 @contextlib.contextmanager
 def ordinary_user():
     """Root may write anywhere: act as another user for a while."""

@@ -5,6 +5,7 @@ trusted, and two runs at once do no harm. It holds `cache.json`, which says what
 file belongs to the user and is never written to.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -273,5 +274,6 @@ def _sweep(place: Path) -> None:
     """Remove what killed runs left beside a cache folder."""
     for kind in ("part", "old"):
         for left in place.parent.glob(f".{place.name}.{kind}-*"):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # the run that it belongs to has ended meanwhile
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
