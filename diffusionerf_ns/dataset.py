@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from diffusionerf_ns import cut_out
-from diffusionerf_ns.dataparsers.images import has_alpha, in_8_bits
+from diffusionerf_ns.dataparsers.images import has_alpha, in_8_bits, same_shape
 
 
 class FewViewDataset(InputDataset):
@@ -150,6 +150,6 @@ def load_depth(path: Path, height: int, width: int, unit: float) -> Float[Tensor
 
 
 def _check_shape(kind: str, path: Path, size: tuple[int, int], height: int, width: int) -> None:
-    """A file may be larger than the image, but must have its shape but for rounding."""
-    if abs(size[0] * height / (size[1] * width) - 1.0) * max(height, width) > 2.0:
+    """A file may be of another size than the image, but must have its shape but for rounding."""
+    if not same_shape(size, (width, height)):
         raise InputError(f"{kind} {path} is {size[0]} x {size[1]}, its image is {width} x {height}: another shape.")
