@@ -161,7 +161,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         shown_on = torch.zeros(3) if background is None else background
         # Views are compared with the photographs when they are rendered, also long after the training.
         self.train_dataset.metadata["fine_detail"] = refine.detail_by_scale(
-            (self.train_dataset.image_on(i, shown_on), float(self.train_dataset.cameras.fx[i]))
+            (
+                self.train_dataset.image_on(i, shown_on),
+                self.train_dataset.opaque(i),
+                float(self.train_dataset.cameras.fx[i]),
+            )
             for i in range(len(self.train_dataset))
         )
         self._matched: stereo.MatchedDepth | None = None

@@ -71,6 +71,10 @@ class FewViewDataset(InputDataset):
         image = self.get_image_float32(image_idx)
         return image if image.shape[2] == 3 else image[..., :3] * image[..., 3:] + colour * (1.0 - image[..., 3:])
 
+    def opaque(self, image_idx: int) -> Bool[Tensor, "h w"] | None:
+        """Pixels of an image that are not transparent; None: all of all images."""
+        return None if self.background is None else torch.from_numpy(self.get_numpy_image(image_idx)[..., 3] >= 128)
+
     @cached_property
     def _any_alpha(self) -> bool:
         """Batches stack images: all have as many channels as one of them needs."""

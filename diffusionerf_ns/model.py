@@ -212,6 +212,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if self.frusta is not None:
             self.frusta.near = float(self.collider.bounds[0])  # a checkpoint may have brought other bounds
         tau, refiner = self.config.refine_tau, self.refine_view
+        inside = None if self.background is None else outputs["accumulation"][..., 0] >= 0.5
         context = inspection.ViewContext(
             near=near,
             far=far,
@@ -220,7 +221,7 @@ class DiffusioNeRFModel(NerfactoModel):
             prior=lambda: self.prior,
             count=None if self.frusta is None else self._of_points(self.frusta.count),
             tau=self.verdict_tau,
-            refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau),
+            refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau, inside),
             hidden=self._of_points(shown.hide) if self.config.fill_unseen and shown is not None else None,
             fill_empty=obb_box is None and self.renderer_rgb.background_color == "last_sample",
         )

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
@@ -34,29 +34,44 @@ OCTAVES = 4  # scales at which the photographs' detail is measured
 GENTLER = (1 / 3, 2 / 3)  # of the noise level, tried in turn where all of it takes more than grain
 
 
-def fine_detail(rgb: Float[Tensor, "h w 3"]) -> float:
+def fine_detail(rgb: Float[Tensor, "h w 3"], inside: Bool[Tensor, "h w"] | None = None) -> float:
     """Deviation of what changes from pixel to pixel: median of the diagonal Haar coefficients / .6745.
 
     For independent noise it is the noise's deviation, nearly whatever the image (Donoho and Johnstone 1994).
+
+    Args:
+        rgb: colours in [0, 1].
+        inside: pixels that count; None: all. 0 is returned where there are no four of them together.
     """
     height, width = rgb.shape[0] // 2 * 2, rgb.shape[1] // 2 * 2
     if height == 0 or width == 0:
         return 0.0
     a, b, c, d = (rgb[i:height:2, j:width:2] for i in (0, 1) for j in (0, 1))
-    return float((0.5 * (a - b - c + d)).abs().median()) / 0.6745
+    change = (0.5 * (a - b - c + d)).abs()
+    if inside is not None:
+        whole = torch.stack([inside[i:height:2, j:width:2] for i in (0, 1) for j in (0, 1)]).all(dim=0)
+        change = change[whole.to(change.device)]
+    return float(change.median()) / 0.6745 if change.numel() else 0.0
 
 
-def detail_by_scale(photographs: Iterable[tuple[Float[Tensor, "_h _w 3"], float]]) -> list[tuple[float, float]]:
+def detail_by_scale(
+    photographs: Iterable[tuple[Float[Tensor, "_h _w 3"], Bool[Tensor, "_h _w"] | None, float]],
+) -> list[tuple[float, float]]:
     """Mean focal length and mean `fine_detail` of the photographs at full size, half, a quarter and an eighth.
 
     Args:
-        photographs: colours in [0, 1] and focal length in pixels.
+        photographs: colours in [0, 1], pixels that count (None: all) and focal length in pixels.
     """
     rows = []
-    for rgb, focal in photographs:
-        x = rgb.permute(2, 0, 1)[None]
-        sizes = [x] + [F.avg_pool2d(x, 2**k) for k in range(1, OCTAVES) if min(x.shape[2:]) >= 2**k]
-        rows.append([(focal / 2**k, fine_detail(small[0].permute(1, 2, 0))) for k, small in enumerate(sizes)])
+    for rgb, inside, focal in photographs:
+        row = []
+        for k in range(OCTAVES):
+            if k > 0 and min(rgb.shape[:2]) < 2**k:
+                break
+            small = F.avg_pool2d(rgb.permute(2, 0, 1)[None], 2**k)[0].permute(1, 2, 0)
+            whole = None if inside is None else F.avg_pool2d(inside[None].float(), 2**k)[0] == 1.0
+            row.append((focal / 2**k, fine_detail(small, whole)))
+        rows.append(row)
     octaves = zip(*rows)  # as many as the smallest photograph has
     return [(sum(f for f, _ in o) / len(o), sum(d for _, d in o) / len(o)) for o in octaves]
 
@@ -79,7 +94,12 @@ class ViewRefiner:
         self._missing = False
 
     def __call__(
-        self, rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], camera: Cameras, tau: float
+        self,
+        rgb: Float[Tensor, "h w 3"],
+        z: Float[Tensor, "h w"],
+        camera: Cameras,
+        tau: float,
+        inside: Bool[Tensor, "h w"] | None = None,
     ) -> Float[Tensor, "h w 3"]:
         """Colours of a view without their grain; arguments and result as of `refined_view`, ``camera`` the view's."""
         if self._missing:
@@ -95,11 +115,16 @@ class ViewRefiner:
             return rgb
         detail = detail_at(self._details, float(camera.fx.reshape(-1)[0]))
         device = prior.alphas_cumprod.device
-        return refined_view(rgb.to(device), z.to(device), prior, tau, detail).to(rgb)
+        return refined_view(rgb.to(device), z.to(device), prior, tau, detail, inside).to(rgb)
 
 
 def refined_view(
-    rgb: Float[Tensor, "h w 3"], z: Float[Tensor, "h w"], prior: PatchPrior, tau: float, detail: float
+    rgb: Float[Tensor, "h w 3"],
+    z: Float[Tensor, "h w"],
+    prior: PatchPrior,
+    tau: float,
+    detail: float,
+    inside: Bool[Tensor, "h w"] | None = None,
 ) -> Float[Tensor, "h w 3"]:
     """Colours of a view with no more fine detail than ``detail``, as far as the prior's clean estimates lead there.
 
@@ -111,18 +136,19 @@ def refined_view(
         prior: on the device of ``rgb``.
         tau: highest noise level of a clean estimate.
         detail: `fine_detail` of the photographs.
+        inside: pixels of which the view's is measured; None: all.
     """
-    has = fine_detail(rgb)
+    has = fine_detail(rgb, inside)
     if has <= detail:
         return rgb
     strongest = refined_colours(rgb, z, prior, tau)
-    least = fine_detail(strongest)
+    least = fine_detail(strongest, inside)
     if least >= detail:
         return strongest if least < has else rgb
     result = rgb
     for fraction in GENTLER:
         clean = refined_colours(rgb, z, prior, fraction * tau)
-        left = fine_detail(clean)
+        left = fine_detail(clean, inside)
         if left <= detail:
             return torch.lerp(result, clean, (has - detail) / (has - left))
         if left < has:

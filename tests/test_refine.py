@@ -75,14 +75,14 @@ def test_a_clean_estimate_with_more_grain_than_the_view_is_not_taken():
 
 def test_the_photographs_detail_is_that_of_the_views_scale():
     torch.manual_seed(0)
-    photographs = [(0.5 + 0.08 * torch.randn(64, 96, 3), 100.0)] * 2
+    photographs = [(0.5 + 0.08 * torch.randn(64, 96, 3), None, 100.0)] * 2
     details = refine.detail_by_scale(photographs)
     assert [focal for focal, _ in details] == [100.0, 50.0, 25.0, 12.5]
     # the mean of 4 pixels has half the deviation
     assert [d for _, d in details] == pytest.approx([0.08, 0.04, 0.02, 0.01], rel=0.15)
     for focal, octave in ((1000.0, 0), (100.0, 0), (55.0, 1), (23.0, 2), (1.0, 3)):
         assert refine.detail_at(details, focal) == details[octave][1]
-    assert len(refine.detail_by_scale([(torch.rand(3, 9, 3), 10.0)])) == 2
+    assert len(refine.detail_by_scale([(torch.rand(3, 9, 3), None, 10.0)])) == 2
 
 
 def test_fine_detail_of_noise_is_its_deviation_and_of_a_shaded_wall_next_to_nothing():
@@ -90,6 +90,19 @@ def test_fine_detail_of_noise_is_its_deviation_and_of_a_shaded_wall_next_to_noth
     assert refine.fine_detail(0.5 + 0.05 * torch.randn(101, 80, 3)) == pytest.approx(0.05, rel=0.03)
     assert refine.fine_detail(torch.linspace(0, 1, 80)[None, :, None].expand(101, 80, 3)) < 1e-6
     assert refine.fine_detail(torch.rand(1, 1, 3)) == 0.0
+
+
+def test_detail_is_that_of_a_cut_out_and_not_of_the_flat_colour_around_it():
+    torch.manual_seed(0)
+    rgb, inside = torch.ones(64, 96, 3), torch.zeros(64, 96, dtype=torch.bool)
+    inside[17:47, 33:63] = True
+    rgb[inside] = 0.5 + 0.04 * torch.randn(900, 3)
+    assert refine.fine_detail(rgb) == 0.0
+    assert refine.fine_detail(rgb, inside) == pytest.approx(0.04, rel=0.1)
+    assert refine.fine_detail(rgb, ~inside) == 0.0
+    assert refine.fine_detail(rgb, torch.zeros_like(inside)) == 0.0
+    details = [detail for _, detail in refine.detail_by_scale([(rgb, inside, 100.0)])]
+    assert details[:3] == pytest.approx([0.04, 0.02, 0.01], rel=0.3)
 
 
 def test_a_view_is_refined_until_it_has_the_detail_of_the_photographs():
