@@ -15,6 +15,9 @@ Layout "idr" (IDR, PixelNeRF)::
 `world_mat` is the same projection, for the image size of that copy. `scale_mat` only moves and scales the world, which
 the normalisation here does for itself, so it is not used: world units stay millimetres and both layouts give the same
 cameras.
+
+Somebody's own capture in the second layout (as NeuS has them: any folder name, any number of cameras, the cameras also
+as `cameras_sphere.npz`) is read with the cameras that it has, and follows no protocol of DTU's; see `is_own`.
 """
 
 import os
@@ -28,24 +31,33 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, whole_factor
-from diffusionerf_ns.dataparsers.images import image_size
+from diffusionerf_ns.dataparsers.base import (
+    Capture,
+    FewViewBaseConfig,
+    FewViewBaseParser,
+    automatic_factor,
+    whole_factor,
+)
+from diffusionerf_ns.dataparsers.idr import by_camera, camera_file, checked_projection, world_matrices
+from diffusionerf_ns.dataparsers.images import image_size, list_images
 from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
-from diffusionerf_ns.dataparsers.splits import choose
+from diffusionerf_ns.dataparsers.splits import choose, without_lists
 
 VIEWS = 49  # some scans have 64, but every protocol uses the first 49 only
+SCAN_CAMERAS = (VIEWS, 64)
+SCAN_NAME = re.compile(r"(dtu_?)?scan_?\d+")  # NeuS calls its copies dtu_scan24
 TRAIN_IDS = (25, 22, 28, 40, 44, 48, 0, 8, 13)
 EXCLUDED_IDS = (3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 36, 37, 38, 39)
 TEST_IDS = tuple(i for i in range(VIEWS) if i not in TRAIN_IDS + EXCLUDED_IDS)
 NEAR_FAR = (0.5, 3.5)  # in units of the largest camera coordinate after recentring (RegNeRF)
 FULL_SIZE = (1600, 1200)
 PROTOCOL_WIDTH = 400
-CAMERA_FILES = ("cameras.npz", "cameras_sphere.npz")
+OFF_CENTRE = 0.2  # of a side: the principal point of an own capture lies nearer the middle unless images were reduced
 
 
 @dataclass
 class DTUFewViewDataParserConfig(FewViewBaseConfig):
-    """DTU scans (RegNeRF's or IDR's layout), split as RegNeRF's protocol splits them."""
+    """DTU scans (RegNeRF's or IDR's layout), split as RegNeRF's protocol splits them; own captures in IDR's layout."""
 
     _target: type = field(default_factory=lambda: DTUFewViewParser)
     """target class to instantiate"""
@@ -74,18 +86,24 @@ class Scan:
 
 
 class DTUFewViewParser(FewViewBaseParser):
-    """Reads a DTU scan.
+    """Reads a DTU scan, or somebody's own capture in IDR's layout.
 
-    Scene units: the largest camera coordinate is 1 in the frame of the mean camera, over all 49 cameras; the scene is
-    then turned (not scaled) so that z is up. RegNeRF's near .5 and far 3.5 hold in these units.
+    Scene units of a scan: the largest camera coordinate is 1 in the frame of the mean camera, over all 49 cameras; the
+    scene is then turned (not scaled) so that z is up. RegNeRF's near .5 and far 3.5 hold in these units.
     """
 
     config: DTUFewViewDataParserConfig
 
     def read_capture(self) -> Capture:
-        """All 49 cameras; the first views of the protocol's list train, its 25 test views are held out."""
-        factor = whole_factor(self.config.downscale_factor)
+        """Of a scan all 49 cameras: the first views of the protocol's list train, its 25 test views are held out.
+
+        Of an own capture all cameras that have an image; split by `without_lists`.
+        """
         scan = find_scan(self.config.data, self.config.scan)
+        return self._read_own(scan) if is_own(scan) else self._read_scan(scan)
+
+    def _read_scan(self, scan: Scan) -> Capture:
+        factor = whole_factor(self.config.downscale_factor)
         split = choose(
             VIEWS,
             TRAIN_IDS,
@@ -152,18 +170,90 @@ class DTUFewViewParser(FewViewBaseParser):
         if missing := [i for i in ids if not paths[i].is_file()]:
             raise InputError(f"{folder}: masks of ids {missing} are missing, {paths[missing[0]].name} among them.")
         for i in ids:
-            found = image_size(paths[i])
-            if found[0] % size[0] or found[0] * size[1] != found[1] * size[0]:
-                raise InputError(
-                    f"mask {paths[i]} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected "
-                    "masks of that size or a whole multiple of it."
-                )
+            _check_mask(paths[i], size)
         return paths
+
+    def _read_own(self, scan: Scan) -> Capture:
+        path, matrices = world_matrices(scan.folder)
+        files = by_camera(scan.folder / "image", path, matrices)
+        numbers, images = tuple(files), tuple(files.values())
+        pool, test = without_lists(len(images), test_named=self.config.test_ids is not None)
+        split = choose(
+            len(images),
+            pool,
+            test,
+            num_views=self.config.num_views,
+            train_ids=self.config.train_ids,
+            test_ids=self.config.test_ids,
+        )
+        intrinsics, opencv = decompose(np.stack([matrices[number] for number in numbers]))
+        width, height = size = image_size(images[split.train[0]])
+        x, y = intrinsics[:, 2:].mean(axis=0)
+        if not all(OFF_CENTRE < place < 1.0 - OFF_CENTRE for place in (x / width, y / height)):
+            raise InputError(
+                f"{path}: the cameras' principal point is ({x:.0f}, {y:.0f}) in the mean, far from the middle of "
+                f"images of {width} x {height} pixels. Use the images that the cameras were made for, not reduced ones."
+            )
+        factor = whole_factor(self.config.downscale_factor) or automatic_factor(width, height)
+        masks = None
+        if self.config.masked_training:
+            masks = self._own_masks(scan, path, numbers)
+            for i in {*split.train, *split.test}:
+                _check_mask(masks[i], (width // factor, height // factor))
+        elif (scan.folder / "mask").is_dir():
+            CONSOLE.print(f"The masks of {scan.folder} are not used; --masked-training True trains inside them only.")
+        return Capture(
+            source="dtu",
+            title=f"{scan.name} ({path.name})",
+            names=tuple(image.name for image in images),
+            images=images,
+            poses=opengl_from_opencv(opencv),
+            intrinsics=intrinsics,
+            sizes=np.tile(np.array(size, dtype=np.int64), (len(images), 1)),
+            split=split,
+            factor=factor,
+            cache=_cache_folder(scan, factor),
+            masks=masks,
+        )
+
+    def _own_masks(self, scan: Scan, path: Path, numbers: tuple[int, ...]) -> tuple[Path, ...]:
+        """A mask for each of the cameras of these numbers, by its number or its place as the images have theirs."""
+        given = self.config.mask_folder
+        places = [scan.folder / "mask"] if given is None else [given / scan.name / "mask", given / "mask", given]
+        folder = next((place for place in places if list_images(place)), None)
+        if folder is None:
+            raise InputError(f"--masked-training: no masks were found in {places[-1]}; give --mask-folder.")
+        masks = by_camera(folder, path, numbers)
+        if missing := [number for number in numbers if number not in masks]:
+            raise InputError(f"{folder}: the masks of cameras {missing} are missing; expected one for each image.")
+        return tuple(masks[number] for number in numbers)
 
 
 def is_dtu(data: Path) -> bool:
-    """Whether a folder looks like a DTU scan or a folder of scans."""
+    """Whether a folder looks like a DTU scan, a folder of scans, or an own capture in IDR's layout."""
     return bool(_scan_here(data) or scans_below(data))
+
+
+def is_within_scan(data: Path) -> bool:
+    """Whether a folder is that of the images, reduced images or masks of a scan in IDR's layout."""
+    data = _absolute(data)
+    scan = _scan_here(data.parent)
+    return scan is not None and scan.layout == "idr" and bool(re.fullmatch(r"image(_\d+)?|mask", data.name))
+
+
+def is_own(scan: Scan) -> bool:
+    """Whether it is no scan of DTU's, by its name and its number of cameras, but a capture in the layout of one.
+
+    Raises:
+        InputError: its cameras cannot be read.
+    """
+    if scan.layout == "rectified":
+        return False
+    if not SCAN_NAME.fullmatch(scan.name):
+        return True
+    return (
+        camera_file(scan.folder) is not None and 1 + max(world_matrices(scan.folder)[1], default=0) not in SCAN_CAMERAS
+    )
 
 
 def find_scan(data: Path, number: int | None) -> Scan:
@@ -205,8 +295,7 @@ def _scan_here(folder: Path) -> Scan | None:
     name = _absolute(folder).name
     if any(folder.glob("rect_*_3_r5000.png")):
         return Scan(layout="rectified", folder=folder, name=name)
-    numbered = (folder / "image").is_dir() and any((folder / "image").glob("*.png"))
-    if numbered and (re.fullmatch(r"scan\d+", name) or any((folder / file).is_file() for file in CAMERA_FILES)):
+    if list_images(folder / "image") and (re.fullmatch(r"scan\d+", name) or camera_file(folder)):
         return Scan(layout="idr", folder=folder, name=name)
     return None
 
@@ -253,7 +342,7 @@ def read_calibration(folder: Path) -> Float[np.ndarray, "n 3 4"]:
             matrix = np.loadtxt(path)
         except ValueError as error:
             raise InputError(f"{path} cannot be read: {error}.") from error
-        projections.append(_checked(matrix, str(path)))
+        projections.append(checked_projection(matrix, str(path)))
     return np.stack(projections)
 
 
@@ -263,23 +352,19 @@ def read_idr_cameras(folder: Path) -> Float[np.ndarray, "n 3 4"]:
     Raises:
         InputError: the file is missing or damaged, or lacks a camera.
     """
-    path = next((folder / name for name in CAMERA_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise InputError(f"{folder}: the calibration {CAMERA_FILES[0]} is missing; expected it beside image and mask.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            table = {key: archive[key] for key in archive.files if key.startswith("world_mat_") and key[10:].isdigit()}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    if missing := [i for i in range(VIEWS) if f"world_mat_{i}" not in table]:
+    path, matrices = world_matrices(folder)
+    if missing := [i for i in range(VIEWS) if i not in matrices]:
         raise InputError(f"{path}: world_mat of ids {missing} is missing; all {VIEWS} cameras set the scene's scale.")
-    return np.stack([_checked(table[f"world_mat_{i}"][:3], f"{path}, world_mat_{i}") for i in range(VIEWS)])
+    return np.stack([matrices[i] for i in range(VIEWS)])
 
 
-def _checked(matrix: np.ndarray, where: str) -> np.ndarray:
-    if matrix.shape != (3, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:, :3])) < 1e-9:
-        raise InputError(f"{where}: expected a 3 x 4 projection of finite numbers and full rank.")
-    return matrix.astype(np.float64)
+def _check_mask(path: Path, size: tuple[int, int]) -> None:
+    found = image_size(path)
+    if found[0] % size[0] or found[0] * size[1] != found[1] * size[0]:
+        raise InputError(
+            f"mask {path} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected masks of that "
+            "size or a whole multiple of it."
+        )
 
 
 def decompose(
