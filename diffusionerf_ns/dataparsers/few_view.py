@@ -8,17 +8,19 @@ from typing import Literal
 from ddm_training.errors import InputError
 from ddm_training.transforms import FILE as TRANSFORMS_FILE
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
-from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu
+from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu, is_within_scan
+from diffusionerf_ns.dataparsers.idr import camera_file
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
+from diffusionerf_ns.pose_search import is_made_here
 
 Layout = Literal["llff", "transforms", "dtu"]
 
 
 @dataclass
 class FewViewDataParserConfig(FewViewBaseConfig):
-    """Captures of few views: LLFF, nerfstudio's transforms.json, DTU; found by what the folder holds."""
+    """Captures of few views: LLFF, nerfstudio's transforms.json, DTU, IDR's layout; found by what the folder holds."""
 
     _target: type = field(default_factory=lambda: FewViewDataParser)
     """target class to instantiate"""
@@ -29,9 +31,9 @@ class FewViewDataParserConfig(FewViewBaseConfig):
     scan: int | None = None
     """Number of the DTU scan, where `--data` is the folder of many."""
     mask_folder: Path | None = None
-    """Folder of DTU masks. Unset: looked for beside the images."""
+    """Folder of the masks of a DTU scan or of IDR's layout. Unset: looked for beside the images."""
     masked_training: bool = False
-    """Draw training pixels inside the DTU masks only. The protocol uses masks for evaluation alone."""
+    """Draw training pixels inside those masks only. DTU's protocol uses masks for evaluation alone."""
 
 
 class FewViewDataParser(FewViewBaseParser):
@@ -53,37 +55,62 @@ def detect_layout(data: Path) -> Layout:
     check_folder(data)
     if layout := _find_layout(data):
         return layout
+    poses = f"`diffusionerf-poses --data {shlex.quote(str(data))} --output FOLDER`, then give that folder."
     if is_photographs(data):
-        raise InputError(
-            f"--data {data} holds photographs without camera poses. Find them with "
-            f"`diffusionerf-poses --data {shlex.quote(str(data))} --output FOLDER`, then give that folder."
-        )
-    if parent := _find_layout(data.resolve().parent):
-        raise InputError(f"--data {data} is a folder of a capture ({parent}); give {data.resolve().parent}.")
+        raise InputError(f"--data {data} holds photographs without camera poses. Find them with {poses}")
+    above = data.resolve().parent
+    if layout := _layout_above(data):
+        raise InputError(f"--data {data} is a folder of a capture ({layout}); give {above}.")
     found = sorted(p.name for p in data.iterdir())
+    images = list_images(data, PHOTOGRAPH_SUFFIXES)
     raise InputError(
         f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
         f"{TRANSFORMS_FILE} (nerfstudio; diffusionerf-poses makes it from photographs); "
-        "scanN/image and scanN/cameras.npz, or Rectified/scanN and Calibration (DTU). "
-        f"Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
+        "scanN/image and scanN/cameras.npz, or Rectified/scanN and Calibration (DTU); image and cameras.npz (IDR, "
+        f"NeuS). Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
+        + (f" If nothing says where the images were taken, find that out with {poses}" if images else "")
     )
 
 
 def is_photographs(data: Path) -> bool:
-    """Whether a folder holds images, and nothing in it or above it that says where they were taken."""
-    if not data.is_dir() or any(_find_layout(f) or _has_cameras(f) for f in (data, data.resolve().parent)):
+    """Whether a folder holds images, and nothing in it or above it says where they were taken.
+
+    A capture that `diffusionerf-poses` wrote into it does not count: it may have been made of fewer photographs.
+    """
+    if not data.is_dir() or not list_images(data, PHOTOGRAPH_SUFFIXES):
         return False
-    return bool(list_images(data, PHOTOGRAPH_SUFFIXES)) and not any(
-        p.is_dir() and not p.name.startswith(".") for p in data.iterdir()
-    )
+    if _find_layout(data) or _has_cameras(data) or any(p.suffix in (".npy", ".npz") for p in data.iterdir()):
+        return False
+    below = (p for p in data.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if any(_has_cameras(folder) and not is_made_here(folder) for folder in below):
+        return False
+    above = data.resolve().parent
+    of_colmap = data.resolve().name.startswith(("images", "input"))
+    return not _layout_above(data) and not _has_transforms(above) and not (of_colmap and _has_colmap(above))
+
+
+def _layout_above(data: Path) -> Layout | None:
+    """The layout of the capture in the folder above, where ``data`` belongs to it. What lies beside it does not."""
+    layout = _find_layout(data.resolve().parent)
+    return None if layout == "dtu" and not is_within_scan(data.resolve()) else layout
 
 
 def _has_cameras(folder: Path) -> bool:
     """Whether files of cameras lie there, of layouts that are read here and of others."""
-    return any(
-        p.name in ("sparse", "colmap") or p.suffix in (".npy", ".npz") or p.match("transforms*.json")
-        for p in folder.iterdir()
+    return (
+        _has_transforms(folder)
+        or _has_colmap(folder)
+        or (folder / POSES_FILE).is_file()
+        or camera_file(folder) is not None
     )
+
+
+def _has_transforms(folder: Path) -> bool:
+    return any(folder.glob("transforms*.json"))
+
+
+def _has_colmap(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("sparse", "colmap", "cameras.bin", "cameras.txt"))
 
 
 def _find_layout(data: Path) -> Layout | None:
