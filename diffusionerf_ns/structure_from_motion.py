@@ -12,6 +12,7 @@ A process of its own, because Pillow and OpenCV crash at writing PNG where pycol
 and because its memory is free again.
 """
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -22,12 +23,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL import Image
+
 from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.images import UNREADABLE, has_alpha
 
 if TYPE_CHECKING:
     import pycolmap
 
 MAX_SIDE = 2000  # pixels, for features: training sees fewer, and memory grows with them
+OPAQUE = 128  # alpha from which on a pixel counts, as in training
 MAX_THREADS = 4  # for features, each of which takes about a gigabyte
 # Ratio of the errors without and with an unknown, above which it is used. Measured on 3 and 6 images of two captures:
 # 1.030 at most where the focal length is right, 1.06 to 2.1 where it is 30 or 40 % off.
@@ -124,7 +129,7 @@ def simplest(tried: Sequence[tuple[int, list[Model]]]) -> list[Model]:
 def search(
     images: Path, names: list[str], how: Search, cameras: Cameras, focal: float | None
 ) -> tuple[list[Model], int]:
-    """Features, exhaustive matching and incremental mapping, all on the CPU.
+    """Features, exhaustive matching and incremental mapping, all on the CPU. What is transparent has no features.
 
     Args:
         images: folder of the images, all of one size.
@@ -143,6 +148,8 @@ def search(
     """
     with tempfile.TemporaryDirectory(prefix="diffusionerf-poses-") as scratch:
         task = {"images": str(images), "names": names, "how": asdict(how), "cameras": cameras, "focal": focal}
+        if write_masks(images, names, Path(scratch) / "masks"):
+            task["masks"] = str(Path(scratch) / "masks")
         answer = Path(scratch) / "answer.json"
         done = subprocess.run(
             [sys.executable, "-m", __name__, scratch, str(answer)],
@@ -163,6 +170,29 @@ def search(
     return simplest(tried), content["matches"]
 
 
+def write_masks(images: Path, names: Sequence[str], folder: Path) -> bool:
+    """White where an image is opaque, black elsewhere, as `<name>.png`: of all images, as COLMAP wants all or none.
+
+    Returns:
+        Whether they were written: not where no image has an alpha channel.
+    """
+    any_alpha = False
+    for name in names:
+        with contextlib.suppress(*UNREADABLE), Image.open(images / name) as image:  # COLMAP names those
+            any_alpha = any_alpha or has_alpha(image)
+    if not any_alpha:
+        return False
+    folder.mkdir()
+    for name in names:
+        try:
+            with Image.open(images / name) as image:
+                alpha = image.convert("RGBA").getchannel("A")
+        except UNREADABLE:
+            continue
+        alpha.point([255 * (value >= OPAQUE) for value in range(256)]).save(folder / f"{name}.png")
+    return True
+
+
 def _model(content: dict[str, Any]) -> Model:
     images = tuple(Placed(**{k: _tuples(v) for k, v in image.items()}) for image in content["images"])
     return Model(images=images, points=content["points"], error=content["error"])
@@ -181,6 +211,8 @@ def _search(scratch: Path, task: dict[str, Any]) -> dict[str, Any]:
     how, images, names = Search(**task["how"]), Path(task["images"]), task["names"]
     database = scratch / "database.db"
     reader = pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL")
+    if "masks" in task:
+        reader.mask_path = task["masks"]
     mode = pycolmap.CameraMode.SINGLE if task["cameras"] == "one" else pycolmap.CameraMode.PER_IMAGE
     pycolmap.set_random_seed(0)
     pycolmap.Database.open(database).close()

@@ -1,8 +1,9 @@
 """COLMAP in a process of its own: what it is given, and how it fails."""
 
 import corner
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ddm_training.errors import InputError
 from diffusionerf_ns import structure_from_motion
@@ -31,6 +32,38 @@ def test_an_image_that_colmap_cannot_read_is_named(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"COLMAP cannot read b\.png"):
         structure_from_motion.search(tmp_path, ["a.png", "b.png"], structure_from_motion.SEARCHES[0], "one", None)
+
+
+def test_transparent_parts_give_no_features(taken, tmp_path):
+    """A turntable before a background that stands still: features of it say that the camera does so too."""
+    background = Image.fromarray(corner.render(taken[1][1])[::-1])
+    inside = Image.new("L", background.size)
+    ImageDraw.Draw(inside).ellipse((60, 40, 420, 330), fill=255)
+    names = ["0.png", "1.png", "2.png"]
+    for name in names:
+        image = Image.composite(Image.open(taken[0] / name), background, inside)
+        image.putalpha(inside)
+        image.save(tmp_path / name)
+    models, _ = structure_from_motion.search(tmp_path, names, structure_from_motion.SEARCHES[0], "one", corner.FOCAL)
+    placed = {image.name: np.array(image.rotation) for image in models[0].images}
+    assert sorted(placed) == names
+    for first, second in ((0, 1), (1, 2)):
+        turn = placed[names[second]] @ placed[names[first]].T
+        truth = taken[1][second][:, :3] @ taken[1][first][:, :3].T
+        assert np.degrees(np.arccos((np.trace(turn @ truth.T) - 1.0) / 2.0)) < 0.5
+
+
+def test_masks_are_white_where_images_are_opaque(tmp_path):
+    assert not structure_from_motion.write_masks(tmp_path, ["absent.png"], tmp_path / "masks")
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.png")
+    assert not structure_from_motion.write_masks(tmp_path, ["a.png"], tmp_path / "masks")
+    alpha = np.array([[0, 127, 128, 255]], dtype=np.uint8)
+    Image.fromarray(np.concatenate([np.zeros((1, 4, 3), dtype=np.uint8), alpha[..., None]], axis=2)).save(
+        tmp_path / "b.png"
+    )
+    assert structure_from_motion.write_masks(tmp_path, ["a.png", "b.png"], tmp_path / "masks")
+    assert np.asarray(Image.open(tmp_path / "masks" / "a.png.png")).tolist() == [[255] * 4] * 2
+    assert np.asarray(Image.open(tmp_path / "masks" / "b.png.png")).tolist() == [[0, 0, 255, 255]]
 
 
 def model(name: str, images: int = 3, points: int = 99, error: float = 0.4) -> structure_from_motion.Model:
