@@ -7,28 +7,42 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image, ImageOps
 from rich.markup import escape
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, check_readable, image_size, list_images
+from diffusionerf_ns.dataparsers.images import (
+    PHOTOGRAPH_SUFFIXES,
+    UNREADABLE,
+    check_readable,
+    has_alpha,
+    image_size,
+    list_images,
+)
 
-JPEG = (".jpg", ".jpeg")
-COPIED = {".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".png": ("PNG",)}  # suffix -> formats of its content
+JPEG = (".jpg", ".jpeg", ".jfif")
+COPIED = {".png": ("PNG",), **dict.fromkeys(JPEG, ("JPEG", "MPO"))}  # suffix -> formats of its content
 RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".jxl")
 ORIENTATION, EXIF_IFD, FOCAL_35MM = 0x0112, 0x8769, 0xA405  # EXIF tags
 FOCAL_RANGE = (8.0, 400.0)  # millimetres as on 35 mm film, of lenses that people have
 SAME_FOCAL = 1.05  # ratio of EXIF's focal lengths up to which they are one
 LEAST_IMAGES = 3  # COLMAP does not build on points that two images alone see
+THUMBNAIL = (32, 32)
+# Mean difference of two thumbnails in parts of their contrast, up to which they are of one shot. Measured: .025 at most
+# where a photograph was saved as JPEG, HEIC or WebP of quality 50 and down to a third of its size; .12 and more between
+# the images of fern, of flower and of DTU's scan24.
+SAME_SHOT = 0.03
 
 
 def find_photographs(data: Path) -> list[Path]:
-    """The photographs of a folder, each wholly readable.
+    """The photographs of a folder, each wholly readable and none a copy of another; see `without_copies`.
 
     Raises:
-        InputError: no such folder, fewer than `LEAST_IMAGES` photographs, a damaged one, or some of a kind that cannot
-            be read.
+        InputError: no such folder, fewer than `LEAST_IMAGES` photographs without the copies, a damaged one, or some of
+            a kind that cannot be read.
     """
     if not data.is_dir():
         raise InputError(f"--data {data} is no folder; expected one with photographs.")
@@ -42,15 +56,67 @@ def find_photographs(data: Path) -> list[Path]:
         )
     _read_heic()
     sources = list_images(data, PHOTOGRAPH_SUFFIXES)
-    if len(sources) < LEAST_IMAGES:
-        raise InputError(
-            f"--data {data} has {len(sources)} photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}); "
-            f"expected {LEAST_IMAGES} or more."
-        )
     if others := [p.name for p in files if p not in sources]:
         CONSOLE.print(f"[yellow]Not taken for photographs: {escape(_some(others))}.")
     check_readable(sources, or_else=f"take it out of {data}")
-    return sources
+    different, copies = without_copies(sources)
+    if copies:
+        named = ", ".join(f"{name} (of {of})" for name, of in copies.items())
+        CONSOLE.print(f"[yellow]Copies are left out: {escape(named)}.")
+    if len(different) < LEAST_IMAGES:
+        without = f" without the copies among them ({_some(list(copies))})" if copies else ""
+        raise InputError(
+            f"--data {data} has {len(different)} photographs ({', '.join(PHOTOGRAPH_SUFFIXES)}){without}; "
+            f"expected {LEAST_IMAGES} or more."
+        )
+    return different
+
+
+def without_copies(sources: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+    """The photographs that differ, in their order; and the name of each copy of one of them -> the name of that one.
+
+    A copy says nothing new of the scene, but COLMAP would take it for a photograph from the same place. Copies are told
+    by how they look, so that the same shot as HEIC and as JPEG, or smaller, is one too. Of several the one with the
+    most pixels stays, then one whose EXIF has the focal length, then that of the shortest name.
+
+    Raises:
+        InputError: one, or its EXIF, cannot be read.
+    """
+    _read_heic()
+    thumbnails, ranks = {}, {}
+    for source in sources:
+        try:
+            with Image.open(source) as image:
+                pixels, focal = image.width * image.height, _focal_of(image.getexif())
+                thumbnails[source] = _thumbnail(image)
+        except (*UNREADABLE, TypeError) as error:
+            raise InputError(f"{source} cannot be read: {error}. Save it as JPEG anew, or take it out.") from error
+        ranks[source] = (-pixels, focal is None, len(source.name), source.name)
+    originals: list[Path] = []
+    copies: dict[str, str] = {}
+    for source in sorted(sources, key=ranks.__getitem__):
+        of = next((o for o in originals if _difference(thumbnails[o], thumbnails[source]) <= SAME_SHOT), None)
+        if of is None:
+            originals.append(source)
+        else:
+            copies[source.name] = of.name
+    return sorted(originals, key=list(sources).index), dict(sorted(copies.items()))
+
+
+def _thumbnail(image: Image.Image) -> Float[np.ndarray, "h w"]:
+    """Small, grey, turned as its EXIF says; what is transparent is black."""
+    if has_alpha(image):
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    grey = image.convert("F" if image.mode[0] in "IF" else "L").convert("F")
+    small = ImageOps.exif_transpose(grey).resize(THUMBNAIL, Image.Resampling.BILINEAR)
+    return np.asarray(small, dtype=np.float64)
+
+
+def _difference(a: Float[np.ndarray, "h w"], b: Float[np.ndarray, "h w"]) -> float:
+    """Mean |a - b| in parts of the contrast, which is the mean distance from the mean; 0 where both are one colour."""
+    difference = np.abs(a - b).mean()
+    contrast = fmean(float(np.abs(image - image.mean()).mean()) for image in (a, b))
+    return float(difference / contrast) if contrast > 0.0 else float(difference > 0.0)
 
 
 def _read_heic() -> None:
@@ -75,9 +141,9 @@ def fingerprints(sources: Sequence[Path]) -> dict[str, dict[str, int | str]]:
 
 
 def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | None]:
-    """Copies of the photographs, turned as their EXIF says and without an alpha channel.
+    """Copies of the photographs as RGB, or as RGBA where a pixel is transparent, turned as their EXIF says.
 
-    A JPEG or PNG that needs neither is copied to the byte; of HEIC, as of all other formats, the copy is PNG.
+    A JPEG or PNG that is so already is copied to the byte; of HEIC, as of all other formats, the copy is PNG.
 
     Returns:
         Name of each copy -> EXIF's focal length in millimetres as on 35 mm film, None where it says none.
@@ -97,20 +163,28 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
                     raise InputError(
                         f"{source} has more than 8 bits a colour ({image.mode}); save it as JPEG or 8-bit PNG."
                     )
-                kept = image.mode == "RGB" and image.format in COPIED.get(source.suffix.lower(), ())
+                mode = "RGBA" if _is_transparent(image) else "RGB"
+                kept = image.mode == mode and image.format in COPIED.get(source.suffix.lower(), ())
                 name = source.name if kept else f"{source.stem}.png"
                 if name in focals:
                     raise InputError(f"two photographs would be written as {name}, {source.name} is one: rename it.")
                 if kept and exif.get(ORIENTATION, 1) not in range(2, 9):
                     shutil.copyfile(source, folder / name)
                 else:
-                    turned = ImageOps.exif_transpose(image).convert("RGB")
+                    turned = ImageOps.exif_transpose(image).convert(mode)
                     exif.pop(ORIENTATION, None)
                     _save(turned, folder / name, exif)
         except (SyntaxError, TypeError) as error:
             raise InputError(f"{source} cannot be copied: {error}. Save it as JPEG anew, or take it out.") from error
         focals[name] = focal
     return focals
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether a pixel is, in part or wholly."""
+    if not has_alpha(image) and "transparency" not in image.info:
+        return False
+    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def _focal_of(exif: Image.Exif) -> float | None:

@@ -2,7 +2,8 @@
 
 Layout of what is written::
 
-    <output>/images/*            the photographs, turned as their EXIF says, and to one size where some lie
+    <output>/images/*            the photographs without copies, turned as their EXIF says, and to one size where
+                                 some lie; with their alpha where a pixel is transparent
              transforms.json     cameras in nerfstudio's format; the unit of length is arbitrary; and what the
                                  photographs were ("made_of"), which tells them from others of the same names
 """
@@ -25,7 +26,15 @@ from ddm_training.errors import InputError, ends_plainly
 from ddm_training.transforms import FILE
 from diffusionerf_ns import structure_from_motion
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
-from diffusionerf_ns.photographs import FOCAL_RANGE, find_photographs, fingerprints, one_focal, one_size, write_images
+from diffusionerf_ns.photographs import (
+    FOCAL_RANGE,
+    find_photographs,
+    fingerprints,
+    one_focal,
+    one_size,
+    without_copies,
+    write_images,
+)
 from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
 
 MADE_BY = {"made_by": "diffusionerf-poses"}
@@ -70,7 +79,7 @@ class Posed:
     """What was found of a folder of photographs."""
 
     names: tuple[str, ...]
-    """All photographs as they were written, sorted."""
+    """All photographs as they were written, sorted; without copies."""
     points: dict[str, int]
     """Points that each of the placed ones sees."""
     num_points: int
@@ -130,8 +139,9 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
         focal_35mm: focal length in millimetres as on 35 mm film; unset: what EXIF says.
 
     Raises:
-        InputError: fewer than `LEAST_IMAGES` photographs, one that cannot be read, several lenses, none that can be
-            placed, a focal length that no lens has, or an output folder that holds something or cannot be written.
+        InputError: fewer than `LEAST_IMAGES` photographs that are no copies, one that cannot be read, several lenses,
+            none that can be placed, a focal length that no lens has, or an output folder that holds something or
+            cannot be written.
     """
     if focal_35mm is not None and not FOCAL_RANGE[0] <= focal_35mm <= FOCAL_RANGE[1]:
         raise InputError(
@@ -259,17 +269,18 @@ def is_made_here(capture: Path) -> bool:
 def was_made_of(capture: Path, data: Path) -> bool:
     """Whether a folder is a whole capture that `find_poses` wrote of just these photographs.
 
-    They are told by names and contents. Captures of versions that did not keep those count as made of others.
+    They are told by names and contents; copies among them do not count. Captures of versions that did not keep those,
+    or that placed copies, count as made of others.
     """
     content = _content_made_here(capture)
     if content is None:
         return False
-    sources = list_images(data, PHOTOGRAPH_SUFFIXES)
-    if {p.stem for p in list_images(capture / "images")} != {p.stem for p in sources}:
-        return False
     try:
+        sources, _ = without_copies(list_images(data, PHOTOGRAPH_SUFFIXES))
+        if {p.stem for p in list_images(capture / "images")} != {p.stem for p in sources}:
+            return False
         return content.get("made_of") == fingerprints(sources)
-    except OSError:
+    except (InputError, OSError):
         return False
 
 

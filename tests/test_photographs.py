@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
-from corner import save_with_exif
+from corner import noise, render, save_with_exif
+from corner import poses as corner_poses
 from PIL import Image
 
 from ddm_training.errors import InputError
 from diffusionerf_ns import photographs
+from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 
 
 @pytest.fixture
@@ -65,7 +67,8 @@ def test_photographs_of_phones_are_read_with_their_exif_and_turned(tmp_path):
     exif = Image.Exif()
     exif[photographs.ORIENTATION] = 6  # the phone was held upright: what is stored is to be turned to the right
     exif.get_ifd(photographs.EXIF_IFD)[photographs.FOCAL_35MM] = 26
-    for name in ("a.HEIC", "b.heic", "c.heif"):
+    for green, name in enumerate(("a.HEIC", "b.heic", "c.heif")):
+        shown[40:, 40:, 1] = 100 * green
         Image.fromarray(shown).save(tmp_path / name, format="HEIF", exif=exif.tobytes(), quality=95)
     sources = photographs.find_photographs(tmp_path)
     assert photographs.write_images(sources, tmp_path / "images") == {"a.png": 26.0, "b.png": 26.0, "c.png": 26.0}
@@ -105,7 +108,7 @@ def test_photographs_of_16_bits_are_refused(tmp_path):
 def test_folders_that_cannot_be_used_are_refused(tmp_path, files, message):
     for name in files:
         if name in ("a.png", "c.png"):
-            Image.new("RGB", (40, 30)).save(tmp_path / name)
+            Image.new("RGB", (40, 30), "red" if name == "a.png" else "blue").save(tmp_path / name)
         else:
             (tmp_path / name).write_bytes(b"\0\0\0\x18ftypqt  " if name == "film.jpg" else b"no image")
     with pytest.raises(InputError, match=message):
@@ -125,3 +128,103 @@ def test_exif_that_cannot_be_written_again_is_left_out(picture, tmp_path, capsys
     words = Image.Exif()
     words.get_ifd(0x8769)[0xA405] = "28 mm"
     assert photographs._focal_of(words) is None
+
+
+def test_copies_to_the_byte_are_left_out_and_named(tmp_path, capsys):
+    for seed, name in enumerate(("IMG.png", "a.png", "b.png")):
+        noise(tmp_path / name, seed)
+    shutil.copy(tmp_path / "IMG.png", tmp_path / "IMG (1).png")  # sorted before it
+    assert [p.name for p in photographs.find_photographs(tmp_path)] == ["IMG.png", "a.png", "b.png"]
+    assert "Copies are left out: IMG (1).png (of IMG.png)." in capsys.readouterr().out
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(
+        InputError, match=r"has 2 photographs .* without the copies .*IMG \(1\)\.png.*expected 3 or more"
+    ):
+        photographs.find_photographs(tmp_path)
+
+
+def test_the_same_shot_in_other_formats_and_sizes_is_a_copy_and_the_largest_stays(tmp_path, real_data):
+    """Of two real scenes, turned by EXIF too; different views of them are far above `SAME_SHOT`: see below."""
+    pillow_heif.register_heif_opener()
+    for scene in ("fern", "flower"):
+        folder = tmp_path / scene
+        folder.mkdir()
+        shot = Image.open(real_data(f"llff/{scene}") / "images_8" / "image003.png").convert("RGB")
+        shot.save(folder / "a.HEIC", format="HEIF", quality=50)
+        shot.resize((252, 189), Image.Resampling.LANCZOS).save(folder / "a.jpg", quality=50)
+        exif = Image.Exif()
+        exif[photographs.ORIENTATION] = 6
+        turned = shot.resize((400, 300), Image.Resampling.LANCZOS).transpose(Image.Transpose.ROTATE_90)
+        turned.save(folder / "sent.jpg", quality=80, exif=exif)
+        sources = sorted(folder.iterdir())
+        assert photographs.without_copies(sources) == ([sources[0]], {"a.jpg": "a.HEIC", "sent.jpg": "a.HEIC"})
+
+
+@pytest.mark.parametrize("images", ["llff/fern/images_8", "llff/flower/images_8", "dtu/rs_dtu_4/scan24/image"])
+def test_different_views_are_no_copies_by_far(real_data, images, monkeypatch):
+    """The nearest two are .12 (fern), .17 (flower) and .16 (scan24) apart; a copy of quality 50 is .025 at most."""
+    monkeypatch.setattr(photographs, "SAME_SHOT", 3.5 * photographs.SAME_SHOT)
+    sources = sorted(real_data(images).iterdir())
+    assert photographs.without_copies(sources) == (sources, {})
+
+
+def test_faint_views_and_cut_outs_are_told_apart_by_what_is_seen(tmp_path):
+    names = ("a.png", "b.png")
+    for name, pose in zip(names, corner_poses(9)):
+        Image.fromarray(render(pose, contrast=10.0)).save(tmp_path / name)
+    assert photographs.without_copies([tmp_path / name for name in names])[1] == {}
+    for x, name in enumerate(names):  # the same colours below, other parts of them seen
+        image = Image.new("RGBA", (64, 48), (200, 100, 50, 0))
+        image.paste((200, 100, 50, 255), (10 + 8 * x, 10, 30 + 8 * x, 30))
+        image.save(tmp_path / name)
+    assert photographs.without_copies([tmp_path / name for name in names])[1] == {}
+
+
+def test_photographs_whose_exif_is_damaged_are_named(picture, tmp_path, monkeypatch):
+    def fail(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.raises(InputError, match=r"picture\.png cannot be read: not a TIFF file.*take it out"):
+        photographs.without_copies([picture])
+
+
+def test_of_equal_copies_that_with_a_focal_length_stays(picture, tmp_path):
+    save_with_exif(picture, tmp_path / "a.jpg", None)
+    save_with_exif(picture, tmp_path / "from-camera.jpg", 30)
+    sources = sorted(tmp_path.glob("*.jpg"))
+    assert photographs.without_copies(sources) == ([tmp_path / "from-camera.jpg"], {"a.jpg": "from-camera.jpg"})
+
+
+def test_alpha_is_kept_where_a_pixel_is_transparent(tmp_path):
+    seen = np.full((30, 40, 4), (10, 20, 30, 255), dtype=np.uint8)
+    seen[:15] = 99, 98, 97, 0
+    rgba = Image.fromarray(seen)
+    rgba.save(tmp_path / "copied.png")
+    rgba.save(tmp_path / "other.webp", lossless=True, exact=True)
+    exif = Image.Exif()
+    exif[photographs.ORIENTATION] = 3
+    rgba.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
+    palette = Image.new("P", (40, 30), 1)
+    palette.putpalette([255, 0, 0, 10, 20, 30])
+    palette.paste(0, (0, 0, 40, 15))
+    palette.save(tmp_path / "palette.png", transparency=0)
+    photographs.write_images(sorted(p for p in tmp_path.iterdir()), tmp_path / "images")
+    for name in ("copied.png", "other.png", "turned.png", "palette.png"):
+        image = Image.open(tmp_path / "images" / name)
+        assert image.mode == "RGBA", name
+        pixels = np.asarray(image)
+        assert pixels[20, 3].tolist() == [10, 20, 30, 255], name
+        assert pixels[3, 3, 3] == 0, name
+    assert (tmp_path / "images" / "copied.png").read_bytes() == (tmp_path / "copied.png").read_bytes()
+
+
+def test_jfif_is_jpeg_by_another_name(picture, tmp_path):
+    save_with_exif(picture, tmp_path / "a.jpg", 30)
+    save_with_exif(picture, tmp_path / "b.jpg", 30, orientation=6)
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").rename(tmp_path / f"{name}.jfif")
+    sources = list_images(tmp_path, PHOTOGRAPH_SUFFIXES)
+    assert photographs.write_images(sources, tmp_path / "images") == {"a.jfif": 30.0, "b.jfif": 30.0}
+    assert (tmp_path / "images" / "a.jfif").read_bytes() == (tmp_path / "a.jfif").read_bytes()
+    assert Image.open(tmp_path / "images" / "b.jfif").format == "JPEG"

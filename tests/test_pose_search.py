@@ -14,6 +14,7 @@ from script_modules import load_script
 from ddm_training.errors import InputError
 from diffusionerf_ns import pose_search, structure_from_motion
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig, is_photographs
+from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.pose_search import find_poses
 
 pose_errors = load_script("pose_errors").pose_errors
@@ -272,6 +273,46 @@ def test_folders_that_were_to_be_made_are_not_left_behind(tmp_path):
 def test_training_on_photographs_alone_says_how_to_find_their_poses(taken):
     with pytest.raises(InputError, match=rf"diffusionerf-poses --data {taken[0]} --output FOLDER"):
         FewViewDataParserConfig(data=taken[0]).setup().get_dataparser_outputs("train")
+
+
+def test_a_copy_is_no_third_photograph(taken, tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in ("0.png", "1.png"):
+        shutil.copy(taken[0] / name, folder)
+    shutil.copy(folder / "0.png", folder / "0 (1).png")
+    Image.open(folder / "1.png").save(folder / "1.jpg", quality=90)
+    with pytest.raises(InputError, match=r"has 2 photographs .* without the copies .*0 \(1\)\.png.*expected 3 or more"):
+        find_poses(folder, tmp_path / "capture")
+    assert "Copies are left out: 0 (1).png (of 0.png), 1.png (of 1.jpg)." in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_copy_more_makes_no_other_photographs_of_them(taken, placed, tmp_path):
+    folder = tmp_path / "photographs"
+    shutil.copytree(taken[0], folder)
+    Image.open(folder / "0.png").resize((240, 180)).save(folder / "0-sent.jpg")
+    shutil.copy(folder / "1.png", folder / "1 (1).png")
+    assert pose_search.was_made_of(placed[0], folder)
+    (folder / "1.png").unlink()
+    assert not pose_search.was_made_of(placed[0], folder)  # of another name now
+    (folder / "2.png").write_bytes(b"no image")
+    assert not pose_search.was_made_of(placed[0], folder)
+
+
+def test_cut_outs_keep_their_alpha(taken, tmp_path):
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    alpha = Image.new("L", (corner.WIDTH, corner.HEIGHT))
+    alpha.paste(255, (40, 30, 440, 330))
+    for source in taken[0].iterdir():
+        image = Image.open(source)
+        image.putalpha(alpha)
+        image.save(cut / source.name)
+    assert find_poses(cut, tmp_path / "capture").missing == ()
+    dataset = FewViewDataset(FewViewDataParserConfig(data=tmp_path / "capture").setup().get_dataparser_outputs("train"))
+    assert np.array_equal(dataset.get_numpy_image(0)[..., 3], np.asarray(alpha))
+    frames = json.loads((tmp_path / "capture" / "transforms.json").read_text())["frames"]
+    assert corner.errors_of(frames, taken[1])[0].max() < 0.5
 
 
 def test_other_folders_with_pictures_are_not_taken_for_photographs(taken, placed, tmp_path):
