@@ -5,6 +5,7 @@ from the split to `DataparserOutputs`, is the same for all and lies here.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import poses as scene_poses
 from diffusionerf_ns.dataparsers.images import check_readable, check_same_size, downscaled, same_shape
-from diffusionerf_ns.dataparsers.splits import Split, split_table
+from diffusionerf_ns.dataparsers.splits import Split, choose, split_table
 
 Source = Literal["llff", "transforms", "dtu"]
 Protocol = Literal["llff-regnerf", "dtu-regnerf", "nerfstudio"]
@@ -119,6 +120,13 @@ class FewViewBaseParser(DataParser):
     @abstractmethod
     def read_capture(self) -> Capture:
         """All cameras of the capture and the choice of views."""
+
+    def choose(
+        self, count: int, pool: Sequence[int], test: Sequence[int], how: Literal["spread", "first"] = "spread"
+    ) -> Split:
+        """The flags' choice of views; arguments as of `splits.choose`."""
+        c = self.config
+        return choose(count, pool, test, num_views=c.num_views, train_ids=c.train_ids, test_ids=c.test_ids, how=how)
 
     def _generate_dataparser_outputs(self, split: str = "train", **_: Any) -> DataparserOutputs:
         """Outputs of "train", or of the test images for "val" and "test".

@@ -41,7 +41,7 @@ from diffusionerf_ns.dataparsers.base import (
 from diffusionerf_ns.dataparsers.idr import by_camera, camera_file, checked_projection, world_matrices
 from diffusionerf_ns.dataparsers.images import image_size, list_images
 from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
-from diffusionerf_ns.dataparsers.splits import choose, without_lists
+from diffusionerf_ns.dataparsers.splits import without_lists
 
 VIEWS = 49  # some scans have 64, but every protocol uses the first 49 only
 SCAN_CAMERAS = (VIEWS, 64)
@@ -104,15 +104,7 @@ class DTUFewViewParser(FewViewBaseParser):
 
     def _read_scan(self, scan: Scan) -> Capture:
         factor = whole_factor(self.config.downscale_factor)
-        split = choose(
-            VIEWS,
-            TRAIN_IDS,
-            TEST_IDS,
-            num_views=self.config.num_views,
-            train_ids=self.config.train_ids,
-            test_ids=self.config.test_ids,
-            how="first",
-        )
+        split = self.choose(VIEWS, TRAIN_IDS, TEST_IDS, how="first")
         if bad := sorted(set(EXCLUDED_IDS) & {*split.train, *split.test}):
             CONSOLE.print(f"[yellow]ids {bad} are never used by the DTU protocol: their exposure is wrong")
         used = sorted({*split.train, *split.test})
@@ -178,14 +170,7 @@ class DTUFewViewParser(FewViewBaseParser):
         files = by_camera(scan.folder / "image", path, matrices)
         numbers, images = tuple(files), tuple(files.values())
         pool, test = without_lists(len(images), test_named=self.config.test_ids is not None)
-        split = choose(
-            len(images),
-            pool,
-            test,
-            num_views=self.config.num_views,
-            train_ids=self.config.train_ids,
-            test_ids=self.config.test_ids,
-        )
+        split = self.choose(len(images), pool, test)
         intrinsics, opencv = decompose(np.stack([matrices[number] for number in numbers]))
         width, height = size = image_size(images[split.train[0]])
         x, y = intrinsics[:, 2:].mean(axis=0)

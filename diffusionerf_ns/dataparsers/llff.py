@@ -20,7 +20,7 @@ from diffusionerf_ns.dataparsers.base import (
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size, list_images
 from diffusionerf_ns.dataparsers.poses import opengl_from_llff
-from diffusionerf_ns.dataparsers.splits import choose, hold_out
+from diffusionerf_ns.dataparsers.splits import hold_out
 
 POSES_FILE = "poses_bounds.npy"
 PROTOCOL_FACTOR = 8
@@ -52,14 +52,7 @@ class LLFFFewViewParser(FewViewBaseParser):
             )
         height, width, focal = matrices[:, :, 4].T
         pool, test = hold_out(len(images))
-        split = choose(
-            len(images),
-            pool,
-            test,
-            num_views=self.config.num_views,
-            train_ids=self.config.train_ids,
-            test_ids=self.config.test_ids,
-        )
+        split = self.choose(len(images), pool, test)
         return Capture(
             source="llff",
             title=f"{data.resolve().name} (LLFF)",

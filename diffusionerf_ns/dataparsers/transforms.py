@@ -20,7 +20,7 @@ from diffusionerf_ns.dataparsers.base import (
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size
 from diffusionerf_ns.dataparsers.poses import OrientationMethod
-from diffusionerf_ns.dataparsers.splits import Split, choose, without_lists
+from diffusionerf_ns.dataparsers.splits import Split, without_lists
 
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -122,14 +122,7 @@ class TransformsFewViewParser(FewViewBaseParser):
         else:
             named = self.config.test_ids is not None
             pool, test = (list(ids) for ids in without_lists(len(files), named))
-        return choose(
-            len(files),
-            pool,
-            test,
-            num_views=self.config.num_views,
-            train_ids=self.config.train_ids,
-            test_ids=self.config.test_ids,
-        )
+        return self.choose(len(files), pool, test)
 
 
 def read_transforms(path: Path) -> dict[str, Any]:
