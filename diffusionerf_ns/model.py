@@ -227,6 +227,14 @@ class DiffusioNeRFModel(NerfactoModel):
         )
         return inspection.view_outputs(outputs, camera, context)
 
+    def get_rgba_image(self, outputs: dict[str, Any], output_name: str = "rgb") -> Tensor:
+        """nerfstudio's, which exports and `ns-render` ask for; cut-outs are transparent where nothing is."""
+        if self.background is None:
+            return super().get_rgba_image(outputs, output_name)
+        rgb, alpha = outputs[output_name], outputs[output_name.replace("rgb", "accumulation")]
+        own = (rgb - self.background.to(rgb) * (1.0 - alpha)) / alpha.clamp_min(1e-10)
+        return torch.cat([own.clamp(0.0, 1.0), alpha], dim=-1)
+
     def _surfaces_of_views(self) -> unseen.ShownSurfaces | None:
         """What the training images show, for views to use; None while a training waits for its viewer as well."""
         if not self.surfaces.can_be_found or (self._in_training_run and inspection.in_viewer()):

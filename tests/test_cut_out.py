@@ -159,3 +159,12 @@ def test_a_view_of_nothing_has_the_colour_of_the_background(folders, capture):
     colour = pipeline.model.background.expand_as(outputs["rgb_rendered"])
     torch.testing.assert_close(outputs["rgb_rendered"], colour, atol=1e-3, rtol=0.0)
     assert (outputs["unseen"] == 0.0).all()
+    assert (pipeline.model.get_rgba_image(outputs)[..., 3] < 1e-3).all()
+
+
+def test_exported_colours_are_those_of_the_object_without_its_background(folders, capture):
+    model = build(folders, data=capture).model
+    own, alpha = torch.tensor([[0.2, 0.4, 0.6], [0.9, 0.1, 0.5]]), torch.tensor([[0.25], [1.0]])
+    shown = own * alpha + model.background * (1.0 - alpha)
+    rgba = model.get_rgba_image({"rgb": shown, "accumulation": alpha})
+    torch.testing.assert_close(rgba, torch.cat([own, alpha], dim=-1))
