@@ -155,18 +155,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             self._warn_of_black_masks()
         # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
-        background = self.train_dataset.background
-        if background is not None:
-            self.train_dataset.metadata["background"] = background
-        shown_on = torch.zeros(3) if background is None else background
+        data = self.train_dataset
+        if data.has_cut_outs:
+            data.metadata |= {"cut_outs": True, "background": data.background}
         # Views are compared with the photographs when they are rendered, also long after the training.
-        self.train_dataset.metadata["fine_detail"] = refine.detail_by_scale(
-            (
-                self.train_dataset.image_on(i, shown_on),
-                self.train_dataset.opaque(i),
-                float(self.train_dataset.cameras.fx[i]),
-            )
-            for i in range(len(self.train_dataset))
+        data.metadata["fine_detail"] = refine.detail_by_scale(
+            (data.image_on(i, data.background), data.opaque(i), float(data.cameras.fx[i])) for i in range(len(data))
         )
         self._matched: stereo.MatchedDepth | None = None
         if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
@@ -178,16 +172,17 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         return FewViewDataset
 
     def create_train_dataset(self) -> FewViewDataset:
-        """nerfstudio's; before it is read, a flat background is found and made transparent."""
-        dataset = super().create_train_dataset()
-        if self.config.cut_out_flat_background:
-            colour = dataset.cut_out_flat_background()
-            if colour is not None:
-                CONSOLE.print(
-                    f"The training images show an object before one flat colour, {tuple(colour.tolist())}: it counts "
-                    "as empty (--pipeline.datamanager.cut-out-flat-background False takes it for a surface)."
-                )
-        return dataset
+        """nerfstudio's; before it is read, what is empty of its images is found."""
+        data = super().create_train_dataset()
+        data.find_cut_outs(flat=self.config.cut_out_flat_background, on_background=self.test_mode != "val")
+        if data.has_cut_outs and data.background is not None and self.test_mode == "val":
+            colour = tuple((255.0 * data.background).round().int().tolist())
+            CONSOLE.print(
+                f"The training images show objects cut out, before one flat colour, {colour}: it counts as empty "
+                "(where images have no alpha, --pipeline.datamanager.cut-out-flat-background False takes it for a "
+                "surface)."
+            )
+        return data
 
     def _warn_of_black_masks(self) -> None:
         """Say which masks leave out a whole training image."""
@@ -351,8 +346,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """All training images in the order of the cameras, on the device; checked once that patches fit."""
         if not hasattr(self, "_images"):
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
-            black = torch.zeros(3)  # as rays are rendered in training that meet nothing
+            # On black, as rays are rendered in training that meet nothing.
             self._images = [
-                self.train_dataset.image_on(i, black).to(self.device) for i in range(len(self.train_dataset))
+                self.train_dataset.image_on(i, None).to(self.device) for i in range(len(self.train_dataset))
             ]
         return self._images

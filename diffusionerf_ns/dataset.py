@@ -1,12 +1,13 @@
 """Images of a few-view capture, with planar depth and masks where the capture has them."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image
 from torch import Tensor
@@ -30,27 +31,66 @@ class FewViewDataset(InputDataset):
         "depth_image",
     ]
 
-    _flat_background: UInt8[np.ndarray, "3"] | None = None
+    background: Float[Tensor, "3"] | None = None
+    """Of cut-outs the colour to show them on, in [0, 1], where it is known; see `find_cut_outs`."""
+    _opaque: list[Bool[np.ndarray, "_h _w"]] | None = None
+    _on_background = False
 
-    def cut_out_flat_background(self) -> UInt8[np.ndarray, "3"] | None:
-        """Give the images alpha where all are opaque and show an object before one flat colour; returns that colour."""
-        if not self._any_alpha and not self._dataparser_outputs.mask_filenames:
-            self._flat_background = cut_out.flat_background(self.get_numpy_image(i) for i in range(len(self)))
-        return self._flat_background
+    def find_cut_outs(self, *, flat: bool, on_background: bool) -> None:
+        """Find out what of the images is empty, by their alpha or by a flat colour around an object.
 
-    @cached_property
-    def background(self) -> Float[Tensor, "3"] | None:
-        """Of images with transparent pixels the colour to show them on, in [0, 1]: their own flat one, or else black.
+        Where something is, images have alpha from here on. Their background is the flat colour, the data parser's
+        `alpha_color`, or unknown.
 
-        Black is nerfacto's. None: the images are opaque.
+        Args:
+            flat: whether a flat colour counts.
+            on_background: give images as RGB on their background, or on black, and not with alpha.
         """
-        if self._flat_background is not None:
-            return torch.from_numpy(self._flat_background.astype(np.float32) / 255.0)
-        transparent = self._any_alpha and any(self.get_numpy_image(i)[..., 3].min() < 128 for i in range(len(self)))
-        return torch.zeros(3) if transparent else None
+        count, alpha_color = len(self), self._dataparser_outputs.alpha_color
+        if self._any_alpha:
+            opaque = [self._read(i)[..., 3] >= 128 for i in range(count)]
+            if not all(mask.all() for mask in opaque):
+                self._opaque, self._on_background = opaque, on_background
+                self.background = alpha_color
+                self._dataparser_outputs = replace(self._dataparser_outputs, alpha_color=None)
+                return
+        if flat and count > 0 and not self._dataparser_outputs.mask_filenames:
+            colour = cut_out.flat_background(self._read(i)[..., :3] for i in range(count))
+            if colour is not None:
+                self._opaque = [~cut_out.background(self._read(i)[..., :3], colour) for i in range(count)]
+                self._on_background = on_background
+                self.background = torch.from_numpy(colour.astype(np.float32) / 255.0)
+
+    @property
+    def has_cut_outs(self) -> bool:
+        """Whether `find_cut_outs` found something empty."""
+        return self._opaque is not None
+
+    def opaque(self, image_idx: int) -> Bool[Tensor, "h w"] | None:
+        """Pixels of an image that are not empty; None: all of all images."""
+        return None if self._opaque is None else torch.from_numpy(self._opaque[image_idx])
+
+    def image_on(self, image_idx: int, colour: Float[Tensor, "3"] | None) -> Float[Tensor, "h w 3"]:
+        """The image in [0, 1] on a background of that colour, else on black."""
+        image = torch.from_numpy(self._with_alpha(image_idx).astype(np.float32) / 255.0)
+        if image.shape[2] == 3:
+            return image
+        rgb, alpha = image[..., :3], image[..., 3:]
+        return rgb * alpha if colour is None else rgb * alpha + colour * (1.0 - alpha)
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
         """The image as uint8 [h, w, 3], of palettes, grey and 16 bits too; [h, w, 4] if any of the set has alpha."""
+        if self._on_background:
+            return (255.0 * self.image_on(image_idx, self.background)).round().to(torch.uint8).numpy()
+        return self._with_alpha(image_idx)
+
+    def _with_alpha(self, image_idx: int) -> np.ndarray:
+        pixels = self._read(image_idx)
+        if self._opaque is None or (self._any_alpha and pixels[..., 3].min() < 255):
+            return pixels
+        return np.dstack([pixels[..., :3], np.uint8(255) * self._opaque[image_idx]])
+
+    def _read(self, image_idx: int) -> np.ndarray:
         with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
             try:
                 image = in_8_bits(image).convert("RGBA" if self._any_alpha else "RGB")
@@ -60,20 +100,7 @@ class FewViewDataset(InputDataset):
                 width, height = image.size
                 size = (int(width * self.scale_factor), int(height * self.scale_factor))
                 image = image.resize(size, Image.Resampling.BOX)
-            pixels = np.array(image, dtype=np.uint8)
-        if self._flat_background is None:
-            return pixels
-        opaque = ~cut_out.background(pixels, self._flat_background)
-        return np.concatenate([pixels, np.uint8(255) * opaque[..., None]], axis=-1)
-
-    def image_on(self, image_idx: int, colour: Float[Tensor, "3"]) -> Float[Tensor, "h w 3"]:
-        """The image in [0, 1] on a background of that colour."""
-        image = self.get_image_float32(image_idx)
-        return image if image.shape[2] == 3 else image[..., :3] * image[..., 3:] + colour * (1.0 - image[..., 3:])
-
-    def opaque(self, image_idx: int) -> Bool[Tensor, "h w"] | None:
-        """Pixels of an image that are not transparent; None: all of all images."""
-        return None if self.background is None else torch.from_numpy(self.get_numpy_image(image_idx)[..., 3] >= 128)
+            return np.array(image, dtype=np.uint8)
 
     @cached_property
     def _any_alpha(self) -> bool:

@@ -19,6 +19,7 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.model_components.losses import interlevel_loss
 from nerfstudio.models.nerfacto import NerfactoModel
 from nerfstudio.utils import colormaps
+from nerfstudio.utils.colors import COLORS_DICT
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class DiffusioNeRFModel(NerfactoModel):
         self.metadata = metadata
         self._stereo: dict[str, Any] = metadata.get("stereo") or {}
         self._adapt_backbone()
-        self.background: Tensor | None = metadata.get("background")
+        self.background: Tensor | None = self._background_of_cut_outs()
         """[3]; of cut-outs the colour that their views are shown on, in [0, 1]."""
         self.protocol: metrics.ProtocolName = metadata.get("protocol", "nerfstudio")
         self._lpips: LpipsNetworks | None = None
@@ -77,6 +78,13 @@ class DiffusioNeRFModel(NerfactoModel):
         self.depth_colours = inspection.DepthRange()
         self.verdict_tau = self.config.tau_start
         self.inspection_panel = InspectionPanel(self)
+
+    def _background_of_cut_outs(self) -> Float[Tensor, "3"] | None:
+        """The images' own; else that which the configuration names, or black as of nerfacto. None: of opaque images."""
+        if not self.metadata.get("cut_outs"):
+            return None
+        own = self.metadata.get("background")
+        return COLORS_DICT.get(self.config.background_color, COLORS_DICT["black"]) if own is None else own
 
     def _adapt_backbone(self) -> None:
         """Changes to nerfacto's fields, see `backbone`, and to when its proposal networks are updated."""
@@ -390,7 +398,7 @@ class DiffusioNeRFModel(NerfactoModel):
         return losses
 
     def _opaque(self, batch: dict[str, Any], rays: int) -> Bool[Tensor, " rays"] | None:
-        """Rays that are known to meet a surface; None where all do: no training image has alpha."""
+        """Rays that are known to meet a surface; None where all do: nothing is cut out."""
         if self.background is None:
             return None
         opaque = torch.zeros(rays, dtype=torch.bool, device=self.device)

@@ -35,6 +35,7 @@ THUMBNAIL = (32, 32)
 # where a photograph was saved as JPEG, HEIC or WebP of quality 50 and down to a third of its size; .12 and more between
 # the images of fern, of flower and of DTU's scan24.
 SAME_SHOT = 0.03
+SAME_GREY = 2.0  # of 255
 
 
 def find_photographs(data: Path) -> list[Path]:
@@ -113,9 +114,16 @@ def _thumbnail(image: Image.Image) -> Float[np.ndarray, "h w"]:
 
 
 def _difference(a: Float[np.ndarray, "h w"], b: Float[np.ndarray, "h w"]) -> float:
-    """Mean |a - b| in parts of the contrast, which is the mean distance from the mean; 0 where both are one colour."""
-    difference = np.abs(a - b).mean()
-    contrast = fmean(float(np.abs(image - image.mean()).mean()) for image in (a, b))
+    """Mean |a - b| in parts of the contrast, the mean distance from the mean; 0 where both are one colour.
+
+    Of what is not as the edges of ``a`` are: before a flat background two sides of an object differ by little else.
+    """
+    edge = np.median(np.concatenate([a[0], a[-1], a[1:-1, 0], a[1:-1, -1]]))
+    seen = np.maximum(np.abs(a - edge), np.abs(b - edge)) > SAME_GREY
+    if not seen.any():
+        return 0.0
+    difference = np.abs(a - b)[seen].mean()
+    contrast = fmean(float(np.abs(image[seen] - image[seen].mean()).mean()) for image in (a, b))
     return float(difference / contrast) if contrast > 0.0 else float(difference > 0.0)
 
 

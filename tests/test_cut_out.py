@@ -1,5 +1,7 @@
 """Objects cut out of their photographs: by alpha, or before one flat colour, which counts as empty."""
 
+import copy
+import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -10,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from model_steps import build
+from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import OrientedBox
 from PIL import Image
 
 from diffusionerf_ns import cut_out, geometric_losses
 from diffusionerf_ns.dataset import FewViewDataset
 
-WHITE = np.full(3, 255, dtype=np.uint8)
 folders, stereo_once = model_steps.folders, model_steps.stereo_once
 
 
@@ -24,7 +26,8 @@ def cup(jpeg: bool = False) -> np.ndarray:
     """A red cup before white: a white label in it, and a white hole in its handle."""
     image = np.full((128, 160, 3), 255, dtype=np.uint8)
     image[40:100, 40:100] = (200, 30, 40)
-    image[60:70, 50:80] = 255
+    image[55:85, 100:120] = (200, 30, 40)
+    image[62:78, 102:112] = image[60:70, 50:80] = 255
     if not jpeg:
         return image
     file = io.BytesIO()
@@ -32,24 +35,44 @@ def cup(jpeg: bool = False) -> np.ndarray:
     return np.array(Image.open(file))
 
 
+def framed(width: int) -> np.ndarray:
+    """A room in a black frame so wide."""
+    room = np.random.default_rng(0).integers(60, 255, (128, 160, 3), dtype=np.uint8)
+    return np.pad(room[width:-width, width:-width], ((width, width), (width, width), (0, 0)))
+
+
 def opaque_parts(image: np.ndarray, colour: tuple[int, int, int] | None) -> np.ndarray:
     """The nearest third of a picture of the box as it is; the rest transparent, or of that colour."""
     column = np.arange(image.shape[1])
     inside = np.broadcast_to(abs(column - image.shape[1] / 2) < image.shape[1] / 4, image.shape[:2]).copy()
     inside[:4] = inside[-4:] = False
+    inside[: image.shape[0] // 3, : image.shape[1] // 2] = False
     if colour is None:
         return np.dstack([image, np.uint8(255) * inside])
     return np.where(inside[..., None], image, np.uint8(colour))
 
 
-@pytest.fixture(scope="module", params=["transparent", "white"])
-def capture(request, tmp_path_factory) -> Path:
+def write_cut_outs(folder: Path, colour: tuple[int, int, int] | None) -> Path:
     """The box's capture, cut out of its background: what is left is in the middle of each image."""
-    folder = box_room.write_transforms(tmp_path_factory.mktemp("cut") / "box", depth=False)
+    box_room.write_transforms(folder, depth=False)
     for path in (folder / "images").iterdir():
-        colour = None if request.param == "transparent" else (255, 255, 255)
         Image.fromarray(opaque_parts(np.array(Image.open(path)), colour)).save(path)
     return folder
+
+
+@pytest.fixture(scope="module")
+def transparent(tmp_path_factory) -> Path:
+    return write_cut_outs(tmp_path_factory.mktemp("transparent"), None)
+
+
+@pytest.fixture(scope="module")
+def white(tmp_path_factory) -> Path:
+    return write_cut_outs(tmp_path_factory.mktemp("white"), (255, 255, 255))
+
+
+@pytest.fixture(params=["transparent", "white"])
+def capture(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("jpeg", [False, True])
@@ -59,8 +82,10 @@ def test_a_flat_background_is_found_and_ends_at_the_object(jpeg):
     assert colour is not None
     assert colour.tolist() == [255, 255, 255]
     found = cut_out.background(image, colour)
-    assert found[:32].all()
     assert not found[42:98, 42:98].any(), "white within the object is of the object"
+    around = np.ones(found.shape, dtype=bool)
+    around[40:100, 40:100] = around[55:85, 100:120] = False
+    assert (around & ~found).sum() < 0.02 * around.sum(), "hardly a halo of what JPEG made of white"
 
 
 @pytest.mark.parametrize(
@@ -69,24 +94,30 @@ def test_a_flat_background_is_found_and_ends_at_the_object(jpeg):
         [cup(), np.random.default_rng(0).integers(0, 255, (128, 160, 3), dtype=np.uint8)],
         [cup(), 255 - cup()],
         [cup()[50:]],  # it reaches over a tenth of the edge
+        [framed(2), framed(2)],
+        [framed(30), framed(30)],
     ],
-    ids=["one of them before a wall", "another colour each", "cut at the edge"],
+    ids=["one of them before a wall", "another colour each", "cut at the edge", "a rim", "pictures in frames"],
 )
 def test_other_images_have_no_flat_background(images):
     assert cut_out.flat_background(images) is None
 
 
 def test_training_images_become_transparent_and_test_images_stay_as_they_are(folders, capture):
-    manager = build(folders, data=capture).datamanager
+    pipeline = build(folders, data=capture)
+    manager = pipeline.datamanager
     train, test = manager.train_dataset, manager.eval_dataset
     for index in range(len(train)):
         image = train.get_numpy_image(index)
         assert (image[:, :2, 3] == 0).all()
-        assert (image[10, image.shape[1] // 2, 3] == 255).all()
-        assert (train.image_on(index, torch.tensor([0.1, 0.2, 0.3]))[0, 0] == torch.tensor([0.1, 0.2, 0.3])).all()
+        assert image[image.shape[0] // 2, image.shape[1] // 2, 3] == 255
+        assert torch.equal(train.opaque(index), torch.from_numpy(image[..., 3] == 255))
+        colour = torch.tensor([0.1, 0.2, 0.3])
+        assert torch.equal(train.image_on(index, colour)[0, 0], colour)
+        assert (train.image_on(index, None)[0, 0] == 0.0).all()
     white = Image.open(capture / "images" / "000.png").mode == "RGB"
     assert test.get_numpy_image(0).shape[2] == (3 if white else 4)
-    assert train.metadata["background"].tolist() == [float(white)] * 3
+    assert pipeline.model.background.tolist() == [float(white)] * 3
 
 
 def test_what_is_transparent_has_no_depth(folders, capture):
@@ -96,25 +127,51 @@ def test_what_is_transparent_has_no_depth(folders, capture):
         assert manager.train_dataset.get_numpy_image(int(view))[int(row), int(column), 3] == 255
 
 
-def test_it_can_be_left_as_a_wall(folders, capture, monkeypatch):
-    monkeypatch.setattr(FewViewDataset, "cut_out_flat_background", lambda _: pytest.fail("looked for it"))
-    config = model_steps.all_methods["diffusionerf-tiny"].pipeline.datamanager
-    monkeypatch.setattr(config, "cut_out_flat_background", False)
-    build(folders, data=capture)
+def test_images_are_shown_on_their_background_where_nothing_is_trained(folders, capture):
+    """ns-render writes the photographs beside its views."""
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline.datamanager)
+    config.data = capture
+    train = config.setup(device="cpu", test_mode="inference").train_dataset
+    image = train.get_numpy_image(0)
+    assert image.shape[2] == 3
+    white = Image.open(capture / "images" / "000.png").mode == "RGB"
+    assert (image[:, :2] == 255 * white).all()
+    assert not train.opaque(0)[:, :2].any()
 
 
-def test_masks_say_it_themselves(folders, capture, tmp_path):
-    manager = build(folders, data=capture).datamanager
-    outputs = manager.train_dataparser_outputs
-    shutil.copytree(capture / "images", tmp_path / "images")
-    for path in (tmp_path / "images").iterdir():
-        Image.open(path).convert("RGB").save(path)
-    names = [tmp_path / "images" / path.name for path in outputs.image_filenames]
-    dataset = FewViewDataset(model_steps.copy.copy(outputs))
-    dataset._dataparser_outputs.image_filenames = names
-    dataset._dataparser_outputs.mask_filenames = names
-    dataset.cut_out_flat_background()
-    assert dataset.background is None
+def test_a_flat_colour_can_be_left_as_a_wall(folders, white):
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline.datamanager)
+    config.data, config.cut_out_flat_background, config.stereo_rays_per_batch = white, False, 0
+    assert not config.setup(device="cpu", test_mode="val").train_dataset.has_cut_outs
+
+
+def test_masks_say_it_themselves(folders, white):
+    outputs = build(folders, data=white).datamanager.train_dataparser_outputs
+    outputs = dataclasses.replace(outputs, mask_filenames=outputs.image_filenames)
+    dataset = FewViewDataset(outputs)
+    dataset.find_cut_outs(flat=True, on_background=False)
+    assert not dataset.has_cut_outs
+
+
+def test_alpha_that_hides_nothing_is_no_reason_not_to_look_for_a_flat_colour(folders, white, tmp_path):
+    shutil.copytree(white, tmp_path / "box")
+    for path in (tmp_path / "box" / "images").iterdir():
+        Image.open(path).convert("RGBA").save(path)
+    assert build(folders, data=tmp_path / "box").model.background.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("named", "colour"), [("last_sample", 0.0), ("random", 0.0), ("white", 1.0)])
+def test_images_with_alpha_are_shown_on_the_colour_that_is_asked_for(folders, transparent, named, colour):
+    model = build(folders, data=transparent, background_color=named).model
+    assert model.background.tolist() == [colour] * 3
+
+
+def test_other_parsers_may_name_a_colour_for_what_is_transparent(folders, transparent):
+    outputs = build(folders, data=transparent).datamanager.train_dataparser_outputs
+    dataset = FewViewDataset(dataclasses.replace(outputs, alpha_color=torch.ones(3)))
+    dataset.find_cut_outs(flat=True, on_background=False)
+    assert dataset.background.tolist() == [1.0] * 3
+    assert dataset[0]["image"].shape[2] == 4, "the model blends in training"
 
 
 def test_an_alpha_channel_that_hides_nothing_is_no_cut_out(folders, tmp_path):
@@ -158,7 +215,6 @@ def test_a_view_of_nothing_has_the_colour_of_the_background(folders, capture):
     outputs = pipeline.model.get_outputs_for_camera(pipeline.datamanager.eval_dataset.cameras[:1], obb_box=nowhere)
     colour = pipeline.model.background.expand_as(outputs["rgb_rendered"])
     torch.testing.assert_close(outputs["rgb_rendered"], colour, atol=1e-3, rtol=0.0)
-    assert (outputs["unseen"] == 0.0).all()
     assert (pipeline.model.get_rgba_image(outputs)[..., 3] < 1e-3).all()
 
 
@@ -168,3 +224,23 @@ def test_exported_colours_are_those_of_the_object_without_its_background(folders
     shown = own * alpha + model.background * (1.0 - alpha)
     rgba = model.get_rgba_image({"rgb": shown, "accumulation": alpha})
     torch.testing.assert_close(rgba, torch.cat([own, alpha], dim=-1))
+
+
+def test_what_is_empty_is_not_filled_and_does_not_count_as_detail(folders, capture, monkeypatch):
+    pipeline = build(folders, data=capture).eval()
+    model, asked = pipeline.model, []
+    monkeypatch.setattr(model, "refine_view", lambda rgb, z, view, tau, inside: asked.append(inside) or rgb)
+    aside = copy.deepcopy(pipeline.datamanager.eval_dataset.cameras[:1])
+    aside.camera_to_worlds[0, :, 3] += 3.0 * aside.camera_to_worlds[0, :, 0]
+    render = model.get_outputs_for_camera_ray_bundle
+
+    def half_empty(rays):
+        outputs = render(rays)
+        outputs["accumulation"][:, ::2] = 0.0
+        return outputs
+
+    monkeypatch.setattr(model, "get_outputs_for_camera_ray_bundle", half_empty)
+    outputs = model.get_outputs_for_camera(aside)
+    assert (outputs["unseen"][:, ::2] == 0.0).all()
+    outputs["rgb"]
+    assert torch.equal(asked[0], outputs["accumulation"][..., 0] >= 0.5)

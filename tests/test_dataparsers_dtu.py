@@ -318,8 +318,9 @@ def test_of_a_large_own_capture_every_eighth_image_is_held_out(own):
     assert len(split["train"]) == 14
 
 
-def test_as_many_cameras_as_a_scan_has_make_no_scan_of_a_capture_of_another_name(own):
+def test_as_many_cameras_as_a_scan_has_make_no_scan_of_a_capture_of_another_name(own, capsys):
     assert parse(own(49)).metadata["protocol"] == "nerfstudio"
+    assert "call the folder scanN" in " ".join(capsys.readouterr().out.split())
     outputs = parse(own(49, "dtu_scan24"), "test")  # NeuS's name for a scan
     assert outputs.metadata["protocol"] == "dtu-regnerf"
     assert len(outputs.image_filenames) == 25

@@ -180,6 +180,16 @@ def test_faint_views_and_cut_outs_are_told_apart_by_what_is_seen(tmp_path):
     assert photographs.without_copies([tmp_path / name for name in names])[1] == {}
 
 
+def test_two_sides_of_a_dark_object_before_white_are_no_copies(tmp_path):
+    """The background has nearly all of the contrast, but nothing to tell them by."""
+    texture = np.random.default_rng(0).integers(40, 90, (10, 20), dtype=np.uint8)
+    for side, name in enumerate(("a.png", "b.png")):
+        image = Image.new("L", (320, 240), 255)
+        image.paste(Image.fromarray(np.roll(texture, 5 * side, axis=1)).resize((160, 120)), (80, 60))
+        image.save(tmp_path / name)
+    assert photographs.without_copies([tmp_path / "a.png", tmp_path / "b.png"])[1] == {}
+
+
 def test_photographs_whose_exif_is_damaged_are_named(picture, tmp_path, monkeypatch):
     def fail(image):
         raise SyntaxError("not a TIFF file")

@@ -22,9 +22,10 @@ NO_STEREO = {
     "pipeline.model.stereo_depth_weight": 0.0,
     "pipeline.model.completed_depth_weight": 0.0,
     "pipeline.datamanager.stereo_rays_per_batch": 0,
+    "pipeline.datamanager.cut_out_flat_background": False,
 }
-# Nothing that this project adds to the photometric loss, nor to nerfacto's fields but for how the weights of torch
-# networks are drawn.
+# Nothing that this project adds to the photometric loss, but that images with alpha train before random colours, nor to
+# nerfacto's fields but for how the weights of torch networks are drawn.
 NO_GEOMETRY = {
     "pipeline.model.frustum_weight": 0.0,
     "pipeline.model.foreground_weight": 0.0,

@@ -29,6 +29,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import (
@@ -167,6 +168,11 @@ class DTUFewViewParser(FewViewBaseParser):
 
     def _read_own(self, scan: Scan) -> Capture:
         path, matrices = world_matrices(scan.folder)
+        if len(matrices) in SCAN_CAMERAS:
+            CONSOLE.print(
+                f"[yellow]{escape(str(scan.folder))} has as many cameras as a scan of DTU's, and another name: it is "
+                "read as a capture of its own. For DTU's protocol call the folder scanN."
+            )
         files = by_camera(scan.folder / "image", path, matrices)
         numbers, images = tuple(files), tuple(files.values())
         pool, test = without_lists(len(images), test_named=self.config.test_ids is not None)
