@@ -104,7 +104,8 @@ def test_n_steps_are_k_steps_a_restart_and_the_rest_to_the_bit(tmp_path, capture
 def test_a_loss_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(tmp_path, capture, prior, monkeypatch):
     trainer = make_trainer(tmp_path, capture, prior, 10)
     plain = regularizers.foreground
-    monkeypatch.setattr(regularizers, "foreground", lambda w: plain(w) * (math.nan if trainer.step == 3 else 1.0))
+    broken = lambda *given: plain(*given) * (math.nan if trainer.step == 3 else 1.0)  # noqa: E731
+    monkeypatch.setattr(regularizers, "foreground", broken)
     with pytest.raises(NonFiniteLossError, match="stopped at step 3: foreground_loss is nan"):
         trainer.train()
     assert sorted(p.name for p in trainer.checkpoint_dir.iterdir()) == ["step-000000002.ckpt"]
