@@ -15,9 +15,11 @@ MOST_OF_BOX = 0.95  # of the rectangle about what is left, in some image: a pict
 HALO, NEAR = 8, 24  # pixels around the object, a block of JPEG, in which the colour may be off by so many of 255
 
 
-def flat_background(images: Iterable[UInt8[np.ndarray, "_h _w 3"]]) -> UInt8[np.ndarray, "3"] | None:
-    """The one colour that is around the object in all images; None where there is none."""
-    colour, framed = None, True
+def flat_background(
+    images: Iterable[UInt8[np.ndarray, "_h _w 3"]],
+) -> tuple[UInt8[np.ndarray, "3"], list[Bool[np.ndarray, "_h _w"]]] | None:
+    """The one colour that is around the object in all images, and where it is in each; None where there is none."""
+    colour, parts, framed = None, [], True
     for image in images:
         edge = np.concatenate([image[0], image[-1], image[1:-1, 0], image[1:-1, -1]])
         if colour is None:
@@ -28,7 +30,8 @@ def flat_background(images: Iterable[UInt8[np.ndarray, "_h _w 3"]]) -> UInt8[np.
         if empty.mean() < LEAST_OF_IMAGE:
             return None
         framed &= _share_of_box(~empty) > MOST_OF_BOX
-    return None if framed else colour
+        parts.append(empty)
+    return None if colour is None or framed else (colour, parts)
 
 
 def background(image: UInt8[np.ndarray, "h w 3"], colour: UInt8[np.ndarray, "3"]) -> Bool[np.ndarray, "h w"]:

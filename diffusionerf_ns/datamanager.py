@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSampler
@@ -157,7 +156,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
         data = self.train_dataset
         if data.has_cut_outs:
-            data.metadata |= {"cut_outs": True, "background": data.background}
+            data.metadata["background"] = data.background
         # Views are compared with the photographs when they are rendered, also long after the training.
         data.metadata["fine_detail"] = refine.detail_by_scale(
             (data.image_on(i, data.background), data.opaque(i), float(data.cameras.fx[i])) for i in range(len(data))
@@ -212,7 +211,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         by, completer = self._completer()
         started = time.perf_counter()
         images = [self.train_dataset.get_numpy_image(i) for i in range(len(self.train_dataset))]
-        masks = [self._belongs(i, image) for i, image in enumerate(images)]
+        masks = [self._belongs(i) for i in range(len(images))]
         images = [image[..., :3] for image in images]
         count = min(len(images), stereo.FINE_VIEWS)
         with CONSOLE.status(f"Matching {count} of {len(images)} training images and completing their depth..."):
@@ -244,14 +243,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             "radius": radius,
         }
 
-    def _belongs(self, index: int, image: UInt8[np.ndarray, "h w c"]) -> Bool[Tensor, "h w"] | None:
+    def _belongs(self, index: int) -> Bool[Tensor, "h w"] | None:
         """Pixels of a training image that are of the scene, by its mask and by its alpha; None: all."""
         paths = self.train_dataparser_outputs.mask_filenames
         inside = None if paths is None else self._mask(index, paths[index])
-        if image.shape[2] == 3:
-            return inside
-        opaque = torch.from_numpy(image[..., 3] >= 128)
-        return opaque if inside is None else inside & opaque
+        opaque = self.train_dataset.opaque(index)
+        return opaque if inside is None else inside if opaque is None else inside & opaque
 
     def _completer(self) -> tuple[str, completion.Completer]:
         """What the configuration says that depth is completed by, in words and as a function."""

@@ -54,11 +54,11 @@ class FewViewDataset(InputDataset):
                 self.background = alpha_color
                 self._dataparser_outputs = replace(self._dataparser_outputs, alpha_color=None)
                 return
-        if flat and count > 0 and not self._dataparser_outputs.mask_filenames:
-            colour = cut_out.flat_background(self._read(i)[..., :3] for i in range(count))
-            if colour is not None:
-                self._opaque = [~cut_out.background(self._read(i)[..., :3], colour) for i in range(count)]
-                self._on_background = on_background
+        if flat and not self._dataparser_outputs.mask_filenames:
+            found = cut_out.flat_background(self._read(i)[..., :3] for i in range(count))
+            if found is not None:
+                colour, empty = found
+                self._opaque, self._on_background = [~part for part in empty], on_background
                 self.background = torch.from_numpy(colour.astype(np.float32) / 255.0)
 
     @property

@@ -81,9 +81,9 @@ class DiffusioNeRFModel(NerfactoModel):
 
     def _background_of_cut_outs(self) -> Float[Tensor, "3"] | None:
         """The images' own; else that which the configuration names, or black as of nerfacto. None: of opaque images."""
-        if not self.metadata.get("cut_outs"):
+        if "background" not in self.metadata:
             return None
-        own = self.metadata.get("background")
+        own = self.metadata["background"]
         return COLORS_DICT.get(self.config.background_color, COLORS_DICT["black"]) if own is None else own
 
     def _adapt_backbone(self) -> None:

@@ -78,10 +78,10 @@ def capture(request) -> Path:
 @pytest.mark.parametrize("jpeg", [False, True])
 def test_a_flat_background_is_found_and_ends_at_the_object(jpeg):
     image = cup(jpeg)
-    colour = cut_out.flat_background([image, np.roll(image, 7, axis=1)])
-    assert colour is not None
+    background = cut_out.flat_background([image, np.roll(image, 7, axis=1)])
+    assert background is not None
+    colour, (found, _) = background
     assert colour.tolist() == [255, 255, 255]
-    found = cut_out.background(image, colour)
     assert not found[42:98, 42:98].any(), "white within the object is of the object"
     around = np.ones(found.shape, dtype=bool)
     around[40:100, 40:100] = around[55:85, 100:120] = False

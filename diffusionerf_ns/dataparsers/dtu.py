@@ -39,9 +39,10 @@ from diffusionerf_ns.dataparsers.base import (
     automatic_factor,
     whole_factor,
 )
-from diffusionerf_ns.dataparsers.idr import by_camera, camera_file, checked_projection, world_matrices
+from diffusionerf_ns.dataparsers.idr import by_camera, camera_file, world_matrices
 from diffusionerf_ns.dataparsers.images import image_size, list_images
 from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
+from diffusionerf_ns.dataparsers.projections import checked_projection, decompose
 from diffusionerf_ns.dataparsers.splits import without_lists
 
 VIEWS = 49  # some scans have 64, but every protocol uses the first 49 only
@@ -356,28 +357,6 @@ def _check_mask(path: Path, size: tuple[int, int]) -> None:
             f"mask {path} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected masks of that "
             "size or a whole multiple of it."
         )
-
-
-def decompose(
-    projections: Float[np.ndarray, "n 3 4"],
-) -> tuple[Float[np.ndarray, "n 4"], Float[np.ndarray, "n 3 4"]]:
-    """P = K [R | -R c] -> fx, fy, cx, cy and camera to world [R^T | c] with OpenCV axes.
-
-    RQ by way of QR of the reversed rows; signs are chosen so that K has a positive diagonal and R is a rotation.
-    DTU's skew is below .001 pixels at 1600 x 1200 and is left out.
-    """
-    intrinsics, poses = [], []
-    for projection in projections:
-        block = projection[:, :3] * np.sign(np.linalg.det(projection[:, :3]))
-        q, r = np.linalg.qr(block[::-1].T)
-        k, rotation = r.T[::-1, ::-1], q.T[::-1]
-        signs = np.sign(np.diag(k))
-        k, rotation = k * signs, signs[:, None] * rotation
-        k = k / k[2, 2]
-        centre = -np.linalg.solve(projection[:, :3], projection[:, 3])
-        intrinsics.append([k[0, 0], k[1, 1], k[0, 2], k[1, 2]])
-        poses.append(np.concatenate([rotation.T, centre[:, None]], axis=1))
-    return np.array(intrinsics), np.stack(poses)
 
 
 def calibrated_size(projections: Float[np.ndarray, "n 3 4"]) -> tuple[int, int]:

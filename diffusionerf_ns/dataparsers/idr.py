@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.images import list_images
+from diffusionerf_ns.dataparsers.projections import checked_projection
 
 CAMERA_FILES = ("cameras.npz", "cameras_sphere.npz")
 
@@ -58,14 +59,3 @@ def by_camera(folder: Path, cameras: Path, numbers: Collection[int]) -> dict[int
         f"{folder} has {len(files)} files and {cameras.name} {len(numbers)} cameras: which belong together cannot be "
         "told. Name each file by the number of its world_mat (000.png and so on), or have as many of both."
     )
-
-
-def checked_projection(matrix: np.ndarray, where: str) -> Float[np.ndarray, "3 4"]:
-    """The matrix, in double precision.
-
-    Raises:
-        InputError: it is no projection.
-    """
-    if matrix.shape != (3, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:, :3])) < 1e-9:
-        raise InputError(f"{where}: expected a 3 x 4 projection of finite numbers and full rank.")
-    return matrix.astype(np.float64)
