@@ -1,6 +1,5 @@
 """transforms.json: its own lists, intrinsics, metric depth, masks, agreement with nerfstudio's parser, bad input."""
 
-import json
 import math
 from pathlib import Path
 
@@ -9,48 +8,10 @@ import pytest
 import torch
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from PIL import Image
+from small_capture import make_capture, names, parse, write
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
-from diffusionerf_ns.dataset import FewViewDataset, load_mask
-
-
-def make_capture(folder: Path, count: int = 10, depth: bool = False, mask: bool = False, **meta) -> dict:
-    """A folder with ``count`` 40 x 30 images and cameras in a row; returns the JSON, which is also written."""
-    rng = np.random.default_rng(0)
-    frames = []
-    for kind in ("images", "depths", "masks"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    for i in reversed(range(count)):  # the file need not be sorted
-        name = f"f{i:02d}.png"
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / "images" / name)
-        pose = np.eye(4)
-        pose[:3, 3] = 0.3 * i, 0.1 * (i % 3), 1.0
-        frame = {"file_path": f"./images/{name}", "transform_matrix": pose.tolist()}
-        if depth:
-            Image.fromarray(np.full((30, 40), 1000 + 100 * i, dtype=np.uint16)).save(folder / "depths" / name)
-            frame["depth_file_path"] = f"depths/{name}"
-        if mask:
-            Image.fromarray(np.repeat(np.uint8([[0, 255]]), 30, axis=0).repeat(20, axis=1)).save(
-                folder / "masks" / name
-            )
-            frame["mask_path"] = f"masks/{name}"
-        frames.append(frame)
-    content = {"w": 40, "h": 30, "fl_x": 36.0, "fl_y": 37.0, "cx": 19.0, "cy": 15.5, "frames": frames, **meta}
-    return write(folder, content)
-
-
-def write(folder: Path, content: dict) -> dict:
-    (folder / "transforms.json").write_text(json.dumps(content))
-    return content
-
-
-def parse(data: Path, split: str = "train", **flags):
-    return FewViewDataParserConfig(data=data, **flags).setup().get_dataparser_outputs(split)
-
-
-def names(outputs) -> list[str]:
-    return [p.stem for p in outputs.image_filenames]
+from diffusionerf_ns.dataset import FewViewDataset
 
 
 def test_every_eighth_is_held_out_and_views_are_spread_over_the_rest(tmp_path):
@@ -371,76 +332,6 @@ def test_broken_json_is_refused(tmp_path):
     (tmp_path / "transforms.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         parse(tmp_path)
-
-
-def test_masks_and_depth_of_another_shape_are_refused(tmp_path):
-    make_capture(tmp_path, 3, mask=True, depth=True)
-    Image.new("L", (40, 40)).save(tmp_path / "masks" / "f01.png")
-    with pytest.raises(InputError, match=r"mask .*f01\.png is 40 x 40"):
-        FewViewDataset(parse(tmp_path))[1]
-    Image.fromarray(np.ones((20, 40), dtype=np.uint16)).save(tmp_path / "depths" / "f02.png")
-    with pytest.raises(InputError, match=r"depth .*f02\.png is 40 x 20"):
-        FewViewDataset(parse(tmp_path))[2]
-
-
-def test_images_of_other_modes_become_rgb(tmp_path):
-    make_capture(tmp_path, 3)
-    Image.new("L", (40, 30), 77).save(tmp_path / "images" / "f01.png")
-    palette = Image.new("RGB", (40, 30), (200, 10, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
-    palette.save(tmp_path / "images" / "f02.png")
-    dataset = FewViewDataset(parse(tmp_path))
-    assert dataset.get_numpy_image(1)[0, 0].tolist() == [77, 77, 77]
-    assert dataset.get_numpy_image(2)[0, 0].tolist() == [200, 10, 30]
-
-
-@pytest.mark.parametrize("factor", [1, 2])
-def test_16_bit_grey_keeps_its_shades(tmp_path, factor):
-    make_capture(tmp_path, 3)
-    for name in ("f00", "f01", "f02"):
-        ramp = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
-        Image.fromarray(ramp).save(tmp_path / "images" / f"{name}.png")
-    image = FewViewDataset(parse(tmp_path, downscale_factor=factor)).get_numpy_image(1)
-    size = (30 // factor, 40 // factor)
-    expected = np.linspace(0, 255, 1200).reshape(size[0], factor, size[1], factor).mean(axis=(1, 3))
-    assert image.shape == (*size, 3)
-    assert np.abs(image[..., 0] - expected).max() < 1.1
-
-
-def test_floating_point_images_are_refused(tmp_path):
-    make_capture(tmp_path, 3)
-    Image.fromarray(np.ones((30, 40), dtype=np.float32)).save(tmp_path / "images" / "f01.tiff")
-    (tmp_path / "images" / "f01.tiff").rename(tmp_path / "images" / "f01.png")
-    dataset = FewViewDataset(parse(tmp_path))
-    with pytest.raises(InputError, match=r"f01\.png: .*floating point numbers"):
-        dataset.get_numpy_image(1)
-
-
-def test_one_image_with_alpha_gives_all_of_them_a_channel_for_it(tmp_path):
-    make_capture(tmp_path, 3)
-    Image.new("RGBA", (40, 30), (10, 20, 30, 128)).save(tmp_path / "images" / "f01.png")
-    dataset = FewViewDataset(parse(tmp_path))
-    assert [dataset.get_numpy_image(i)[0, 0].shape for i in range(3)] == [(4,)] * 3
-    assert dataset.get_numpy_image(1)[0, 0].tolist() == [10, 20, 30, 128]
-    assert dataset.get_numpy_image(2)[..., 3].min() == 255
-    torch.stack([dataset[i]["image"] for i in range(3)])
-
-
-@pytest.mark.parametrize(
-    ("values", "true"),
-    [([0, 1], [False, True]), ([0, 3], [False, True]), ([0, 255], [False, True]), ([100, 200], [False, True])],
-)
-def test_masks_of_few_values_are_read_as_people_mean_them(tmp_path, values, true):
-    Image.fromarray(np.uint8([values] * 2)).save(tmp_path / "mask.png")
-    assert load_mask(tmp_path / "mask.png", 2, 2)[..., 0].tolist() == [true] * 2
-    assert load_mask(tmp_path / "mask.png", 1, 1).all()
-    Image.fromarray(np.zeros((2, 2), dtype=np.uint8)).save(tmp_path / "mask.png")
-    assert not load_mask(tmp_path / "mask.png", 2, 2).any()
-
-
-def test_the_black_of_a_jpeg_is_black(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 3, (16, 16), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "mask.jpg", quality=100)
-    assert not load_mask(tmp_path / "mask.jpg", 16, 16).any()
 
 
 def test_a_folder_that_is_not_there_is_said_with_where_it_was_looked_for(tmp_path, monkeypatch):
