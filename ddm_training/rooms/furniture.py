@@ -1,12 +1,16 @@
 """Surfaces and objects of a room. Every maker draws an object into a `Place`: x is its width, y its depth (back at
 +depth / 2), z up from the floor; sizes are metres of real furniture."""
 
+from collections.abc import Callable
 from colorsys import hsv_to_rgb
+from dataclasses import dataclass
 
 import numpy as np
 
 from ddm_training.rooms.shapes import Light, Number, Place, Skin, rotation_z
 from ddm_training.rooms.textures import texture_bank
+
+ABOVE_CEILINGS = 4.0  # metres; no room is that high
 
 
 class Looks:
@@ -164,7 +168,7 @@ def scatter(
         put_thing(place, looks, at, size * rng.uniform(0.5, 1.2))
 
 
-# Furniture. Each returns its height, after drawing; sizes are drawn before, by `SIZES`.
+# Furniture, of a width w, depth d and height h that are drawn before, see `FURNITURE`; what stands on it comes on top.
 
 
 def table(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
@@ -310,9 +314,9 @@ def plant(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
 def column(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
     """A pillar or a pole."""
     if looks.rng.uniform() < 0.5:
-        place.cylinder((0, 0, 0), w / 2, 4.0, looks.paint())
+        place.cylinder((0, 0, 0), w / 2, ABOVE_CEILINGS, looks.paint())
     else:
-        place.box((-w / 2, -w / 2, 0), (w / 2, w / 2, 4.0), looks.wall())
+        place.box((-w / 2, -w / 2, 0), (w / 2, w / 2, ABOVE_CEILINGS), looks.wall())
 
 
 def stack(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
@@ -339,18 +343,35 @@ def stool(place: Place, looks: Looks, w: Number, d: Number, h: Number) -> None:
         place.cylinder((0.45 * w * np.cos(turn), 0.45 * w * np.sin(turn), 0), 0.015, (h - 0.05) / c, wood, axes=axes)
 
 
-MAKERS = {
-    "table": (table, (0.8, 2.0), (0.6, 1.0), (0.4, 0.8), False, 3.0),
-    "desk": (desk, (1.0, 1.7), (0.6, 0.8), (0.7, 0.78), True, 2.0),
-    "chair": (chair, (0.4, 0.5), (0.4, 0.5), (0.8, 1.1), False, 5.0),
-    "sofa": (sofa, (0.9, 2.4), (0.8, 1.0), (0.7, 0.95), True, 3.0),
-    "bed": (bed, (0.9, 1.8), (1.9, 2.1), (0.6, 1.2), True, 1.5),
-    "shelf": (shelf, (0.6, 1.6), (0.25, 0.4), (0.8, 2.3), True, 4.0),
-    "cupboard": (cupboard, (0.5, 2.0), (0.35, 0.6), (0.5, 2.2), True, 4.0),
-    "floor_lamp": (floor_lamp, (0.35, 0.4), (0.35, 0.4), (1.3, 1.9), False, 2.0),
-    "plant": (plant, (0.6, 0.9), (0.6, 0.9), (0.5, 1.5), False, 1.6),
-    "column": (column, (0.1, 0.45), (0.1, 0.45), (2.5, 2.6), False, 0.6),
-    "stack": (stack, (0.4, 0.8), (0.4, 0.8), (0.3, 1.4), False, 1.5),
-    "stool": (stool, (0.32, 0.4), (0.32, 0.4), (0.4, 0.75), False, 1.5),
+@dataclass(frozen=True)
+class Furniture:
+    """A kind of furniture: how it is drawn, how large, where, and how often."""
+
+    make: Callable[[Place, Looks, Number, Number, Number], None]
+    """Draws one of a given width, depth and height."""
+    width: tuple[float, float]
+    """Least and most, metres; so are depth and height."""
+    depth: tuple[float, float]
+    height: tuple[float, float]
+    against_wall: bool
+    """Mostly stands with its back to a wall."""
+    frequency: float
+    """How common it is, relative to the others."""
+    to_ceiling: bool = False
+    """Goes through the ceiling, whatever height is drawn."""
+
+
+FURNITURE = {
+    "table": Furniture(table, (0.8, 2.0), (0.6, 1.0), (0.4, 0.8), False, 3.0),
+    "desk": Furniture(desk, (1.0, 1.7), (0.6, 0.8), (0.7, 0.78), True, 2.0),
+    "chair": Furniture(chair, (0.4, 0.5), (0.4, 0.5), (0.8, 1.1), False, 5.0),
+    "sofa": Furniture(sofa, (0.9, 2.4), (0.8, 1.0), (0.7, 0.95), True, 3.0),
+    "bed": Furniture(bed, (0.9, 1.8), (1.9, 2.1), (0.6, 1.2), True, 1.5),
+    "shelf": Furniture(shelf, (0.6, 1.6), (0.25, 0.4), (0.8, 2.3), True, 4.0),
+    "cupboard": Furniture(cupboard, (0.5, 2.0), (0.35, 0.6), (0.5, 2.2), True, 4.0),
+    "floor_lamp": Furniture(floor_lamp, (0.35, 0.4), (0.35, 0.4), (1.3, 1.9), False, 2.0),
+    "plant": Furniture(plant, (0.6, 0.9), (0.6, 0.9), (0.5, 1.5), False, 1.6),
+    "column": Furniture(column, (0.1, 0.45), (0.1, 0.45), (2.5, 2.6), False, 0.6, to_ceiling=True),
+    "stack": Furniture(stack, (0.4, 0.8), (0.4, 0.8), (0.3, 1.4), False, 1.5),
+    "stool": Furniture(stool, (0.32, 0.4), (0.32, 0.4), (0.4, 0.75), False, 1.5),
 }
-"""Maker, ranges of width, depth and height in metres, whether it stands with its back to a wall, how common it is."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from ddm_training.rooms.furniture import MAKERS, Looks
+from ddm_training.rooms.furniture import ABOVE_CEILINGS, FURNITURE, Looks
 from ddm_training.rooms.shading import ShadowMap, shadow_map
 from ddm_training.rooms.shapes import Light, Number, Place, Scene, SceneBuilder
 
@@ -176,12 +176,10 @@ def _next_room(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening
     box(a0 - 0.1, a1 + 0.1, 0, top, reach, reach + 0.1, paint)
     box(a0 - 0.1, a0, 0, top, WALL, reach, paint)
     box(a1, a1 + 0.1, 0, top, WALL, reach, paint)
-    maker, width, depth, height, _, _ = MAKERS[str(rng.choice(["shelf", "cupboard", "plant", "table"]))]
+    kind = FURNITURE[str(rng.choice(["shelf", "cupboard", "plant", "table"]))]
     low, _ = _wall_box(size, o.side, middle, middle, 0, 0, reach - 0.35, reach - 0.35)
-    maker(
-        Place(builder, np.array([low[0], low[1], 0.0]), _yaw_of(o.side), builder.new_entity()),
-        looks, rng.uniform(*width), min(rng.uniform(*depth), 0.6), rng.uniform(*height),
-    )  # fmt: skip
+    place = Place(builder, np.array([low[0], low[1], 0.0]), _yaw_of(o.side), builder.new_entity())
+    kind.make(place, looks, rng.uniform(*kind.width), min(rng.uniform(*kind.depth), 0.6), rng.uniform(*kind.height))
     at = np.array(_wall_box(size, o.side, middle, middle, top - 0.3, top - 0.3, reach / 2, reach / 2)[0])
     builder.lights.append(Light(at, np.array([1.0, 0.9, 0.75]) * rng.uniform(1, 5)))
 
@@ -218,19 +216,18 @@ def _yaw_of(side: int) -> float:
 def _furnish(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> list[Footprint]:
     rng = looks.rng
     placed: list[Footprint] = []
-    names = list(MAKERS)
-    common = np.array([MAKERS[n][5] for n in names])
+    names, frequency = list(FURNITURE), np.array([kind.frequency for kind in FURNITURE.values()])
     area = size[0] * size[1]
     if rng.uniform() < 0.5:
         w, d = rng.uniform(0.4, 0.8, 2) * size[:2]
         rug = Place(builder, np.append(rng.uniform(0.35, 0.65, 2) * size[:2], 0), 0.0, builder.new_entity())
         rug.box((-w / 2, -d / 2, 0), (w / 2, d / 2, 0.012), looks.picture() if rng.uniform() < 0.3 else looks.fabric())
     for _ in range(rng.poisson(4 + 0.45 * area)):
-        maker, width, depth, height, against, _ = MAKERS[str(rng.choice(names, p=common / common.sum()))]
-        w, d = rng.uniform(*width), rng.uniform(*depth)
-        h = min(rng.uniform(*height), size[2] - 0.1)
+        kind = FURNITURE[str(rng.choice(names, p=frequency / frequency.sum()))]
+        w, d = rng.uniform(*kind.width), rng.uniform(*kind.depth)
+        h = min(rng.uniform(*kind.height), size[2] - 0.1)
         for _ in range(6):
-            if against and rng.uniform() < 0.9:
+            if kind.against_wall and rng.uniform() < 0.9:
                 side = int(rng.integers(4))
                 yaw, axis = _yaw_of(side), side // 2
                 half = np.array([d, w] if axis == 0 else [w, d]) / 2
@@ -252,8 +249,9 @@ def _furnish(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: li
             low, high = centre - half, centre + half
             inside = (low > 0).all() and (high < size[:2]).all()
             if inside and not blocked and not any(f.near(low, high, 0.04) for f in placed):
-                maker(Place(builder, np.append(centre, 0.0), float(yaw), builder.new_entity()), looks, w, d, h)
-                placed.append(Footprint(low, high, 4.0 if maker.__name__ == "column" else h + 0.3))
+                kind.make(Place(builder, np.append(centre, 0.0), float(yaw), builder.new_entity()), looks, w, d, h)
+                # Things on it: 0.3 m.
+                placed.append(Footprint(low, high, ABOVE_CEILINGS if kind.to_ceiling else h + 0.3))
                 break
     return placed
 
