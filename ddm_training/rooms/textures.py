@@ -1,35 +1,22 @@
 """A bank of tiling textures. Each texel holds weights of three palette colours, so that one texture serves many looks.
 
 Notation
-    n      side of a texture in texels, a power of two
     w      weights of a texel                            [3], in [0, 1]
     C      palette of a surface, linear RGB              [3, 3], one colour a row
-    colour of a texel = w C; a picture has (nearly) the primaries as its palette, all else two or three colours
+    colour of a texel = w C; pictures and spines have (nearly) the primaries as their palette, all else two or three
+    colours
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import scipy.fft
 from jaxtyping import Float, Int, UInt8
 
-SIZE = 256
-KINDS = {
-    "plain": 14,
-    "grain": 16,
-    "marble": 12,
-    "checker": 8,
-    "tiles": 12,
-    "bricks": 8,
-    "planks": 18,
-    "stripes": 12,
-    "spines": 12,
-    "plaid": 10,
-    "dots": 8,
-    "weave": 8,
-    "picture": 48,
-}
-"""Kinds of texture and how many of each the bank holds."""
+SIZE = 256  # texels a side of a texture, a power of two
+SEED = 7  # of the bank
 
 
 class TextureBank:
@@ -39,14 +26,14 @@ class TextureBank:
     same in every process.
     """
 
-    def __init__(self, seed: int = 7) -> None:
-        count, self._seed = sum(KINDS.values()), seed
-        sides = [SIZE >> level for level in range(SIZE.bit_length())]
-        self.start: Int[np.ndarray, " levels"] = np.cumsum([0] + [count * side * side for side in sides[:-1]])
-        self.start = self.start.astype(np.int32)
+    def __init__(self) -> None:
+        counts = [kind.count for kind in KINDS.values()]
+        count, sides = sum(counts), [SIZE >> level for level in range(SIZE.bit_length())]
+        start = np.cumsum([0] + [count * side * side for side in sides[:-1]])
+        self.start: Int[np.ndarray, " levels"] = start.astype(np.int32)
         # Memory that is not written to is not taken.
         self.texels: UInt8[np.ndarray, "texels 3"] = np.empty((sum(count * side * side for side in sides), 3), np.uint8)
-        self.kinds = np.repeat(list(KINDS), list(KINDS.values()))
+        self.kinds = np.repeat(list(KINDS), counts)
         self._made = np.zeros(count, bool)
 
     def of_kind(self, kind: str) -> Int[np.ndarray, " textures"]:
@@ -56,7 +43,8 @@ class TextureBank:
     def prepare(self, textures: Int[np.ndarray, " n"]) -> None:
         """Make those of the textures that are not there yet; `sample` may then be asked for them."""
         for number in np.unique(textures[~self._made[textures]]).tolist():
-            level = np.clip(_MAKERS[str(self.kinds[number])](np.random.default_rng([self._seed, number])), 0.0, 1.0)
+            kind = KINDS[str(self.kinds[number])]
+            level = np.clip(kind.make(np.random.default_rng([SEED, number])), 0.0, 1.0)
             for start in self.start.tolist():
                 side = len(level)
                 first = start + number * side * side
@@ -72,7 +60,7 @@ class TextureBank:
         v: Float[np.ndarray, " n"],
         footprint: Float[np.ndarray, " n"],
     ) -> Float[np.ndarray, "n 3"]:
-        """Bilinear look-up in the mip level whose texels are about as large as a pixel.
+        """Weights by bilinear look-up in the mip level whose texels are about as large as a pixel.
 
         Args:
             texture: which texture.
@@ -145,7 +133,10 @@ def _weights(a: np.ndarray, b: np.ndarray | float = 0.0) -> np.ndarray:
 def _cells(
     rng: np.random.Generator, rows: int | np.integer, columns: int | np.integer, shift: float, gap: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cells in rows, each row shifted: a random value per cell, and 1 in the joints between them."""
+    """A random value per cell, and 1 in the joints between cells, which take ``gap`` of the texture's side from each.
+
+    Each row is shifted by ``shift`` cells more than the one before; by a random amount where ``shift`` is negative.
+    """
     u, v = _grid()
     row = np.floor(v * rows).astype(int)
     shifts = np.arange(rows) * shift if shift >= 0 else rng.uniform(size=rows)
@@ -155,6 +146,9 @@ def _cells(
     edge_u = np.minimum(along % 1, 1 - along % 1) / columns
     edge_v = np.minimum(v * rows % 1, 1 - v * rows % 1) / rows
     return value, (np.minimum(edge_u, edge_v) < gap).astype(float)
+
+
+# The kinds: each gives the weights of one texture, [SIZE, SIZE, 3].
 
 
 def _plain(rng: np.random.Generator) -> np.ndarray:
@@ -242,7 +236,7 @@ def _weave(rng: np.random.Generator) -> np.ndarray:
 
 
 def _picture(rng: np.random.Generator) -> np.ndarray:
-    """A poster: a gradient or noise, and random rectangles, discs, bands and lines over it."""
+    """A poster: a gradient or noise, and over it random rectangles, ellipses, stripes and waves, sometimes a border."""
     u, v = _grid()
     ramp = (v if rng.uniform() < 0.6 else _noise(rng, rng.uniform(1.2, 2.2)))[..., None]
     image = rng.uniform(size=3) * (1 - ramp) + rng.uniform(size=3) * ramp
@@ -269,4 +263,27 @@ def _picture(rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-_MAKERS = {kind: globals()[f"_{kind}"] for kind in KINDS}
+@dataclass(frozen=True)
+class TextureKind:
+    """How a kind of texture is made, and how many of it the bank holds."""
+
+    make: Callable[[np.random.Generator], np.ndarray]
+    count: int
+
+
+KINDS = {
+    "plain": TextureKind(_plain, 14),
+    "grain": TextureKind(_grain, 16),
+    "marble": TextureKind(_marble, 12),
+    "checker": TextureKind(_checker, 8),
+    "tiles": TextureKind(_tiles, 12),
+    "bricks": TextureKind(_bricks, 8),
+    "planks": TextureKind(_planks, 18),
+    "stripes": TextureKind(_stripes, 12),
+    "spines": TextureKind(_spines, 12),
+    "plaid": TextureKind(_plaid, 10),
+    "dots": TextureKind(_dots, 8),
+    "weave": TextureKind(_weave, 8),
+    "picture": TextureKind(_picture, 48),
+}
+"""Kinds of texture by name. Their order and counts number the textures of the bank, and the number seeds a texture."""
