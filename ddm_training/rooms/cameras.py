@@ -1,6 +1,6 @@
 """Where cameras stand in a room: free of furniture, at plausible heights, looking at something.
 
-A camera's quality is judged on a probe, a render of `PROBE` pixels, before the real one is made.
+A camera's quality is judged on a probe, the same view `PROBE` pixels wide, before the real one is rendered.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,8 @@ from ddm_training.rooms.shading import shade
 from ddm_training.rooms.shapes import rotation_z
 
 PROBE = 48  # pixels
+CLEARANCE = 0.25  # metres from a camera to furniture
+BRIGHTNESS = 0.6  # linear, before gamma; see `exposure`
 T = TypeVar("T")
 
 
@@ -23,7 +25,11 @@ class NoView(RuntimeError):
 
 
 def room_with_views(seed: int, index: int, find: Callable[[Room], T]) -> tuple[Room, T]:
-    """The first attempt at room ``index`` in which ``find`` succeeds, and what it found."""
+    """The first attempt at room ``index`` in which ``find`` succeeds, and what it found.
+
+    Raises:
+        NoView: none of 20 attempts has a view.
+    """
     for attempt in range(20):
         room = make_room(seed, index, attempt)
         try:
@@ -33,12 +39,12 @@ def room_with_views(seed: int, index: int, find: Callable[[Room], T]) -> tuple[R
     raise NoView(f"no view in 20 attempts at room {index} of seed {seed}")
 
 
-def is_free(room: Room, position: Float[np.ndarray, " 3"], gap: float = 0.25) -> bool:
+def is_free(room: Room, position: Float[np.ndarray, " 3"]) -> bool:
     """Whether a camera may stand there: inside the room, not in or close to furniture."""
     if not ((position > 0.35).all() and (position < room.size - [0.35, 0.35, 0.2]).all()):
         return False
     xy = position[:2]
-    return not any(position[2] < f.height + gap and f.near(xy, xy, gap) for f in room.footprints)
+    return not any(position[2] < f.height + CLEARANCE and f.near(xy, xy, CLEARANCE) for f in room.footprints)
 
 
 def probe(room: Room, camera: Camera) -> tuple[Camera, Hits]:
@@ -92,8 +98,8 @@ def capture_cameras(
 ) -> tuple[list[Camera], list[Camera]]:
     """Cameras of a few-view capture: on an arc around common content, the test cameras between and a little outside.
 
-    Training cameras are in order along the arc, so that an evenly spaced choice of a few of them spreads over it. The
-    arc spans 30 to 60 degrees, about 1.5 to 3 m.
+    Training cameras are in order along the arc, so that an evenly spaced choice of a few of them spreads over it. They
+    span 36 to 60 degrees at 1.5 to 4 m from what they look at; down to half of that angle where no wider arc is found.
 
     Raises:
         NoView: no arc was found whose cameras are all free and see common content.
@@ -141,12 +147,12 @@ def overlap(room: Room, small: Camera, seen: Hits, other: Camera) -> float:
     return float((q * z[inside] < 1.1).sum() / valid.size)
 
 
-def exposure(room: Room, cameras: list[Camera], level: float = 0.6) -> float:
-    """Factor for linear colour such that the 80th percentile of brightness over all views becomes ``level``."""
+def exposure(room: Room, cameras: list[Camera]) -> float:
+    """Factor for linear colour such that the 80th percentile of brightness over all views becomes `BRIGHTNESS`."""
     values = []
     for camera in cameras:
         small, hits = probe(room, camera)
         x, y = (a.ravel() for a in np.meshgrid(hits.x, hits.y))
         color = shade(room.scene, room.shadows, small, hits.surface.ravel(), hits.inverse_depth.ravel(), x, y)
         values.append(color @ np.array([0.3, 0.59, 0.11], np.float32))
-    return float(level / max(np.quantile(np.concatenate(values), 0.8), 1e-4))
+    return float(BRIGHTNESS / max(np.quantile(np.concatenate(values), 0.8), 1e-4))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddm_training.rooms.shapes import Light, Number, Place, Skin, rotation_z
+from ddm_training.rooms.shapes import Light, Number, Place, Point, Skin, rotation_z
 from ddm_training.rooms.textures import texture_bank
 
 ABOVE_CEILINGS = 4.0  # metres; no room is that high
@@ -29,21 +29,36 @@ class Looks:
         sat = float(min(rng.beta(1.2, 2.0) * saturation * self.muted, 1.0))
         return np.array(hsv_to_rgb(hue, sat, rng.uniform(*value))) ** 2.2
 
-    def skin(self, kinds: str, colors: list[np.ndarray], tile: tuple[float, float], *, square=True, **more) -> Skin:
-        """A surface with one of the texture kinds, repeated every ``tile`` = (least, most) metres."""
+    def skin(
+        self,
+        kinds: str,
+        colors: list[np.ndarray],
+        tile: tuple[float, float],
+        *,
+        specular: Number = 0.0,
+        emission: Number = 0.0,
+    ) -> Skin:
+        """A surface with a random texture.
+
+        Args:
+            kinds: kinds of texture to choose from, apart by blanks; one that is named twice is twice as likely.
+            colors: three linear colours.
+            tile: least and most metres after which the texture repeats, both ways alike.
+            specular: strength of highlights.
+            emission: what the surface shines with itself, in units of its first colour.
+        """
         rng = self.rng
         size = float(np.exp(rng.uniform(*np.log(tile))))
-        other = size if square else float(np.exp(rng.uniform(*np.log(tile))))
         texture = int(rng.choice(texture_bank().of_kind(str(rng.choice(kinds.split())))))
         palette = np.stack(colors).astype(np.float32)
-        return Skin(texture, palette, (size, other), bool(rng.uniform() < 0.5), **more)
+        return Skin(texture, palette, (size, size), bool(rng.uniform() < 0.5), specular, emission)
 
-    def shades(self, base: np.ndarray, spread: Number = 0.5) -> list[np.ndarray]:
-        """A colour with a lighter or darker one and a third of its own."""
+    def shades(self, base: np.ndarray, spread: Number) -> list[np.ndarray]:
+        """A colour, one lighter or darker by a factor of up to exp(``spread``), and its mean with another colour."""
         factor = np.exp(self.rng.uniform(-spread, spread))
         return [base, np.clip(base * factor, 0, 0.95), np.clip(0.5 * base + 0.5 * self.color(), 0, 0.95)]
 
-    def paint(self, value=(0.5, 0.95)) -> Skin:
+    def paint(self, value: tuple[Number, Number] = (0.5, 0.95)) -> Skin:
         return self.skin("plain plain grain", self.shades(self.color(value, 0.6), 0.2), (0.5, 3.0))
 
     def wall(self) -> Skin:
@@ -67,7 +82,9 @@ class Looks:
             return self.skin("tiles checker marble", shades, (0.8, 2.2), specular=self.rng.uniform(0, 0.4))
         return self.skin("grain grain plain weave dots", self.shades(self.color((0.2, 0.8)), 0.4), (0.3, 1.5))
 
-    def wood(self, tile=(0.5, 2.0), specular: Number | None = None, planks: bool = False) -> Skin:
+    def wood(
+        self, tile: tuple[float, float] = (0.5, 2.0), specular: Number | None = None, planks: bool = False
+    ) -> Skin:
         rng = self.rng
         base = np.array(hsv_to_rgb(self.wood_hue + rng.normal(0, 0.01), rng.uniform(0.25, 0.7), rng.uniform(0.2, 0.85)))
         base = base**2.2
@@ -94,13 +111,14 @@ class Looks:
         kinds = "plain plain grain marble stripes checker dots"
         return self.skin(kinds, self.shades(base, 1.0), (0.08, 0.5), specular=self.rng.uniform(0, 0.5))
 
-    def picture(self, contrast: Number = 1.0) -> Skin:
-        """A poster stretched over one face; the palette mixes the picture's channels."""
-        mix = np.eye(3) * 0.8 + self.rng.uniform(0, 0.2, size=(3, 3)) * contrast
+    def picture(self) -> Skin:
+        """A poster stretched over the largest face; the palette mixes the picture's channels."""
+        mix = np.eye(3) * 0.8 + self.rng.uniform(0, 0.2, size=(3, 3))
         skin = self.skin("picture", list(mix), (1.0, 1.0), specular=0.1 * self.rng.uniform())
         return Skin(skin.texture, skin.palette, (0.0, 0.0), False, skin.specular)
 
     def spines(self, width: float) -> Skin:
+        """Book spines, or clothes on a rail, that repeat after ``width`` metres."""
         mix = np.eye(3) * 0.6 + self.rng.uniform(0, 0.25, size=(3, 3))
         skin = self.skin("spines", list(mix), (width, width))
         return Skin(skin.texture, skin.palette, (width, 0.3), False)
@@ -113,8 +131,8 @@ class Looks:
 # Small things, standing at (x, y, z) of a place.
 
 
-def put_thing(place: Place, looks: Looks, at, size: Number) -> None:
-    """A box, ball, vase, bottle, bowl or plant of about ``size`` metres."""
+def put_thing(place: Place, looks: Looks, at: Point, size: Number) -> None:
+    """A box, ball, vase, bottle, egg or plant of about ``size`` metres, or a pile of books."""
     rng = looks.rng
     inner = place.inner(at, rng.uniform(-np.pi, np.pi))
     skin, a, b = looks.thing(), size * rng.uniform(0.2, 0.5), size * rng.uniform(0.4, 1.0)
@@ -161,7 +179,7 @@ def put_plant(place: Place, looks: Looks, size: Number, reach: Number = 1.0) -> 
 def scatter(
     place: Place, looks: Looks, width: Number, depth: Number, z: Number, count: int | np.integer, size: Number
 ) -> None:
-    """Things on a board of width x depth at height z."""
+    """Things of about ``size`` metres on a board of width x depth at height z."""
     rng = looks.rng
     for _ in range(count):
         at = (rng.uniform(-0.4, 0.4) * width, rng.uniform(-0.35, 0.35) * depth, z)

@@ -4,7 +4,7 @@ Notation
     x      a point in world coordinates, metres, z up                     [3]
     y      the same in a primitive's unit space, y = A (x - c)            [3]; the box is [-1, 1]^3
     z      planar depth of a pixel (along the optical axis), metres
-    q      1 / z; over a plane q is affine in the pixel position, so a face needs no division: see `trace`
+    q      1 / z; over a plane q is affine in the pixel position, so a face needs no division: see `_draw_face`
 
 Every face is drawn into the rectangle of pixels that its clipped outline covers, keeping the largest q; that is exact
 ray casting (a ray through each pixel centre against each surface), only not spent where it cannot hit.
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from ddm_training.rooms.shapes import BOX, CORNERS, ELLIPSOID, Scene
 
-NEAR = 0.02  # metres; outlines are clipped here
+NEAR = 0.02  # metres; outlines are clipped here, and round surfaces are not seen from nearer
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ def look_at(
 
 @dataclass(frozen=True)
 class Hits:
-    """What is seen: ``surface`` = 6 * primitive + face (-1: nothing), ``inverse_depth`` = 1 / planar z (0: nothing)."""
+    """What is seen: ``surface`` = 6 * primitive + face (-1: nothing), ``inverse_depth`` = 1 / planar z (0: nothing).
+
+    ``x`` and ``y`` are the columns' and rows' positions in the image plane at z = 1.
+    """
 
     surface: Int[np.ndarray, "h w"]
     inverse_depth: Float[np.ndarray, "h w"]

@@ -19,13 +19,14 @@ MAX_LIGHTS = 4  # dimmer ones are left out: a shadow map costs as much as a tent
 
 @dataclass(frozen=True)
 class Footprint:
-    """Where furniture stands: a rectangle on the floor with a height."""
+    """Where furniture stands: a rectangle on the floor with a height above the floor."""
 
     low: Float[np.ndarray, " 2"]
     high: Float[np.ndarray, " 2"]
     height: Number
 
     def near(self, low: np.ndarray, high: np.ndarray, gap: Number) -> bool:
+        """Whether another rectangle overlaps this one or comes closer than ``gap`` along both axes."""
         return bool((self.low < high + gap).all() and (low < self.high + gap).all())
 
 
@@ -38,9 +39,14 @@ class Room:
     size: Float[np.ndarray, " 3"]
     footprints: tuple[Footprint, ...]
     seed: tuple[int, int, int]
+    """Seed, number of the room, attempt."""
 
     def rng(self, purpose: int) -> np.random.Generator:
-        """Random numbers for one purpose (cameras, noise, ...), independent of each other."""
+        """Random numbers for one purpose, independent of those for others.
+
+        1: cameras of a store or of Hypersim's layout; 2: exposure and noise of a store; 3: cameras of a capture.
+        (0: the room itself, see `make_room`.)
+        """
         return np.random.default_rng([*self.seed, purpose])
 
 
@@ -52,7 +58,7 @@ def make_room(seed: int, index: int, attempt: int = 0) -> Room:
     openings = _shell(builder, looks, size)
     footprints = _furnish(builder, looks, size, openings)
     _pictures(builder, looks, size, openings)
-    _lamps(builder, looks, size, openings)
+    _lamps(builder, looks, size)
     warmth = np.array([1.0, rng.uniform(0.85, 1.0), rng.uniform(0.7, 1.0)])
     level = rng.uniform(0.25, 0.8)
     scene = builder.build(
@@ -77,7 +83,9 @@ class Opening:
     door: bool
 
 
-def _wall_box(size: np.ndarray, side: int, a0: Number, a1: Number, z0: Number, z1: Number, near: Number, far: Number):
+def _wall_box(
+    size: np.ndarray, side: int, a0: Number, a1: Number, z0: Number, z1: Number, near: Number, far: Number
+) -> tuple[np.ndarray, np.ndarray]:
     """Corners of a box along wall ``side``, between distances ``near`` and ``far`` outside its inner face."""
     axis = side // 2
     out = (size[axis] + near, size[axis] + far) if side % 2 else (-far, -near)
@@ -87,6 +95,7 @@ def _wall_box(size: np.ndarray, side: int, a0: Number, a1: Number, z0: Number, z
 
 
 def _shell(builder: SceneBuilder, looks: Looks, size: np.ndarray) -> list[Opening]:
+    """Floor, ceiling, walls with skirting, and their openings with what lies behind; returns the openings."""
     rng = looks.rng
     paint, floor, ceiling = looks.wall(), looks.floor(), looks.paint((0.75, 1.0))
     accent = looks.wall() if rng.uniform() < 0.35 else paint
@@ -133,7 +142,7 @@ def _random_opening(rng: np.random.Generator, side: int, length: Number, height:
 
 
 def _frame(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening, skin) -> None:
-    """Frame, glazing bars of a window, sometimes curtains."""
+    """A frame; for a door sometimes its leaf; for a window a sill, glazing bars and sometimes curtains."""
     rng, entity = looks.rng, builder.new_entity()
     (a0, z0), (a1, z1) = o.low, o.high
 
@@ -144,9 +153,9 @@ def _frame(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening, sk
     bar(a1, a1 + 0.06, max(z0 - 0.06, 0), z1 + 0.06, -0.02, 0.0)
     bar(a0 - 0.06, a1 + 0.06, z1, z1 + 0.06, -0.02, 0.0)
     if o.door:
-        if rng.uniform() < 0.35:  # the door's leaf, standing open against the wall of the next room
-            hinge = builder.new_entity()
-            bar(a0 - 0.02, a0 + 0.03, 0, z1, WALL, WALL + 0.8, looks.surface(), hinge)
+        if rng.uniform() < 0.35:  # the door's leaf, standing open into the next room
+            leaf = builder.new_entity()
+            bar(a0 - 0.02, a0 + 0.03, 0, z1, WALL, WALL + 0.8, looks.surface(), leaf)
         return
     bar(a0 - 0.1, a1 + 0.1, z0 - 0.04, z0, -rng.uniform(0.03, 0.2), 0.1)
     for x in np.linspace(a0, a1, rng.integers(2, 5)):
@@ -162,7 +171,7 @@ def _frame(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening, sk
 
 
 def _next_room(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) -> None:
-    """A corridor or room behind the opening, with a thing or two in it."""
+    """A corridor or room behind the opening, with a piece of furniture at its far end and a lamp."""
     rng, entity = looks.rng, builder.new_entity()
     middle, reach = (o.low[0] + o.high[0]) / 2, rng.uniform(1.2, 5.0)
     a0, a1, top = middle - rng.uniform(0.8, 3.0), middle + rng.uniform(0.8, 3.0), size[2]
@@ -185,7 +194,7 @@ def _next_room(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening
 
 
 def _outside(builder: SceneBuilder, looks: Looks, size: np.ndarray, o: Opening) -> None:
-    """Behind a window: ground and a house across the street, or only the sky; and daylight that comes in."""
+    """Behind a window: ground with a fence or house across it, or only the sky; mostly daylight that comes in."""
     rng, entity = looks.rng, builder.new_entity()
     middle, reach = (o.low[0] + o.high[0]) / 2, rng.uniform(2.5, 9.0)
     if rng.uniform() < 0.7:
@@ -214,6 +223,7 @@ def _yaw_of(side: int) -> float:
 
 
 def _furnish(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> list[Footprint]:
+    """A rug, and furniture where there is room for it; returns where the furniture stands."""
     rng = looks.rng
     placed: list[Footprint] = []
     names, frequency = list(FURNITURE), np.array([kind.frequency for kind in FURNITURE.values()])
@@ -250,16 +260,16 @@ def _furnish(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: li
             inside = (low > 0).all() and (high < size[:2]).all()
             if inside and not blocked and not any(f.near(low, high, 0.04) for f in placed):
                 kind.make(Place(builder, np.append(centre, 0.0), float(yaw), builder.new_entity()), looks, w, d, h)
-                # Things on it: 0.3 m.
+                # 0.3 m for what stands on it.
                 placed.append(Footprint(low, high, ABOVE_CEILINGS if kind.to_ceiling else h + 0.3))
                 break
     return placed
 
 
 def _pictures(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> None:
-    """Framed pictures, mirrors without reflection, switches and radiators' like on the walls."""
+    """Pictures on the walls, most of them framed."""
     rng = looks.rng
-    hung: list[tuple[int, Footprint]] = []
+    hung: list[tuple[int, Footprint]] = []  # side, and (along, z) in place of the floor's (x, y)
     for _ in range(rng.integers(2, 9)):
         side = int(rng.integers(4))
         length = size[1 - side // 2]
@@ -281,8 +291,8 @@ def _pictures(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: l
         builder.wall(low, high, looks.picture(), entity)
 
 
-def _lamps(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list[Opening]) -> None:
-    """One to three lamps under the ceiling, hanging or flat."""
+def _lamps(builder: SceneBuilder, looks: Looks, size: np.ndarray) -> None:
+    """One or two lamps under the ceiling, hanging or flat."""
     rng = looks.rng
     count = rng.integers(1, 3)
     warm = np.array([1.0, rng.uniform(0.7, 1.0), rng.uniform(0.45, 1.05)])
@@ -301,10 +311,10 @@ def _lamps(builder: SceneBuilder, looks: Looks, size: np.ndarray, openings: list
             place.box((-0.25, -0.12, -0.05), (0.25, 0.12, 0), looks.glow(3.0))
             at = place.point((0, 0, -0.15))
         builder.lights.append(
-            Light(at, warm * rng.uniform(2.0, 6.0) * area_factor(size) / count, softness=rng.uniform(1, 2.5))
+            Light(at, warm * rng.uniform(2.0, 6.0) * _area_factor(size) / count, softness=rng.uniform(1, 2.5))
         )
 
 
-def area_factor(size: np.ndarray) -> float:
-    """Larger rooms have stronger lamps."""
+def _area_factor(size: np.ndarray) -> float:
+    """Strength of a room's lamps, relative to that in a room of 15 square metres."""
     return float(size[0] * size[1] / 15.0)

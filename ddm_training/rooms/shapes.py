@@ -6,7 +6,7 @@ Notation
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,11 +27,13 @@ class Skin:
     texture: int
     palette: Float[np.ndarray, "3 3"]
     tile: tuple[Number, Number] = (1.0, 1.0)
-    """Width and height in metres of one repeat of the texture; (0, 0): stretched once over the front face."""
+    """Width and height in metres of one repeat of the texture; (0, 0): stretched once over the largest face."""
     turned: bool = False
     """Swap the texture's axes."""
     specular: Number = 0.0
+    """Strength of highlights."""
     emission: Number = 0.0
+    """What the surface shines with itself, in units of its first colour."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Light:
     tangent: float = 1.0
     """Half the width of daylight's cone at distance 1."""
     softness: Number = 1.5
-    """Blur of the shadow map in its pixels."""
+    """Blur of the shadow map: standard deviation in its pixels."""
     reach: Number = 14.0
-    """Metres; farther surfaces cast no shadow."""
+    """Metres; what is farther is not lit."""
 
     def falloff(self, distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """Inverse square with a floor for lamps (a real lamp has a size); daylight does not fall off."""
@@ -69,7 +71,7 @@ class Faces:
     size: Float[np.ndarray, " s"]
     """Size of a tile in metres, the smaller of the two."""
     round: Bool[np.ndarray, " s"]
-    """Not a box: these tables do not hold."""
+    """Not of a box: normal, u and v do not hold."""
 
 
 _U_AXIS, _V_AXIS = (1, 0, 0), (2, 2, 1)  # axes of the texture on faces across x, y, z: v is upright on walls
@@ -77,7 +79,7 @@ _U_AXIS, _V_AXIS = (1, 0, 0), (2, 2, 1)  # axes of the texture on faces across x
 
 @dataclass(frozen=True)
 class Scene:
-    """Primitives as arrays (one row each), and the light that has no direction."""
+    """Primitives as arrays (one row each, `_ROWS`), lights, and the light that has no direction."""
 
     kind: Int[np.ndarray, " p"]
     centre: Float[np.ndarray, "p 3"]
@@ -124,7 +126,7 @@ class Scene:
         return self.select(self.emission == 0)
 
     @cached_property
-    def faces(self) -> "Faces":
+    def faces(self) -> Faces:
         """Normals and texture coordinates of all box faces as affine functions of the point."""
         axes = self.to_unit * self.half[:, :, None]  # rows: a primitive's axes in the world
         tile, shift = self.tile.astype(np.float64), self.shift
@@ -147,15 +149,7 @@ class Scene:
 
     def select(self, rows: Bool[np.ndarray, " p"]) -> "Scene":
         """The scene with some of its primitives only."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self,
-            **{
-                k: v[rows]
-                for k, v in arrays.items()
-                if isinstance(v, np.ndarray) and len(v) == len(rows) and k in _ROWS
-            },
-        )
+        return replace(self, **{name: getattr(self, name)[rows] for name in _ROWS})
 
     @cached_property
     def bounds(self) -> tuple[Float[np.ndarray, "p 3"], Float[np.ndarray, "p 3"]]:
@@ -165,7 +159,7 @@ class Scene:
 
     @cached_property
     def _occupancy(self) -> tuple[Float[np.ndarray, "x y z"], Float[np.ndarray, " 3"]]:
-        """Blurred share of each voxel that is filled, and the corner of the grid, around what is not scenery."""
+        """Blurred share of each voxel that is filled, and the corner of the grid, which ends 1.2 m outside the room."""
         from scipy.ndimage import gaussian_filter
 
         low, high = self.bounds
@@ -198,10 +192,10 @@ class Scene:
         return np.clip(1.12 - 1.9 * filled, 0.25, 1.0)
 
 
-_ROWS = {
+_ROWS = (
     "kind", "centre", "to_unit", "half", "taper", "entity", "texture", "palette", "tile", "shift", "turned", "specular",
     "emission",
-}  # fmt: skip
+)  # fmt: skip
 
 
 def rotation_z(yaw: Number) -> Float[np.ndarray, "3 3"]:
@@ -225,9 +219,28 @@ class SceneBuilder:
         return self.entities
 
     def add(
-        self, kind: int, centre, half, axes, skin: Skin, entity: int, taper: Number = 0.0, world: bool = False
+        self,
+        kind: int,
+        centre: Point,
+        half: Point,
+        axes: Float[np.ndarray, "3 3"],
+        skin: Skin,
+        entity: int,
+        taper: Number = 0.0,
+        world: bool = False,
     ) -> None:
-        """Add a primitive. ``world``: the texture runs on over neighbours with unturned axes (walls in panels)."""
+        """Add a primitive.
+
+        Args:
+            kind: BOX, ELLIPSOID or CYLINDER.
+            centre: in the world.
+            half: half its size along its axes, metres.
+            axes: its axes in the world, as columns.
+            skin: how it looks.
+            entity: number of the object it belongs to.
+            taper: see `Scene.taper`.
+            world: the texture runs on over neighbours with unturned axes (walls in panels).
+        """
         half = np.maximum(np.asarray(half, np.float64), 1e-3)
         tile, shift = np.array(skin.tile), self.rng.uniform(size=2)
         if not tile.all():
@@ -247,23 +260,23 @@ class SceneBuilder:
             }
         )  # fmt: skip
 
-    def wall(self, low, high, skin: Skin, entity: int) -> None:
-        """An unturned box between two corners whose texture is anchored in the world."""
+    def wall(self, low: Point, high: Point, skin: Skin, entity: int) -> None:
+        """An unturned box between two corners whose texture is anchored in the world; nothing where it is flat."""
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         if (high - low > 1e-3).all():
             self.add(BOX, (low + high) / 2, (high - low) / 2, np.eye(3), skin, entity, world=True)
 
-    def build(self, **light) -> Scene:
-        """Stack everything into a `Scene`."""
+    def build(self, **others: Float[np.ndarray, " 3"]) -> Scene:
+        """Stack everything into a `Scene`; ``others`` are its sky, ambient light and size."""
         columns = {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]}
         for key in ("half", "taper", "palette", "tile", "shift", "specular", "emission"):
             columns[key] = columns[key].astype(np.float32)
-        return Scene(**columns, lights=tuple(self.lights), **light)
+        return Scene(**columns, lights=tuple(self.lights), **others)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A spot for an object: origin on the floor, yaw; the object's back is towards +y of its own axes."""
+    """A spot for an object: origin (on the floor, a board, the ceiling) and yaw; its back is towards its own +y."""
 
     builder: SceneBuilder
     origin: Float[np.ndarray, " 3"]
@@ -290,13 +303,13 @@ class Place:
         self.builder.add(BOX, self.point((low_ + high_) / 2), (high_ - low_) / 2, axes, skin, self.entity)
 
     def cylinder(self, base: Point, radius: Number, height: Number, skin: Skin, taper: Number = 0.0, axes=None) -> None:
-        """An upright cylinder whose mean radius is ``radius``; taper in (-1, 1) widens it upwards."""
+        """A cylinder whose mean radius is ``radius``; taper in (-1, 1) widens it upwards, ``axes`` lean it."""
         axes = self.axes if axes is None else self.axes @ axes
         centre = self.point(base) + axes @ np.array([0, 0, height / 2])
         self.builder.add(CYLINDER, centre, (radius * (1 + abs(taper)),) * 2 + (height / 2,), axes, skin, self.entity,
                          taper=taper / (1 + abs(taper)))  # fmt: skip
 
     def ball(self, centre: Point, radii: Point, skin: Skin, axes=None) -> None:
-        """An ellipsoid."""
+        """An ellipsoid; ``axes`` turn it."""
         axes = self.axes if axes is None else self.axes @ axes
         self.builder.add(ELLIPSOID, self.point(centre), radii, axes, skin, self.entity)
