@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddm_training.errors import InputError
 from ddm_training.frames import Split
+
+if TYPE_CHECKING:
+    from ddm_training.rooms.store import FrameSize
 
 Output = Literal["store", "hypersim", "capture"]
 
@@ -59,10 +62,7 @@ class RoomsConfig:
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} has no meaning with --output {self.output}: leave it out.")
-        least = {"seed": 0, "first_room": 0, "num_train": 1, "num_test": 0, "width": 16, "height": 16, "focal": 1}
-        for name in ("num_rooms", "num_views", "val_every", "workers"):
-            least[name] = 1
-        for name, low in least.items():
+        for name, low in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name.replace('_', '-')} must be at least {low}, found {value}.")
@@ -77,22 +77,26 @@ class RoomsConfig:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         {"store": self._store, "hypersim": self._hypersim, "capture": self._capture}[self.output]()
 
-    def _view(self, width: int, focal: float) -> Any:
-        from ddm_training.rooms.store import View
+    def _frame_size(self, default_width: int, default_focal: float) -> "FrameSize":
+        """What is asked for; the default focal length is that of the default width, and follows the width."""
+        from ddm_training.rooms.store import FrameSize
 
-        width_ = self.width or width
-        return View(
-            width=width_, height=self.height or round(width_ * 3 / 4), focal=self.focal or focal * width_ / width
+        width = self.width or default_width
+        return FrameSize(
+            width=width,
+            height=self.height or round(width * 3 / 4),
+            focal=self.focal or default_focal * width / default_width,
         )
 
     def _rooms(self, count: int, val_every: int) -> Iterable[tuple[int, Split]]:
+        """Numbers and splits of the rooms asked for, with these defaults."""
         for index in range(self.first_room, self.first_room + (self.num_rooms or count)):
             yield index, "val" if index % (self.val_every or val_every) == 0 else "train"
 
     def _store(self) -> None:
         from ddm_training.rooms.store import StoreJob, write_store_room
 
-        size = self._view(256, 175.0)
+        size = self._frame_size(256, 175.0)
         jobs = [
             StoreJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
             for i, s in self._rooms(400, 16)
@@ -100,11 +104,11 @@ class RoomsConfig:
         run_rooms(write_store_room, jobs, workers=self.workers, folder=self.folder)
 
     def _hypersim(self) -> None:
-        from ddm_training.rooms.hypersim_layout import HypersimJob, write_hypersim_room, write_metadata
+        from ddm_training.rooms.hypersim_layout import HypersimRoomJob, write_hypersim_room, write_metadata
 
-        size = self._view(1024, 886.81)
+        size = self._frame_size(1024, 886.81)
         jobs = [
-            HypersimJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
+            HypersimRoomJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
             for i, s in self._rooms(4, 4)
         ]
         run_rooms(write_hypersim_room, jobs, workers=self.workers, folder=self.folder)
@@ -119,7 +123,7 @@ class RoomsConfig:
             index=self.first_room,
             num_train=9 if self.num_train is None else self.num_train,
             num_test=8 if self.num_test is None else self.num_test,
-            size=self._view(160, 175.0 * 160 / 256),
+            size=self._frame_size(160, 175.0 * 160 / 256),
         )
         run_rooms(write_capture, [job], workers=1, folder=self.folder)
 
@@ -129,6 +133,12 @@ _MEANINGLESS: dict[Output, tuple[str, ...]] = {
     "hypersim": ("num_train", "num_test"),
     "capture": ("num_rooms", "num_views", "val_every"),
 }
+"""Settings of other outputs."""
+_LEAST = {
+    "seed": 0, "first_room": 0, "num_train": 1, "num_test": 0, "width": 16, "height": 16, "focal": 1,
+    "num_rooms": 1, "num_views": 1, "val_every": 1, "workers": 1,
+}  # fmt: skip
+"""Settings and their least values."""
 
 
 def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path) -> int:

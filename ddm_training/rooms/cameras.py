@@ -93,6 +93,22 @@ def random_camera(room: Room, rng: np.random.Generator, *, focal: float, width: 
     raise NoView(f"room {room.seed} has no place for a camera after 60 tries")
 
 
+def room_with_random_cameras(
+    seed: int, index: int, count: int, *, focal: float, width: int, height: int
+) -> tuple[Room, list[Camera]]:
+    """Room ``index`` and ``count`` cameras in it, see `random_camera`.
+
+    Raises:
+        NoView: none of 20 attempts at the room has that many.
+    """
+
+    def find(room: Room) -> list[Camera]:
+        rng = room.rng(1)
+        return [random_camera(room, rng, focal=focal, width=width, height=height) for _ in range(count)]
+
+    return room_with_views(seed, index, find)
+
+
 def capture_cameras(
     room: Room, rng: np.random.Generator, *, num_train: int, num_test: int, focal: float, width: int, height: int
 ) -> tuple[list[Camera], list[Camera]]:

@@ -12,7 +12,7 @@ from ddm_training.rooms.cameras import capture_cameras, exposure, room_with_view
 from ddm_training.rooms.render import Camera
 from ddm_training.rooms.scene import Room
 from ddm_training.rooms.shading import render
-from ddm_training.rooms.store import View, develop
+from ddm_training.rooms.store import FrameSize, develop
 from ddm_training.transforms import FILE, CaptureView, write_views
 
 GENERATOR = "ddm rooms"
@@ -27,7 +27,7 @@ class CaptureJob:
     index: int
     num_train: int
     num_test: int
-    size: View
+    size: FrameSize
 
     @property
     def options(self) -> dict[str, Any]:

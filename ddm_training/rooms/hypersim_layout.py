@@ -17,11 +17,9 @@ from PIL import Image
 from ddm_training.errors import InputError
 from ddm_training.frames import Split
 from ddm_training.hypersim import CAMERA_FILE, SPLIT_FILE, tone_map
-from ddm_training.rooms.cameras import random_camera, room_with_views
-from ddm_training.rooms.render import Camera
-from ddm_training.rooms.scene import Room
+from ddm_training.rooms.cameras import room_with_random_cameras
 from ddm_training.rooms.shading import render
-from ddm_training.rooms.store import View
+from ddm_training.rooms.store import FrameSize
 
 CAMERA = "cam_00"
 SPLIT_COLUMNS = [
@@ -54,8 +52,8 @@ CAMERA_COLUMNS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class HypersimJob:
-    """One scene."""
+class HypersimRoomJob:
+    """One room, as a scene of Hypersim's layout."""
 
     root: Path
     """Folder of the data set: scenes and the two CSV files."""
@@ -63,7 +61,7 @@ class HypersimJob:
     index: int
     split: Split
     views: int
-    size: View
+    size: FrameSize
 
     @property
     def name(self) -> str:
@@ -96,17 +94,12 @@ def euclidean_distance(depth: Float[np.ndarray, "h w"], focal: float) -> Float[n
     return depth * np.sqrt(u**2 + v**2 + focal**2) / focal
 
 
-def write_hypersim_room(job: HypersimJob) -> int:
+def write_hypersim_room(job: HypersimRoomJob) -> int:
     """Write one scene; returns the number of frames."""
     size = job.size
-
-    def find(room: Room) -> list[Camera]:
-        rng = room.rng(1)
-        return [
-            random_camera(room, rng, focal=size.focal, width=size.width, height=size.height) for _ in range(job.views)
-        ]
-
-    room, cameras = room_with_views(job.seed, job.index, find)
+    room, cameras = room_with_random_cameras(
+        job.seed, job.index, job.views, focal=size.focal, width=size.width, height=size.height
+    )
     part = job.root / f"{job.name}.part"
     if part.exists():
         shutil.rmtree(part)
@@ -136,7 +129,7 @@ def _write_hdf5(path: Path, array: np.ndarray) -> None:
         file.create_dataset("dataset", data=array, compression="gzip", compression_opts=1)
 
 
-def write_metadata(root: Path, jobs: Sequence[HypersimJob]) -> None:
+def write_metadata(root: Path, jobs: Sequence[HypersimRoomJob]) -> None:
     """The two CSV files with the official columns, for all scenes of ``jobs``."""
     split_rows = [[job.name, CAMERA, frame, True, "", job.split] for job in jobs for frame in range(job.views)]
     _write_csv(root / SPLIT_FILE, SPLIT_COLUMNS, split_rows)

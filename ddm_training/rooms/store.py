@@ -9,17 +9,15 @@ from jaxtyping import Float, UInt8
 
 from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter, Split, open_scene
-from ddm_training.rooms.cameras import exposure, random_camera, room_with_views
-from ddm_training.rooms.render import Camera
-from ddm_training.rooms.scene import Room
+from ddm_training.rooms.cameras import exposure, room_with_random_cameras
 from ddm_training.rooms.shading import render
 
-NOISE = 0.006  # standard deviation of sensor noise in sRGB, at most
+NOISE = 0.006  # standard deviation of sensor noise after gamma, at most
 SOURCE = "rooms"
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class FrameSize:
     """Number of pixels of a frame, and the focal length in pixels."""
 
     width: int
@@ -36,7 +34,7 @@ class StoreJob:
     index: int
     split: Split
     views: int
-    size: View
+    size: FrameSize
 
     @property
     def name(self) -> str:
@@ -75,14 +73,9 @@ def develop(
 def write_store_room(job: StoreJob) -> int:
     """Write one room into a frame store; returns the number of frames."""
     size = job.size
-
-    def find(room: Room) -> list[Camera]:
-        rng = room.rng(1)
-        return [
-            random_camera(room, rng, focal=size.focal, width=size.width, height=size.height) for _ in range(job.views)
-        ]
-
-    room, cameras = room_with_views(job.seed, job.index, find)
+    room, cameras = room_with_random_cameras(
+        job.seed, job.index, job.views, focal=size.focal, width=size.width, height=size.height
+    )
     gain, rng = exposure(room, cameras), room.rng(2)
     writer = SceneWriter(
         job.root, job.name, split=job.split, source=SOURCE, max_frames=job.views, height=size.height, width=size.width
