@@ -87,13 +87,13 @@ class LevelMask(nn.Module):
         return x * self.weights.to(x.dtype)
 
 
-def insert_level_mask(field: NerfactoField, config: Any, implementation: str) -> LevelMask:
+def insert_level_mask(field: NerfactoField, config: Any) -> LevelMask:
     """Rebuild the density network of nerfacto's field as hash grid, mask, MLP, and return the mask.
 
     Args:
         field: its `mlp_base` is replaced.
-        config: a `NerfactoModelConfig`, for the sizes.
-        implementation: "tcnn" or "torch"; as two modules, tinycudann's encoding and network work the same.
+        config: a `NerfactoModelConfig`, for the sizes and for the implementation: as two modules, tinycudann's
+            encoding and network work the same.
     """
     grid = HashEncoding(
         num_levels=config.num_levels,
@@ -101,7 +101,7 @@ def insert_level_mask(field: NerfactoField, config: Any, implementation: str) ->
         max_res=config.max_res,
         log2_hashmap_size=config.log2_hashmap_size,
         features_per_level=config.features_per_level,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+        implementation=config.implementation,  # pyright: ignore[reportArgumentType]
     )
     mask = LevelMask(config.num_levels, config.features_per_level)
     network = MLP(
@@ -111,7 +111,7 @@ def insert_level_mask(field: NerfactoField, config: Any, implementation: str) ->
         out_dim=1 + field.geo_feat_dim,
         activation=nn.ReLU(),
         out_activation=None,
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+        implementation=config.implementation,  # pyright: ignore[reportArgumentType]
     )
     field.mlp_base = nn.Sequential(grid, mask, network)  # pyright: ignore[reportAttributeAccessIssue]
     return mask

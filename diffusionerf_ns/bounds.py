@@ -7,7 +7,8 @@ Notation
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from nerfstudio.cameras.rays import RayBundle
@@ -15,6 +16,22 @@ from nerfstudio.model_components.scene_colliders import SceneCollider
 
 from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
+
+
+@dataclass(frozen=True)
+class StereoBounds:
+    """Where stereo of the training images finds the scene."""
+
+    near: float
+    """Planar depth of the nearest surfaces (2 % quantile), scene units."""
+    far: float
+    """Planar depth of the farthest (98 %), scene units."""
+    median_disparity: float
+    """1 / median planar depth, 1 / scene units."""
+    centre: tuple[float, float, float]
+    """Of the cube that holds most of the surfaces, scene units."""
+    radius: float
+    """Half a side of that cube, scene units."""
 
 
 class BoundsCollider(SceneCollider):
@@ -59,25 +76,25 @@ class BoundsCollider(SceneCollider):
 
 
 def first_metric_scale(
-    near: float | None, far: float | None, found: Mapping[str, float], spec: Callable[[], RgbdSpec]
+    near: float | None, far: float | None, found: StereoBounds | None, spec: Callable[[], RgbdSpec]
 ) -> float:
     """s as far as it is known before training: by stereo, else by the capture's bounds; NaN where there are neither.
 
     Args:
         near: of the capture, scene units.
         far: of the capture, scene units.
-        found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it.
+        found: by stereo; None without it.
         spec: the prior's. NaN is returned where it raises `InputError`: evaluating and rendering do without a prior,
             and training loads it before the first step, and stops there.
     """
-    if not found and (near is None or far is None):
+    if found is None and (near is None or far is None):
         return math.nan
     try:
         prior = spec()
     except InputError:
         return math.nan
-    if found:
-        return metric_scale_from_disparity(found["median_disparity"], prior)
+    if found is not None:
+        return metric_scale_from_disparity(found.median_disparity, prior)
     assert near is not None
     assert far is not None
     return metric_scale_from_bounds(near, far, prior)

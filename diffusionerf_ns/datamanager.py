@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.pixel_samplers import PixelSampler
@@ -19,12 +20,15 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 from torch import Tensor
 
+from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.agreement import can_complete_together, complete_together
+from diffusionerf_ns.bounds import StereoBounds
 from diffusionerf_ns.dataset import FewViewDataset, load_mask
-from diffusionerf_ns.errors import InputError, show_input_errors_plainly
+from diffusionerf_ns.errors import show_input_errors_plainly
 from diffusionerf_ns.pixel_sampler import MaskedPixelSampler
+from diffusionerf_ns.stereo_rays import StereoRays
 from diffusionerf_ns.visibility import are_perspective
 
 
@@ -48,19 +52,22 @@ class PatchBatch:
 
 
 @dataclass(frozen=True)
-class StereoBatch:
-    """What stereo knows of the rays of a bundle."""
+class TrainingFacts:
+    """What the model is told of the training images: ``metadata[FACTS]`` of their data set."""
 
-    rays: slice
-    """Where in the bundle the rays through matched pixels are."""
-    distance: Float[Tensor, " rays"]
-    """Distance along each of them to its surface, scene units."""
-    completed: Float[Tensor, " pixel_rays"]
-    """Distance along each pixel ray to about where its surface is, scene units; 0 where even that is unknown."""
-    confirmed: Bool[Tensor, " pixel_rays"]
-    """Which of these distances another image confirms, also where each is completed alone."""
-    error: Float[Tensor, " pixel_rays"]
-    """Relative error to expect of these distances; infinite where it is not known."""
+    cameras: Cameras
+    has_cut_outs: bool
+    """Whether part of the images is empty, see `FewViewDataset.find_cut_outs`."""
+    background: Float[Tensor, "3"] | None
+    """Of cut-outs the colour to show them on, in [0, 1]; None where it is not known."""
+    fine_detail: list[tuple[float, float]]
+    """Focal length and detail of the photographs, see `refine.detail_by_scale`."""
+    stereo: StereoBounds | None
+    """Where stereo finds the scene; None where it is off, in vain, or nothing is trained."""
+
+
+FACTS = "diffusionerf"
+"""The key of `TrainingFacts`: the pipeline hands the model the data set's metadata and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -149,21 +156,19 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         show_input_errors_plainly()
         self._request: Callable[[], PatchRequest | None] = lambda: None
         self._stereo_request: Callable[[], StereoRequest | None] = lambda: None
+        self._images: list[Float[Tensor, "_h _w 3"]] | None = None
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         if test_mode == "val":
             self._warn_of_black_masks()
-        # The model counts training frusta; the pipeline hands it the data set's metadata and nothing else.
-        self.train_dataset.metadata["train_cameras"] = self.train_dataset.cameras
         data = self.train_dataset
-        if data.has_cut_outs:
-            data.metadata["background"] = data.background
         # Views are compared with the photographs when they are rendered, also long after the training.
-        data.metadata["fine_detail"] = refine.detail_by_scale(
+        detail = refine.detail_by_scale(
             (data.image_on(i, data.background), data.opaque(i), float(data.cameras.fx[i])) for i in range(len(data))
         )
-        self._matched: stereo.MatchedDepth | None = None
-        if test_mode == "val" and config.stereo_rays_per_batch > 0 and len(self.train_dataset) > 1:
-            self._match_images()
+        self.stereo_rays: StereoRays | None = None
+        wanted = test_mode == "val" and config.stereo_rays_per_batch > 0 and len(data) > 1
+        found = self._match_images() if wanted else None
+        data.metadata[FACTS] = TrainingFacts(data.cameras, data.has_cut_outs, data.background, detail, found)
 
     @property
     def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -202,12 +207,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
         return MaskedPixelSampler(sampler.config, **sampler.kwargs) if type(sampler) is PixelSampler else sampler
 
-    def _match_images(self) -> None:
-        """Match the training images; keep the depth that is found, and tell the model where the scene lies."""
+    def _match_images(self) -> StereoBounds | None:
+        """Match the training images; keep the depth that is found. Where the scene lies; None: nothing was found."""
         cameras = self.train_dataset.cameras
         if not are_perspective(cameras):
             CONSOLE.print("[yellow]Stereo is left out: it is made for perspective cameras.")
-            return
+            return None
         by, completer = self._completer()
         started = time.perf_counter()
         images = [self.train_dataset.get_numpy_image(i) for i in range(len(self.train_dataset))]
@@ -223,25 +228,19 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
                 "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap, texture, or "
                 "cameras too close to one another may be the reason): training goes on without it."
             )
-            return
+            return None
         near, far = matched.near_far(cameras)
         CONSOLE.print(
             f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {by} between "
             f"them, in {seconds:.1f} s."
         )
-        self._matched = matched
-        self._completed = matched.completed.to(self.device)
-        self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1).to(self.device)
+        self.stereo_rays = StereoRays(
+            matched, matched.completed, cameras.to(self.device), self.config.stereo_rays_per_batch
+        )
         centre, radius = matched.content_cube(cameras)
         low, high = ([f"{c + sign * radius:.2f}" for c in centre] for sign in (-1.0, 1.0))
         CONSOLE.print(f"Most of it lies between ({', '.join(low)}) and ({', '.join(high)}), scene units.")
-        self.train_dataset.metadata["stereo"] = {
-            "near": near,
-            "far": far,
-            "median_disparity": matched.median_disparity(),
-            "centre": centre,
-            "radius": radius,
-        }
+        return StereoBounds(near, far, matched.median_disparity(), centre, radius)
 
     def _belongs(self, index: int) -> Bool[Tensor, "h w"] | None:
         """Pixels of a training image that are of the scene, by its mask and by its alpha; None: all."""
@@ -301,20 +300,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """
         rays, batch = super().next_train(step)
         bundles = [rays]
-        wanted = None if self._matched is None else self._stereo_request()
-        if self._matched is not None and wanted is not None:
-            chosen = torch.randint(len(self._matched), (self.config.stereo_rays_per_batch * wanted.matched_rays,))
-            bundle, distance = self._matched.rays(self.train_ray_generator.cameras, chosen)
-            if wanted.matched_rays:
-                bundles.append(bundle)
-            completed, confirmed, error = self._completed.at(batch["indices"].to(self.device), self._image_sizes)
-            batch["stereo"] = StereoBatch(
-                rays=slice(len(rays), len(rays) + len(chosen)),
-                distance=distance,
-                completed=completed * rays.metadata["directions_norm"][:, 0],
-                confirmed=confirmed,
-                error=error,
-            )
+        wanted = None if self.stereo_rays is None else self._stereo_request()
+        if self.stereo_rays is not None and wanted is not None:
+            matched, batch["stereo"] = self.stereo_rays.draw(rays, batch["indices"], matched_rays=wanted.matched_rays)
+            if matched is not None:
+                bundles.append(matched)
         request = self._request()
         if request is None or request.count == 0:
             return (rays if len(bundles) == 1 else patches.concatenate_rays(bundles)), batch
@@ -341,7 +331,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
     def _train_images(self, spec: RgbdSpec) -> list[Float[Tensor, "_h _w 3"]]:
         """All training images in the order of the cameras, on the device; checked once that patches fit."""
-        if not hasattr(self, "_images"):
+        if self._images is None:
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
             # On black, as rays are rendered in training that meet nothing.
             self._images = [

@@ -1,29 +1,9 @@
-"""Mistakes of the user: the exception, and how a nerfstudio command shows it."""
+"""How a nerfstudio command shows mistakes of the user, `ddm_training.errors.InputError`."""
 
 import sys
-from collections.abc import Mapping
 from types import TracebackType
 
-import torch
-from torch import Tensor
-
 from ddm_training.errors import InputError
-
-__all__ = ["InputError", "NonFiniteLossError", "check_finite", "show_input_errors_plainly"]
-
-
-class NonFiniteLossError(InputError):
-    """A loss term became NaN or infinite; names the step and the term."""
-
-
-def check_finite(losses: Mapping[str, Tensor], step: int) -> None:
-    """Raise `NonFiniteLossError` where a term is NaN or infinite; one synchronisation with the device for all terms."""
-    if not bool(torch.stack([v.detach().reshape(()) for v in losses.values()]).isfinite().all()):
-        bad = {name: float(v.detach()) for name, v in losses.items() if not bool(v.isfinite())}
-        raise NonFiniteLossError(
-            f"training stopped at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}. The last checkpoint "
-            "is untouched. Lower the learning rate or that term's weight, then resume with --load-dir."
-        )
 
 
 def show_input_errors_plainly() -> None:

@@ -8,8 +8,8 @@ from nerfstudio.cameras.rays import RaySamples
 from torch import Tensor
 
 from diffusionerf_ns import regularizers, schedules
-from diffusionerf_ns.datamanager import StereoBatch
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
+from diffusionerf_ns.stereo_rays import StereoBatch
 from diffusionerf_ns.visibility import TrainingFrusta
 
 
@@ -19,7 +19,7 @@ def geometric_losses(
     *,
     step: int,
     total_steps: int,
-    far: Float[Tensor, ""],
+    bounds: Float[Tensor, "2"],
     frusta: TrainingFrusta | None,
     pixel_rays: int,
     first_patch_ray: int | None,
@@ -35,7 +35,7 @@ def geometric_losses(
         outputs: of the model for a ray bundle.
         step: of the run.
         total_steps: of the run.
-        far: where rays end, scene units.
+        bounds: where rays begin and end, scene units.
         frusta: of the training cameras; None where they are unknown.
         pixel_rays: number of rays through pixels of training images, which come first.
         first_patch_ray: from which on rays are those of patches; None without patches.
@@ -47,15 +47,15 @@ def geometric_losses(
 
     boost = schedules.boost(step, steps=config.frustum_boost_steps, after=config.frustum_after)
     views = 0 if frusta is None else min(config.frustum_views, len(frusta))
-    if config.frustum_weight * boost > 0.0 and frusta is not None and (views > 1 or first_patch_ray is not None):
+    first = 0 if views > 1 else first_patch_ray  # of the rays of which something is asked; None: of none
+    if config.frustum_weight * boost > 0.0 and frusta is not None and first is not None:
         required = torch.zeros(weights.shape[0], dtype=torch.int64, device=weights.device)
         required[:pixel_rays] = views if views > 1 else 0
         if first_patch_ray is not None:
             required[first_patch_ray:] = 1
-        first = 0 if views > 1 or first_patch_ray is None else first_patch_ray  # of those of which something is asked
         samples: RaySamples = outputs["ray_samples_list"][-1]
         seen = torch.zeros(weights.shape, dtype=torch.int64, device=weights.device)
-        seen[first:] = frusta.count(samples.frustums[first:].get_positions().detach())
+        seen[first:] = frusta.count(samples.frustums[first:].get_positions().detach(), near=bounds[0])
         log["frustum"] = regularizers.frustum(weights, seen, required)
         losses["frustum_loss"] = config.frustum_weight * boost * log["frustum"]
 
@@ -65,7 +65,7 @@ def geometric_losses(
 
     ramp = schedules.ramp(step, total_steps, start=config.distortion_start, end=config.distortion_full)
     if config.distortion_weight * ramp > 0.0:
-        log["distortion"] = regularizers.distortion(weights, edges, outputs["expected_depth"][:, 0], far=float(far))
+        log["distortion"] = regularizers.distortion(weights, edges, outputs["expected_depth"][:, 0], far=bounds[1])
         losses["distortion_loss"] = config.distortion_weight * ramp * log["distortion"]
     return losses
 

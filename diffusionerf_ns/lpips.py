@@ -5,12 +5,15 @@ checkpoint folder of torch hub (``$TORCH_HOME/hub/checkpoints``). Where they are
 them; without a connection LPIPS is left out of the results, never replaced by something else.
 """
 
+import contextlib
 import pickle
 import threading
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from unittest import mock
 
 import torch
 from jaxtyping import Float
@@ -22,6 +25,13 @@ if TYPE_CHECKING:
 Backbone = Literal["vgg", "alex"]
 LEAST_SIDE: dict[Backbone, int] = {"vgg": 16, "alex": 31}  # pixels; of less their pooling leaves nothing
 PROBE_SECONDS = 5.0  # a machine without a connection must not hang; name look-up has no time limit of its own
+
+
+@contextlib.contextmanager
+def no_lpips_download() -> Iterator[None]:
+    """While nerfacto is built, which makes an LPIPS network, and fetches its weights, whether it is wanted or not."""
+    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
+        yield
 
 
 class LpipsNetworks:

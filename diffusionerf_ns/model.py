@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
-from unittest import mock
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,16 +25,18 @@ from torch import Tensor
 from ddm_training import rgbd
 from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules, unseen
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
-from diffusionerf_ns.datamanager import PatchBatch, PatchRequest, StereoBatch, StereoRequest
-from diffusionerf_ns.errors import check_finite
+from diffusionerf_ns.datamanager import FACTS, PatchBatch, PatchRequest, StereoRequest, TrainingFacts
+from diffusionerf_ns.evaluation import judge_view
 from diffusionerf_ns.geometric_losses import geometric_losses, normals_losses, stereo_losses
+from diffusionerf_ns.gradients import check_finite
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
-from diffusionerf_ns.lpips import LpipsNetworks
+from diffusionerf_ns.lpips import LpipsNetworks, no_lpips_download
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
-from diffusionerf_ns.score_loss import score_loss
+from diffusionerf_ns.score_loss import JudgedPatch, score_loss
+from diffusionerf_ns.stereo_rays import StereoBatch
 from diffusionerf_ns.surfaces import FieldSurfaces
-from diffusionerf_ns.viewer import InspectionPanel, LastPatch, draw_small_on_cpu
+from diffusionerf_ns.viewer import InspectionPanel, draw_small_on_cpu
 from diffusionerf_ns.visibility import TrainingFrusta
 
 
@@ -49,22 +50,21 @@ class DiffusioNeRFModel(NerfactoModel):
         """nerfacto's modules, the training frusta, the bounds, and (outside the module tree) the prior."""
         on_cuda = torch.device(self.kwargs.get("device", "cpu")).type == "cuda"
         self.config.implementation = backbone.choose_implementation(self.config.implementation, on_cuda)
-        # nerfacto would download LPIPS weights here; `metrics` makes LPIPS when it is first wanted.
-        with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
+        with no_lpips_download():
             super().populate_modules()
-        metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
-        self.metadata = metadata
-        self._stereo: dict[str, Any] = metadata.get("stereo") or {}
+        self.metadata: dict[str, Any] = self.kwargs.get("metadata") or {}
+        facts: TrainingFacts | None = self.metadata.get(FACTS)  # None: a data manager that is not ours
+        self._stereo = None if facts is None else facts.stereo
         self._adapt_backbone()
-        self.background: Tensor | None = self._background_of_cut_outs()
+        self.background = None if facts is None or not facts.has_cut_outs else self._shown_on(facts.background)
         """[3]; of cut-outs the colour that their views are shown on, in [0, 1]."""
-        self.protocol: metrics.ProtocolName = metadata.get("protocol", "nerfstudio")
+        self.protocol: metrics.ProtocolName = self.metadata.get("protocol", "nerfstudio")
         self._lpips: LpipsNetworks | None = None
         self.image_metrics: list[dict[str, float]] = []
-        near, far = metadata.get("near"), metadata.get("far")
+        near, far = self.metadata.get("near"), self.metadata.get("far")
         self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
-        cameras = metadata.get("train_cameras")
-        self.frusta = None if cameras is None else TrainingFrusta(cameras, near=float(self.collider.bounds[0]))
+        cameras = None if facts is None else facts.cameras
+        self.frusta = None if cameras is None else TrainingFrusta(cameras)
         self.surfaces = FieldSurfaces(self, cameras, self._depth_of)
         self.total_steps = 1
         self._in_training_run = False
@@ -72,36 +72,43 @@ class DiffusioNeRFModel(NerfactoModel):
         if scale is None:
             scale = first_metric_scale(near, far, self._stereo, self._prior_spec)
         self.register_buffer("metric_scale", torch.tensor(float(scale)))
-        self.last_patch: LastPatch | None = None
-        details = metadata.get("fine_detail")  # None: a data manager that is not ours
-        self.refine_view = None if details is None else refine.ViewRefiner(lambda: self.prior, details)
+        self._known_scale = float(self.metric_scale)
+        self.register_load_state_dict_post_hook(lambda *_: self.set_metric_scale(float(self.metric_scale)))
+        self.last_patch: JudgedPatch | None = None
+        self.refine_view = None if facts is None else refine.ViewRefiner(lambda: self.prior, facts.fine_detail)
         self.depth_colours = inspection.DepthRange()
         self.verdict_tau = self.config.tau_start
         self.inspection_panel = InspectionPanel(self)
 
-    def _background_of_cut_outs(self) -> Float[Tensor, "3"] | None:
-        """The images' own; else that which the configuration names, or black as of nerfacto. None: of opaque images."""
-        if "background" not in self.metadata:
-            return None
-        own = self.metadata["background"]
+    def _shown_on(self, own: Float[Tensor, "3"] | None) -> Float[Tensor, "3"]:
+        """The images' own background; else that which the configuration names, or black as of nerfacto."""
         return COLORS_DICT.get(self.config.background_color, COLORS_DICT["black"]) if own is None else own
 
     def _adapt_backbone(self) -> None:
         """Changes to nerfacto's fields, see `backbone`, and to when its proposal networks are updated."""
-        c = self.config
+        c, found = self.config, self._stereo
         self.proposal_sampler.update_sched = self.proposal_interval
         if c.center_grid and not c.disable_scene_contraction:
-            contraction = backbone.ContentContraction(
-                self._stereo.get("centre", (0.0, 0.0, 0.0)), self._stereo.get("radius", 1.0) * c.grid_margin
-            )
+            centre, radius = ((0.0, 0.0, 0.0), 1.0) if found is None else (found.centre, found.radius)
+            contraction = backbone.ContentContraction(centre, radius * c.grid_margin)
             backbone.use_contraction([self.field, *self.proposal_networks], contraction)
         backbone.limit_view_dependence(self.field, c.view_degrees)
-        self.level_mask = backbone.insert_level_mask(self.field, c, c.implementation)
+        self.level_mask = backbone.insert_level_mask(self.field, c)
         backbone.draw_weights(self.field)
         if not c.predict_normals and c.camera_optimizer.mode == "off":
             speed_up_hash_grids(self)
 
     # The prior
+
+    @property
+    def metres_per_unit(self) -> float:
+        """`metric_scale`, without waiting for the device; 1 until it is found."""
+        return 1.0 if math.isnan(self._known_scale) else self._known_scale
+
+    def set_metric_scale(self, scale: float) -> None:
+        """Metres per scene unit from here on; NaN: not known yet."""
+        self.metric_scale.fill_(scale)
+        self._known_scale = float(self.metric_scale)
 
     def _prior_spec(self) -> rgbd.RgbdSpec:
         from diffusionerf_ns.prior import find_prior
@@ -153,9 +160,9 @@ class DiffusioNeRFModel(NerfactoModel):
         """Which patches the next step needs; None while the prior is off."""
         if self.score_factor == 0.0:
             return None
-        if self.step % self.config.patch_every != 0 or bool(self.metric_scale.isnan()):
+        if self.step % self.config.patch_every != 0 or math.isnan(self._known_scale):
             return None
-        return PatchRequest(self.patch_spec(), self.config.patches_per_step, float(self.metric_scale))
+        return PatchRequest(self.patch_spec(), self.config.patches_per_step, self._known_scale)
 
     def patch_spec(self) -> rgbd.RgbdSpec:
         """The prior's, with patches no larger than the configuration asks for."""
@@ -174,37 +181,36 @@ class DiffusioNeRFModel(NerfactoModel):
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Metrics of one image under the capture's protocol, and pictures of it.
 
-        Metrics are called by the protocol and their name, e.g. "llff-regnerf/psnr"; plain "psnr", "ssim", "lpips" are
-        nerfstudio's own, "cc_psnr" and so on the same after `metrics.colour_correct`. Depth is judged where true depth
-        exists: planar expected depth in metres by the capture's own scale, so that the metric scale found for the prior
-        does not enter. Depth pictures keep one range, the scene's.
+        Metrics are called as `evaluation.judge_view` says. Depth is judged where true depth exists: the median in
+        metres by the capture's own scale, so that the metric scale found for the prior does not enter. Depth pictures
+        keep one range, the scene's.
         """
         true, pred = self.renderer_rgb.blend_background(batch["image"].to(self.device)), outputs["rgb"]
-        mask = batch["mask"][..., 0] if "mask" in batch else None
         if self._lpips is None:
             self._lpips = LpipsNetworks(self.device)
-        values = metrics.evaluate_view(
-            self.protocol, pred, true, mask, self._lpips, colour_corrected=self.config.color_corrected_metrics
+        units_per_metre = self.metadata.get("scene_units_per_metre")
+        judged = "depth_image" in batch and units_per_metre is not None
+        values = judge_view(
+            outputs,
+            true,
+            self._planar_median(outputs) / units_per_metre if judged else None,
+            batch,
+            self._lpips,
+            protocol=self.protocol,
+            colour_corrected=self.config.color_corrected_metrics,
         )
-        units_per_metre, unknown = self.metadata.get("scene_units_per_metre"), {}
-        if "depth_image" in batch and units_per_metre is not None:
-            true_z = batch["depth_image"][..., 0]
-            if metrics.has_known_depth(true_z):
-                z = outputs["planar_depth"][..., 0] / (torch.nan_to_num(self.metric_scale, nan=1.0) * units_per_metre)
-                values |= metrics.evaluate_depth(z, true_z.to(z))
-            else:  # nerfstudio wants the same names of every image; the pipeline takes their means
-                unknown = dict.fromkeys(metrics.DEPTH_METRICS, math.nan)
-        if "rgb_rendered" in outputs:
-            hidden = outputs.get("unseen", torch.zeros_like(pred[..., :1]))[..., 0] > 0.0
-            values["refined"] = float(not torch.equal(outputs["rgb_rendered"][~hidden], pred[~hidden]))
-            values["unseen"] = float(hidden.float().mean())
         self.image_metrics.append(dict(values))
-        values |= unknown
+        if judged:  # nerfstudio wants the same names of every image; the pipeline takes their means
+            values = dict.fromkeys(metrics.DEPTH_METRICS, math.nan) | values
         images = {
             "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),
         }
         return values, images | inspection.cheap_pictures(outputs)
+
+    def _planar_median(self, outputs: dict[str, Any]) -> Float[Tensor, "h w"]:
+        """Of a view, scene units; the median is given along rays, and `planar_depth` of the expected depth."""
+        return (outputs["depth"] / outputs["expected_depth"] * outputs["planar_depth"] / self.metres_per_unit)[..., 0]
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> inspection.ViewOutputs:
         """nerfacto's outputs of a view, and on demand those of `inspection`.
@@ -217,17 +223,16 @@ class DiffusioNeRFModel(NerfactoModel):
         nearer = 1.0 if shown is None else shown.nearer(camera)  # than any training image
         outputs = self.get_outputs_for_camera_ray_bundle(self.collider.bound(rays, nearer))
         near, far = self.depth_colour_range(outputs)
-        if self.frusta is not None:
-            self.frusta.near = float(self.collider.bounds[0])  # a checkpoint may have brought other bounds
+        frusta, begin = self.frusta, self.collider.bounds[0]
         tau, refiner = self.config.refine_tau, self.refine_view
-        inside = None if self.background is None else outputs["accumulation"][..., 0] >= 0.5
+        inside = None if self.background is None else outputs["accumulation"][..., 0] >= inspection.EMPTY
         context = inspection.ViewContext(
             near=near,
             far=far,
-            metric_scale=float(torch.nan_to_num(self.metric_scale, nan=1.0)),
+            metric_scale=self.metres_per_unit,
             spec=self._prior_spec,
             prior=lambda: self.prior,
-            count=None if self.frusta is None else self._of_points(self.frusta.count),
+            count=None if frusta is None else self._of_points(lambda points: frusta.count(points, near=begin)),
             tau=self.verdict_tau,
             refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau, inside),
             hidden=self._of_points(shown.hide) if self.config.fill_unseen and shown is not None else None,
@@ -259,12 +264,12 @@ class DiffusioNeRFModel(NerfactoModel):
         empty = (outputs["accumulation"] < inspection.EMPTY) | (
             outputs["expected_depth"] > unseen.FAR * self.collider.bounds[1]
         )
-        z = outputs["planar_depth"] / torch.nan_to_num(self.metric_scale, nan=1.0)
+        z = outputs["planar_depth"] / self.metres_per_unit
         return torch.where(empty, torch.inf, z)[..., 0]
 
     def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
         """Near and far of depth's colours, scene units: the same in every view."""
-        known = bool(self._stereo) or float(self.collider.bounds[1]) != self.config.far_plane
+        known = self._stereo is not None or float(self.collider.bounds[1]) != self.config.far_plane
         return self.depth_colours.get(known, lambda: self.depth_range(outputs), self.step)
 
     def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
@@ -273,9 +278,9 @@ class DiffusioNeRFModel(NerfactoModel):
         Without stereo (off, in vain, or a finished run) the scene's bounds; without a far bound, up to the quantile .95
         of a render.
         """
-        near, far = self.collider.bounds.tolist()
-        if self._stereo and self._stereo["near"] < far and near < self._stereo["far"]:
-            near, far = max(near, self._stereo["near"] / 1.2), min(far, 1.2 * self._stereo["far"])
+        (near, far), found = self.collider.bounds.tolist(), self._stereo
+        if found is not None and found.near < far and near < found.far:
+            near, far = max(near, found.near / 1.2), min(far, 1.2 * found.far)
         elif far == self.config.far_plane and outputs is not None:
             far = float(outputs["depth"].flatten()[:: max(outputs["depth"].numel() // 10_000, 1)].quantile(0.95))
         return near, max(far, near * 1.01)
@@ -333,10 +338,9 @@ class DiffusioNeRFModel(NerfactoModel):
             self.renderer_rgb.background_color = "random" if self.training else self.background
         self.proposal_sampler.num_nerf_samples_per_ray = factor * c.num_nerf_samples_per_ray
         outputs = super().get_outputs(ray_bundle)
-        scale = torch.nan_to_num(self.metric_scale, nan=1.0)
         # nerfstudio's --render-nearest-camera asks for single rays without an optical axis.
         norm = ray_bundle.metadata.get("directions_norm", 1.0)
-        outputs["planar_depth"] = outputs["expected_depth"] / norm * scale
+        outputs["planar_depth"] = outputs["expected_depth"] / norm * self.metres_per_unit
         return outputs
 
     def get_metrics_dict(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -374,7 +378,7 @@ class DiffusioNeRFModel(NerfactoModel):
                     outputs,
                     step=self.step,
                     total_steps=self.total_steps,
-                    far=self.collider.bounds[1],
+                    bounds=self.collider.bounds,
                     frusta=self.frusta,
                     pixel_rays=count,
                     first_patch_ray=None if patches is None else patches.first_ray,
@@ -410,9 +414,9 @@ class DiffusioNeRFModel(NerfactoModel):
     @torch.no_grad()
     def _find_metric_scale(self, outputs: dict[str, Any]) -> None:
         """At the end of the warm-up, put the median disparity of the rendered rays on the prior's."""
-        if not bool(self.metric_scale.isnan()) or (self.config.score_weight == 0.0 and self.config.refine_tau == 0.0):
+        if not math.isnan(self._known_scale) or (self.config.score_weight == 0.0 and self.config.refine_tau == 0.0):
             return
         if schedules.fraction(self.step, self.total_steps) >= self.config.metric_scale_warmup:
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
-            self.metric_scale.fill_(metric_scale_from_disparity(disparity, self._prior_spec()))
-            CONSOLE.print(f"Metric scale: {float(self.metric_scale):.4g} metres per scene unit, from rendered depth.")
+            self.set_metric_scale(metric_scale_from_disparity(disparity, self._prior_spec()))
+            CONSOLE.print(f"Metric scale: {self._known_scale:.4g} metres per scene unit, from rendered depth.")

@@ -1,14 +1,14 @@
 """All options of the model, in one place; `model` reads them at every step, so the viewer may change them."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 
-from diffusionerf_ns.errors import InputError
+from ddm_training.errors import InputError
+from diffusionerf_ns.bounds import StereoBounds
 
 NEAR_PLANE, FAR_PLANE = 0.05, 1000.0  # nerfacto's, scene units
 
@@ -200,27 +200,26 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
         """`proposal_warmup` in a run of ``run_steps`` steps."""
         return round(0.5 * run_steps) if self.proposal_warmup is None else self.proposal_warmup
 
-    def ray_bounds(self, near: float | None, far: float | None, found: Mapping[str, float]) -> tuple[float, float]:
+    def ray_bounds(self, near: float | None, far: float | None, found: StereoBounds | None) -> tuple[float, float]:
         """Where rays begin and end, scene units; see `near_margin`.
 
         Args:
             near: of the capture, scene units; None where it has no bounds.
             far: likewise.
-            found: what stereo knows, see `DiffusioNeRFDataManager`; empty without it. It says more than nerfacto's
-                `near_plane` and `far_plane`, which are lengths in units that may be anything; others than nerfacto's
-                are kept to.
+            found: by stereo; None without it. It says more than nerfacto's `near_plane` and `far_plane`, which are
+                lengths in units that may be anything; others than nerfacto's are kept to.
 
         Raises:
             InputError: rays would end before they begin.
         """
         end = self.far_plane if far is None else self.far_margin * far
-        if far is None and found:
+        if far is None and found is not None:
             limit = math.inf if self.far_plane == FAR_PLANE else self.far_plane
-            end = min(limit, self.stereo_far_margin * found["far"])
+            end = min(limit, self.stereo_far_margin * found.far)
         begin = self.near_plane if near is None else self.near_margin * near
-        if found and found["near"] < end:
+        if found is not None and found.near < end:
             least = 0.0 if near is None and self.near_plane == NEAR_PLANE else begin
-            begin = max(least, self.stereo_near_margin * found["near"])
+            begin = max(least, self.stereo_near_margin * found.near)
         if begin >= end:
             raise InputError(
                 f"rays would begin at {begin:g} and end at {end:g} scene units; expected near before far. Correct the "

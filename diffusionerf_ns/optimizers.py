@@ -1,10 +1,9 @@
-"""Optimiser and learning-rate schedule configs that nerfstudio lacks."""
+"""Optimiser and learning-rate schedule configs that nerfstudio lacks, and schedules that follow the length of a run."""
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from nerfstudio.engine.optimizers import OptimizerConfig, Optimizers
@@ -12,7 +11,6 @@ from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from torch.optim.lr_scheduler import LambdaLR
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.errors import NonFiniteLossError
 
 
 @dataclass
@@ -24,43 +22,6 @@ class FusedAdamConfig(OptimizerConfig):
     eps: float = 1e-15
     weight_decay: float = 0.0
     fused: bool = True
-
-
-def scale_small_gradients(trainer: Any) -> None:
-    """Have nerfstudio's trainer scale the loss, as its own presets do: for tinycudann.
-
-    Its backward pass is in float16 whatever the precision of the training. Without a scale most entries of a hash
-    table's gradient are lost there, and all that the score says of colours: a pixel's share of it is 7e-9, float16
-    ends at 6e-8. Called after a checkpoint was loaded: one of a training without a scale has none to give, and one of
-    a training with it finds it again within a few skipped steps.
-
-    Args:
-        trainer: nerfstudio's.
-    """
-    if any(steps > 1 for steps in trainer.gradient_accumulation_steps.values()):
-        warnings.warn(
-            "gradients are accumulated over steps, with which nerfstudio cannot scale the loss: tinycudann loses small "
-            "ones. Leave --gradient-accumulation-steps out, or set --pipeline.model.implementation torch.",
-            stacklevel=2,
-        )
-        return
-    trainer.grad_scaler = torch.amp.GradScaler(torch.device(trainer.device).type)
-
-
-def check_gradients(grad_scaler: torch.amp.GradScaler, step: int) -> None:
-    """After a step: a scale that falls and falls means gradients that no scale makes finite.
-
-    Each such step is left out, without which the weights would be NaN and the next loss would tell.
-
-    Raises:
-        NonFiniteLossError: the scale is below 1.
-    """
-    if grad_scaler.is_enabled() and grad_scaler.get_scale() < 1.0:
-        raise NonFiniteLossError(
-            f"training stopped at step {step}: gradients have been NaN or infinite for many steps, whatever the scale "
-            "of the loss. The last checkpoint holds what was learnt before. Lower the learning rate, or set "
-            "--pipeline.model.implementation torch."
-        )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from ddm_training.errors import InputError
 from diffusionerf_ns import metrics
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
-from diffusionerf_ns.optimizers import check_gradients, follow_run, scale_small_gradients
+from diffusionerf_ns.gradients import check_gradients, scale_small_gradients
+from diffusionerf_ns.optimizers import follow_run
 
 TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
 POSES = "camera_optimizer.pose_adjustment"
@@ -64,7 +66,7 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         super().load_pipeline(loaded_state, step)
         model: Any = self.model
         if getattr(model.config, "metric_scale", None) is not None:  # given by hand, which wins when resumed too
-            model.metric_scale.fill_(model.config.metric_scale)
+            model.set_metric_scale(model.config.metric_scale)
 
     def _check_poses(self, images: int, here: int | None) -> None:
         """``images`` is of the checkpoint's camera optimiser, ``here`` of this run's, None where that is off."""
@@ -92,7 +94,7 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             if not trainer.grad_scaler.is_enabled():
                 scale_small_gradients(trainer)
             after = [TrainingCallbackLocation.AFTER_TRAIN_ITERATION]
-            check = lambda step: check_gradients(trainer.grad_scaler, step)  # noqa: E731
+            check = partial(check_gradients, trainer.grad_scaler)
             callbacks.append(TrainingCallback(after, check, update_every_num_iters=1))
         return callbacks
 

@@ -99,7 +99,7 @@ def distortion(
     w: Float[Tensor, "rays samples"],
     t: Float[Tensor, "rays edges"],
     expected_depth: Float[Tensor, " rays"],
-    far: float,
+    far: Float[Tensor, ""] | float,
 ) -> Float[Tensor, ""]:
     """Mean over rays of the distortion divided by the ray's (constant) expected depth: free of scene units.
 

@@ -1,9 +1,11 @@
 """The score term: what the prior wants of rendered patches, as a loss. The maths is in `regularizers`."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.rays import RaySamples
 from torch import Tensor
 
 from ddm_training import rgbd
@@ -11,7 +13,47 @@ from diffusionerf_ns import regularizers
 from diffusionerf_ns.datamanager import PatchBatch
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
-from diffusionerf_ns.viewer import LastPatch
+
+
+@dataclass(frozen=True)
+class JudgedPatch:
+    """A patch that the prior judged in training; tensors as the score term left them."""
+
+    x: Float[Tensor, "4 p p"]
+    """As the prior sees it."""
+    score: Float[Tensor, "4 p p"]
+    tau: float
+    """Noise level of the step."""
+    origin: Float[Tensor, "3"]
+    """Centre of its camera, scene units."""
+    corners: Float[Tensor, "4 3"]
+    """Directions of its corner rays: upper left, upper right, lower left, lower right."""
+
+    @classmethod
+    def of(
+        cls,
+        samples: RaySamples,
+        batch: PatchBatch,
+        x: Float[Tensor, "b 4 p p"],
+        score: Float[Tensor, "b 4 p p"],
+        tau: float,
+    ) -> "JudgedPatch":
+        """The first patch of a step; every step pays for this, so nothing is copied or waited for.
+
+        Args:
+            samples: of the step's rays.
+            batch: which of them are the patches'.
+            x: the patches as the prior sees them.
+            score: theirs.
+            tau: noise level of the step.
+        """
+        p, first = batch.size, batch.first_ray
+        corners = [first, first + p - 1, first + p * (p - 1), first + p * p - 1]
+        frustums = samples.frustums
+        directions = torch.stack([frustums.directions[ray, 0] for ray in corners])
+        origin = frustums.origins[first, 0]
+        # A camera optimiser's rays have a gradient, and would keep all of the step.
+        return cls(x=x[0], score=score[0], tau=tau, origin=origin.detach(), corners=directions.detach())
 
 
 def score_loss(
@@ -23,7 +65,7 @@ def score_loss(
     tau: float,
     factor: float,
     log: dict[str, Any],
-) -> tuple[Float[Tensor, ""], LastPatch]:
+) -> tuple[Float[Tensor, ""], JudgedPatch]:
     """The pseudo-loss whose gradient with respect to the patches is minus the weighted score.
 
     Args:
@@ -53,7 +95,7 @@ def score_loss(
     log["score_depth_rms"] = score[:, 3].square().mean().sqrt()
     log["score_rgb_rms"] = score[:, :3].square().mean().sqrt()
     log["tau"] = torch.tensor(tau)
-    last = LastPatch.of(outputs["ray_samples_list"][-1], patches, x.detach(), score, tau)
+    last = JudgedPatch.of(outputs["ray_samples_list"][-1], patches, x.detach(), score, tau)
     return regularizers.score_pseudo_loss(x, weighted), last
 
 

@@ -9,7 +9,6 @@ import contextlib
 import io
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 import viser
 import viser.transforms
 from jaxtyping import Float
-from nerfstudio.cameras.rays import RaySamples
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio.viewer.render_state_machine import RenderAction
@@ -29,9 +27,9 @@ from torch import Tensor
 from ddm_training import rgbd
 from ddm_training.errors import InputError
 from diffusionerf_ns import patches
-from diffusionerf_ns.datamanager import PatchBatch
 from diffusionerf_ns.inspection import score_picture
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.score_loss import JudgedPatch
 
 if TYPE_CHECKING:
     from diffusionerf_ns.model import DiffusioNeRFModel
@@ -67,47 +65,6 @@ def draw_small_on_cpu(trainer: Any, device: torch.device | str) -> None:
         panel._max_res.value = min(CPU_RESOLUTION, panel.max_res)  # as nerfstudio's own presets of resolution do
 
 
-@dataclass(frozen=True)
-class LastPatch:
-    """The patch that the prior last judged in training; tensors as the score term left them."""
-
-    x: Float[Tensor, "4 p p"]
-    """As the prior sees it."""
-    score: Float[Tensor, "4 p p"]
-    tau: float
-    """Noise level of the step."""
-    origin: Float[Tensor, "3"]
-    """Centre of its camera, scene units."""
-    corners: Float[Tensor, "4 3"]
-    """Directions of its corner rays: upper left, upper right, lower left, lower right."""
-
-    @classmethod
-    def of(
-        cls,
-        samples: RaySamples,
-        batch: PatchBatch,
-        x: Float[Tensor, "b 4 p p"],
-        score: Float[Tensor, "b 4 p p"],
-        tau: float,
-    ) -> "LastPatch":
-        """The first patch of a step; every step pays for this, so nothing is copied or waited for.
-
-        Args:
-            samples: of the step's rays.
-            batch: which of them are the patches'.
-            x: the patches as the prior sees them.
-            score: theirs.
-            tau: noise level of the step.
-        """
-        p, first = batch.size, batch.first_ray
-        corners = [first, first + p - 1, first + p * (p - 1), first + p * p - 1]
-        frustums = samples.frustums
-        directions = torch.stack([frustums.directions[ray, 0] for ray in corners])
-        origin = frustums.origins[first, 0]
-        # A camera optimiser's rays have a gradient, and would keep all of the step.
-        return cls(x=x[0], score=score[0], tau=tau, origin=origin.detach(), corners=directions.detach())
-
-
 class InspectionPanel(ViewerControl):
     """The folder "DiffusioNeRF" of the viewer, and the cameras that it adds to the scene.
 
@@ -120,7 +77,6 @@ class InspectionPanel(ViewerControl):
     def __init__(self, model: "DiffusioNeRFModel") -> None:
         self._model = model
         self._ready = False
-        self._paused: dict[str, float] = {}
         self._refreshed = (-STEPS_PER_REFRESH, 0.0)
 
     def _setup(self, viewer: Viewer) -> None:
@@ -322,7 +278,7 @@ class InspectionPanel(ViewerControl):
             return
         self._refreshed = (step, time.time())
         near, far = self._model.depth_colour_range()
-        scale = float(self._model.metric_scale)
+        scale = self._model.metres_per_unit
         picture = patch_picture(patch, self._model.prior, near * scale, far * scale)
         self._patch.content = (
             f"Step {step}, tau {patch.tau:.3f}, {scale:.3g} m per scene unit. Colour | depth / the prior's clean "
@@ -330,7 +286,7 @@ class InspectionPanel(ViewerControl):
         )
         self._draw_patch_camera(patch)
 
-    def _draw_patch_camera(self, patch: LastPatch) -> None:
+    def _draw_patch_camera(self, patch: JudgedPatch) -> None:
         rotation, fov = corner_camera(patch.corners.cpu().double().numpy())
         rgb = (255.0 * (0.5 * (patch.x[:3] + 1.0)).clamp(0.0, 1.0)).byte()
         self.viser_server.scene.add_camera_frustum(
@@ -354,7 +310,7 @@ def say_port(viewer: Viewer) -> None:
         viewer.viewer_info = [line.replace(f":{wanted}", f":{taken}") for line in viewer.viewer_info]
 
 
-def patch_picture(patch: LastPatch, prior: PatchPrior, near: float, far: float) -> Float[Tensor, "h w 3"]:
+def patch_picture(patch: JudgedPatch, prior: PatchPrior, near: float, far: float) -> Float[Tensor, "h w 3"]:
     """Four tiles: colour and depth above, the prior's clean estimate of depth and its score of depth below.
 
     Args:

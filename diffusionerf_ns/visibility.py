@@ -117,19 +117,19 @@ class TrainingFrusta(Projections):
 
     Args:
         cameras: the training cameras, see `Projections`.
-        near: points closer to a camera than this (planar depth, scene units) count as unseen by it.
     """
 
-    def __init__(self, cameras: Cameras, near: float) -> None:
-        super().__init__(cameras)
-        self.near = near
-
     @torch.no_grad()
-    def count(self, points: Float[Tensor, "*batch 3"]) -> Int[Tensor, "*batch"]:
-        """Number of frusta that hold each point."""
+    def count(self, points: Float[Tensor, "*batch 3"], *, near: Float[Tensor, ""] | float) -> Int[Tensor, "*batch"]:
+        """Number of frusta that hold each point.
+
+        Args:
+            points: scene units.
+            near: points closer to a camera than this (planar depth, scene units) count as unseen by it.
+        """
         # One camera at a time: memory stays that of the points, and there are few cameras.
         total = torch.zeros(points.shape[:-1], dtype=torch.int64, device=points.device)
         for index in range(len(self)):
             _, z, inside = self(index, points)
-            total += inside & (z >= self.near)
+            total += inside & (z >= near)
         return total

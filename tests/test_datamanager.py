@@ -18,6 +18,7 @@ from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches
 from diffusionerf_ns.datamanager import (
+    FACTS,
     DiffusioNeRFDataManager,
     DiffusioNeRFDataManagerConfig,
     PatchRequest,
@@ -207,19 +208,19 @@ def test_depth_is_completed_by_the_network_of_a_prior_that_has_one(make, tmp_pat
     interpolated = make(stereo_rays_per_batch=24, completion="membrane", completion_prior=str(tmp_path))
     assert "interpolated between them" in " ".join(capsys.readouterr().out.split())
     # Its correction is nought, so it gives the membrane of few pixels, and an error of e^0 and what enlarging adds.
-    assert bool((completed._completed.error >= 1.0).all())
-    assert float(completed._completed.error.median()) < 1.1
-    assert bool(interpolated._completed.error.isinf().all())
-    both = (completed._completed.values > 0) & (interpolated._completed.values > 0)
+    assert bool((completed.stereo_rays.completed.error >= 1.0).all())
+    assert float(completed.stereo_rays.completed.error.median()) < 1.1
+    assert bool(interpolated.stereo_rays.completed.error.isinf().all())
+    both = (completed.stereo_rays.completed.values > 0) & (interpolated.stereo_rays.completed.values > 0)
     assert both.float().mean() > 0.8
-    ratio = (completed._completed.values / interpolated._completed.values)[both]
+    ratio = (completed.stereo_rays.completed.values / interpolated.stereo_rays.completed.values)[both]
     assert 0.0 < (ratio - 1.0).abs().median() < 0.03
 
 
 def test_a_prior_without_a_network_interpolates_and_says_so(make, tmp_path, capsys):
     manager = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
     assert "has no network that completes depth" in " ".join(capsys.readouterr().out.split())
-    assert bool(manager._completed.error.isinf().all())
+    assert bool(manager.stereo_rays.completed.error.isinf().all())
 
 
 def test_a_damaged_network_stops_the_run_before_it_starts(make, tmp_path):
@@ -238,20 +239,20 @@ def test_rays_through_matched_pixels_are_made_only_where_they_are_wanted(manager
 
 
 def test_the_model_is_told_how_deep_the_scene_lies(manager):
-    found = manager.train_dataset.metadata["stereo"]
+    found = manager.train_dataset.metadata[FACTS].stereo
     units = manager.train_dataset.metadata["scene_units_per_metre"]
     depth = np.concatenate(
         [np.asarray(Image.open(manager.config.data / "depth" / f"{i:03d}.png")).ravel() / 1000 for i in (0, 2, 4, 5)]
     )
     low, high = np.quantile(depth, [0.01, 0.99]) * units
-    assert low * 0.9 < found["near"] < 1 / found["median_disparity"] < found["far"] < high * 1.1
+    assert low * 0.9 < found.near < 1 / found.median_disparity < found.far < high * 1.1
 
 
 def test_the_model_is_told_how_much_fine_detail_the_photographs_have(manager):
     from diffusionerf_ns.refine import fine_detail
 
     data = manager.train_dataset
-    focal, detail = data.metadata["fine_detail"][0]
+    focal, detail = data.metadata[FACTS].fine_detail[0]
     assert focal == pytest.approx(float(data.cameras.fx.mean()))
     images = [data.get_image_float32(i)[..., :3] for i in range(len(data))]
     assert detail > 0.0
@@ -271,7 +272,7 @@ def test_a_capture_without_texture_trains_without_stereo_and_says_so(make, tmp_p
         Image.new("RGB", (96, 72), (90, 120, 150)).save(path)
     manager = make(data, stereo_rays_per_batch=24)
     assert "training goes on without it" in " ".join(capsys.readouterr().out.split())
-    assert "stereo" not in manager.train_dataset.metadata
+    assert manager.train_dataset.metadata[FACTS].stereo is None
     wish(manager, 0, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
     assert len(rays) == RAYS
@@ -368,4 +369,4 @@ def test_nerfstudios_own_data_parsers_work_too(make, capture):
     assert isinstance(manager.train_dataset, FewViewDataset)
     wish(manager, 1)
     assert len(manager.next_train(0)[0]) == RAYS + P * P
-    assert len(manager.train_dataset.metadata["train_cameras"]) == len(manager.train_dataset)
+    assert len(manager.train_dataset.metadata[FACTS].cameras) == len(manager.train_dataset)

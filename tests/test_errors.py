@@ -6,7 +6,9 @@ import sys
 import pytest
 
 PREAMBLE = """
-from diffusionerf_ns.errors import InputError, NonFiniteLossError, show_input_errors_plainly
+from ddm_training.errors import InputError
+from diffusionerf_ns.errors import show_input_errors_plainly
+from diffusionerf_ns.gradients import NonFiniteLossError
 """
 
 

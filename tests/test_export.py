@@ -13,8 +13,8 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.trainer import TrainerConfig
 from PIL import Image
 
+from ddm_training.errors import InputError
 from diffusionerf_ns import export
-from diffusionerf_ns.errors import InputError
 
 METRES = 4.0
 DATA = Path(__file__).parent / "data"

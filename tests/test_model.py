@@ -16,12 +16,13 @@ from nerfstudio.configs.method_configs import all_methods
 
 from ddm_training import rgbd
 from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
+from ddm_training.errors import InputError
 from diffusionerf_ns import regularizers
-from diffusionerf_ns.datamanager import StereoBatch
-from diffusionerf_ns.errors import InputError, NonFiniteLossError
 from diffusionerf_ns.geometric_losses import stereo_losses
+from diffusionerf_ns.gradients import NonFiniteLossError
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.stereo_rays import StereoBatch
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
 
@@ -231,7 +232,9 @@ def test_pixel_rays_need_as_many_frusta_as_configured_and_patch_rays_one(folders
     between = batch["patches"].first_ray - RAYS  # rays through matched pixels
     patch_rays = len(rays["rgb"]) - RAYS - between
     assert required[0].tolist() == [asked] * RAYS + [0] * between + [1] * patch_rays
-    counts = pipeline.model.frusta.count(rays["ray_samples_list"][-1].frustums.get_positions().detach())
+    counts = pipeline.model.frusta.count(
+        rays["ray_samples_list"][-1].frustums.get_positions().detach(), near=pipeline.model.collider.bounds[0]
+    )
     assert torch.equal(seen[0][required[0] > 0], counts[required[0] > 0])
     assert len(seen[0][required[0] > 0].unique()) > 1
 

@@ -12,7 +12,9 @@ from model_steps import RAYS, SCORE_ALONE, TERMS_OFF, P, build, set_step, step, 
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import all_methods
 
-from diffusionerf_ns.errors import InputError
+from ddm_training.errors import InputError
+from diffusionerf_ns.bounds import StereoBounds
+from diffusionerf_ns.datamanager import FACTS
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
 
@@ -26,15 +28,15 @@ def test_a_scale_that_is_given_wins(folders):
 
 def test_stereo_puts_the_scene_at_the_depth_that_the_prior_knows(folders):
     pipeline = build(folders)
-    found = pipeline.datamanager.train_dataset.metadata["stereo"]
+    found = pipeline.datamanager.train_dataset.metadata[FACTS].stereo
     # Disparity in metres is that in scene units divided by metres per unit; the prior's median is 0.45.
-    assert found["median_disparity"] / float(pipeline.model.metric_scale) == pytest.approx(0.45)
+    assert found.median_disparity / float(pipeline.model.metric_scale) == pytest.approx(0.45)
 
 
 def test_without_bounds_and_stereo_the_scale_is_read_off_the_rendered_depth(folders):
     options: dict[str, Any] = SCORE_ALONE | {"metric_scale_warmup": 0.2}
     pipeline = build(folders, **options)
-    pipeline.model.metric_scale.fill_(math.nan)
+    pipeline.model.set_metric_scale(math.nan)
     set_step(pipeline, 19)
     assert len(step(pipeline)[0]["rgb"]) == RAYS
     assert pipeline.model.metric_scale.isnan()
@@ -107,13 +109,13 @@ def test_a_scale_given_by_hand_wins_over_that_of_the_run_that_is_resumed(folders
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e4])
 def test_rays_of_a_scene_in_any_unit_hold_what_stereo_found(unit):
     config = all_methods["diffusionerf-tiny"].pipeline.model
-    found = {"near": 2.0 * unit, "far": 7.0 * unit}
+    found = StereoBounds(2.0 * unit, 7.0 * unit, 1.0 / (4.0 * unit), centre=(0.0, 0.0, 0.0), radius=unit)
     assert config.ray_bounds(None, None, found) == pytest.approx((0.6 * 2.0 * unit, 3.0 * 7.0 * unit))
-    assert config.ray_bounds(None, None, {}) == (0.05, 1000.0)
+    assert config.ray_bounds(None, None, None) == (0.05, 1000.0)
     by_hand = dataclasses.replace(config, near_plane=1.5 * unit, far_plane=8.0 * unit)
     assert by_hand.ray_bounds(None, None, found) == pytest.approx((1.5 * unit, 8.0 * unit))
     with pytest.raises(InputError, match=r"begin at .* and end at"):
-        config.ray_bounds(9.0 * unit, 1.0 * unit, {})
+        config.ray_bounds(9.0 * unit, 1.0 * unit, None)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,8 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say_and_end_wh
 ):
     pipeline = build(folders)
     metadata = dict(pipeline.datamanager.train_dataset.metadata)
-    metadata["stereo"] = metadata["stereo"] | {"near": 2.0, "far": 7.0}
+    found = dataclasses.replace(metadata[FACTS].stereo, near=2.0, far=7.0)
+    metadata[FACTS] = dataclasses.replace(metadata[FACTS], stereo=found)
     metadata |= {} if near is None else {"near": near, "far": far}
     model = pipeline.config.model.setup(
         scene_box=pipeline.model.scene_box, num_train_data=4, metadata=metadata, device="cpu"

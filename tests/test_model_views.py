@@ -1,6 +1,7 @@
 """What a model renders: depth in metres, views refined by the prior, what no training view shows filled."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -17,6 +18,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
 
 from diffusionerf_ns import inspection, surfaces, unseen
+from diffusionerf_ns.datamanager import FACTS
 from diffusionerf_ns.refine import ViewRefiner
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
@@ -94,7 +96,8 @@ def test_rays_without_an_optical_axis_have_depth_too(folders):
 def test_depth_is_coloured_over_the_surfaces_that_stereo_found_from_the_first_step(folders, bounds, shown):
     pipeline = build(folders)
     metadata = dict(pipeline.datamanager.train_dataset.metadata) | bounds
-    metadata["stereo"] = metadata["stereo"] | {"near": 2.0, "far": 5.0}
+    found = dataclasses.replace(metadata[FACTS].stereo, near=2.0, far=5.0)
+    metadata[FACTS] = dataclasses.replace(metadata[FACTS], stereo=found)
     model = pipeline.config.model.setup(
         scene_box=pipeline.model.scene_box, num_train_data=4, metadata=metadata, device="cpu"
     )
@@ -115,7 +118,8 @@ def test_depth_is_judged_in_metres_whatever_scale_the_prior_was_given(folders, m
     assert values[0]["depth_rmse"] == pytest.approx(values[1]["depth_rmse"], rel=1e-4)
     z = batch["depth_image"][..., 0]
     units = pipeline.datamanager.train_dataset.metadata["scene_units_per_metre"]
-    metres = outputs["planar_depth"][..., 0] / 3.0 / units
+    norm = camera.generate_rays(camera_indices=0, keep_shape=True).metadata["directions_norm"]
+    metres = (outputs["depth"] / norm)[..., 0] / units
     assert values[1]["depth_abs_rel"] == pytest.approx(float(((metres - z).abs() / z).mean()), rel=1e-4)
 
 
@@ -283,7 +287,7 @@ def test_views_are_not_filled(folders, monkeypatch, reason):
     if reason == "many views":
         monkeypatch.setattr(surfaces, "MAX_VIEWS", 1)
     if reason == "other cameras":
-        pipeline.model.metadata["train_cameras"].camera_type[:1] = CameraType.FISHEYE.value
+        pipeline.model.metadata[FACTS].cameras.camera_type[:1] = CameraType.FISHEYE.value
     if reason == "a viewer beside a training":
         callbacks(pipeline)
         assert "unseen" in view(pipeline), "an evaluation beside a training is filled"

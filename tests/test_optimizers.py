@@ -18,7 +18,7 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.gradients import NonFiniteLossError
 from diffusionerf_ns.optimizers import ExponentialDecayConfig, FusedAdamConfig
 
 

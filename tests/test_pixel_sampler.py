@@ -4,7 +4,7 @@ import pytest
 import torch
 from nerfstudio.data.pixel_samplers import PixelSamplerConfig
 
-from diffusionerf_ns.errors import InputError
+from ddm_training.errors import InputError
 from diffusionerf_ns.pixel_sampler import MaskedPixelSampler
 
 H, W = 12, 20

@@ -15,7 +15,7 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
 from diffusionerf_ns import regularizers
-from diffusionerf_ns.errors import NonFiniteLossError
+from diffusionerf_ns.gradients import NonFiniteLossError
 
 folder, capture, prior = train_commands.folder, train_commands.capture, train_commands.prior  # fixtures
 

@@ -30,6 +30,7 @@ from diffusionerf_ns.datamanager import PatchBatch
 from diffusionerf_ns.inspection import DepthRange
 from diffusionerf_ns.patches import camera_rays, random_rotation, window_directions
 from diffusionerf_ns.prior import PatchPrior
+from diffusionerf_ns.score_loss import JudgedPatch
 
 SIZE = 16
 SPEC = RgbdSpec(patch_size=SIZE, focal=40.0, focal_range=(30.0, 50.0), image_size=(64, 48))
@@ -112,7 +113,7 @@ class Panel:
 
     def __init__(self, server: viser.ViserServer, folder: Path, *, training: bool = True, **changes: Any) -> None:
         values = {"config": make_config(), "step": 7, "last_patch": None, "depth_colours": DepthRange()}
-        values |= {"verdict_tau": 0.1, "tau": 0.05, "metric_scale": torch.tensor(2.0)} | changes
+        values |= {"verdict_tau": 0.1, "tau": 0.05, "metres_per_unit": 2.0} | changes
         self.model, self.server, self.folder = Model(**values), server, folder
         self.lock = threading.Lock()
         self.data = SimpleNamespace(
@@ -285,7 +286,7 @@ def test_a_finished_run_has_no_controls_of_training(server, tmp_path):
     assert eventually(lambda: panel.model.verdict_tau == 0.4)
 
 
-def patch(pose: torch.Tensor, offset: tuple[float, float] = (24.0, 16.0)) -> ours.LastPatch:
+def patch(pose: torch.Tensor, offset: tuple[float, float] = (24.0, 16.0)) -> JudgedPatch:
     directions = window_directions(SIZE, 40.0, offset, (64, 48))
     rays = camera_rays(directions.to(pose), pose, 40.0, camera=0)
     before = camera_rays(torch.rand(3, 3, 3), torch.eye(3, 4), 40.0, camera=0)
@@ -301,7 +302,7 @@ def patch(pose: torch.Tensor, offset: tuple[float, float] = (24.0, 16.0)) -> our
     batch = PatchBatch(first_ray=9, size=SIZE, rgb=[None], cameras=[0], poses=[pose])
     z = torch.full((1, SIZE, SIZE), 3.0)
     x = rgbd.encode(torch.rand(1, 3, SIZE, SIZE), z)
-    return ours.LastPatch.of(samples, batch, x, torch.ones_like(x), 0.1)
+    return JudgedPatch.of(samples, batch, x, torch.ones_like(x), 0.1)
 
 
 def some_pose() -> torch.Tensor:

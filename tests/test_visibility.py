@@ -68,27 +68,27 @@ def test_counts_equal_those_of_a_plain_loop_also_behind_the_cameras_and_nearer_t
     assert behind > 100
     assert too_near > 100
     assert len(set(expected)) >= 4, "the test sees many counts"
-    assert TrainingFrusta(cameras, NEAR).count(points).tolist() == expected
+    assert TrainingFrusta(cameras).count(points, near=NEAR).tolist() == expected
 
 
 def test_counts_keep_the_batch_shape_and_are_integers():
-    frusta = TrainingFrusta(random_cameras(3, torch.Generator().manual_seed(1)), NEAR)
+    frusta = TrainingFrusta(random_cameras(3, torch.Generator().manual_seed(1)))
     points = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    counts = frusta.count(points)
+    counts = frusta.count(points, near=NEAR)
     assert counts.shape == (7, 5)
     assert counts.dtype == torch.int64
-    assert torch.equal(counts.reshape(-1), frusta.count(points.reshape(-1, 3)))
+    assert torch.equal(counts.reshape(-1), frusta.count(points.reshape(-1, 3), near=NEAR))
     assert len(frusta) == 3
 
 
 def test_points_just_inside_the_corner_pixels_are_seen_and_just_outside_are_not():
     cameras = random_cameras(1, torch.Generator().manual_seed(3))
-    frusta = TrainingFrusta(cameras, NEAR)
+    frusta = TrainingFrusta(cameras)
     height, width = float(cameras.height[0]), float(cameras.width[0])
     for margin, expected in ((0.05, 1), (-0.05, 0)):
         corners = [(v, u) for v in (margin, height - margin) for u in (margin, width - margin)]
         rays = cameras.generate_rays(torch.zeros(4, 1, dtype=torch.int64), coords=torch.tensor(corners))
-        assert frusta.count(rays.origins + 3.0 * rays.directions).tolist() == [expected] * 4
+        assert frusta.count(rays.origins + 3.0 * rays.directions, near=NEAR).tolist() == [expected] * 4
 
 
 LENS = [-0.1, 0.02, 0.01, -0.01, 0.01, -0.02]
@@ -105,9 +105,9 @@ def lens_cameras(count: int, seed: int) -> Cameras:
 def test_a_frustum_behind_a_lens_ends_where_the_image_does():
     """nerfstudio's rays through the image's border go through what a lens makes of the frustum."""
     cameras = lens_cameras(1, seed=3)
-    frusta = TrainingFrusta(cameras, NEAR)
+    frusta = TrainingFrusta(cameras)
     cameras.distortion_params, lens = None, cameras.distortion_params
-    pinhole = TrainingFrusta(cameras, NEAR)
+    pinhole = TrainingFrusta(cameras)
     cameras.distortion_params = lens
     height, width = float(cameras.height[0]), float(cameras.width[0])
     along = torch.linspace(0.0, 1.0, 11)[:, None]
@@ -117,9 +117,9 @@ def test_a_frustum_behind_a_lens_ends_where_the_image_does():
         coords = torch.cat([a + along * (b - a) for a, b in itertools.pairwise(ends)])
         rays = cameras.generate_rays(torch.zeros(len(coords), 1, dtype=torch.int64), coords=coords)
         points = rays.origins + 3.0 * rays.directions
-        assert frusta.count(points).tolist() == [expected] * len(coords)
+        assert frusta.count(points, near=NEAR).tolist() == [expected] * len(coords)
         if expected == 0:
-            assert pinhole.count(points).any(), "without the lens some of them would be seen"
+            assert pinhole.count(points, near=NEAR).any(), "without the lens some of them would be seen"
 
 
 @pytest.mark.parametrize("lens", [[-0.15, 0.0, 0.0, 0.0, 0.0, 0.0], [-0.25, 0.0, 0.0, 0.0, 0.0, 0.0]])
@@ -135,9 +135,9 @@ def test_what_a_lens_folds_back_into_the_image_is_not_seen(lens, focal):
     folded = ((pixel > 0) & (pixel < torch.tensor([1000.0, 750.0]))).all(dim=-1)
     assert folded.sum() > 50
     points = torch.cat([slope, torch.full_like(slope[..., :1], -1.0)], dim=-1)
-    assert not TrainingFrusta(cameras, near=0.1).count(points).any()
+    assert not TrainingFrusta(cameras).count(points, near=0.1).any()
     ahead = torch.tensor([[0.0, 0.0, -1.0], [0.3, 0.2, -1.0]])
-    assert TrainingFrusta(cameras, near=0.1).count(ahead).tolist() == [1, 1]
+    assert TrainingFrusta(cameras).count(ahead, near=0.1).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("lens", [False, True])
@@ -173,19 +173,19 @@ def test_distortion_undoes_what_nerfstudio_undistorts():
 def test_near_is_a_planar_depth():
     """At the image's corner a point may be further away than near, and still lie before the near plane."""
     cameras = Cameras(torch.eye(3, 4)[None], fx=50.0, fy=50.0, cx=50.0, cy=50.0, width=100, height=100)
-    frusta = TrainingFrusta(cameras, near=1.0)
+    frusta = TrainingFrusta(cameras)
     points = torch.tensor([[0.9, 0.9, -0.99], [0.9, 0.9, -1.01]])
     assert points.norm(dim=-1).min() > 1.5
-    assert frusta.count(points).tolist() == [0, 1]
+    assert frusta.count(points, near=1.0).tolist() == [0, 1]
 
 
 def test_frusta_leave_nothing_in_a_checkpoint():
-    assert not TrainingFrusta(random_cameras(2, torch.Generator().manual_seed(4)), NEAR).state_dict()
+    assert not TrainingFrusta(random_cameras(2, torch.Generator().manual_seed(4))).state_dict()
 
 
 def test_points_of_another_dimension_raise():
-    frusta = TrainingFrusta(random_cameras(1, torch.Generator().manual_seed(5)), NEAR)
+    frusta = TrainingFrusta(random_cameras(1, torch.Generator().manual_seed(5)))
     with pytest.raises(TypeCheckError):
-        frusta.count(torch.zeros(4, 2))
+        frusta.count(torch.zeros(4, 2), near=NEAR)
     with pytest.raises(TypeCheckError):
-        frusta.count(torch.zeros(4, 3, dtype=torch.int64))
+        frusta.count(torch.zeros(4, 3, dtype=torch.int64), near=NEAR)

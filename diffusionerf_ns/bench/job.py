@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from ddm_training.errors import InputError
 from diffusionerf_ns.bench.jobs import config_hash, describe, prior_hash, training_hash
 from diffusionerf_ns.bench.pictures import save_pictures
 from diffusionerf_ns.bench.results import CHECKPOINTS, FORMAT, RESULT_FILE, same_training, write_json
-from diffusionerf_ns.lpips import LpipsNetworks
+from diffusionerf_ns.lpips import LpipsNetworks, no_lpips_download
 from diffusionerf_ns.metrics import ProtocolName, evaluate_depth, evaluate_image, has_known_depth, summarise
 
 if TYPE_CHECKING:
@@ -193,8 +192,7 @@ def make_trainer(
     if weights is not None:
         config.load_dir = trainer.base_dir / CHECKPOINTS
         shutil.copytree(weights, config.load_dir)
-    # nerfacto would fetch LPIPS weights when it is built; `metrics` makes LPIPS when it is wanted.
-    with mock.patch("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", return_value=None):
+    with no_lpips_download():  # also of nerfacto itself
         trainer.setup(test_mode="val")
     return trainer
 
