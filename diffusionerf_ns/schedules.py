@@ -11,7 +11,9 @@ def fraction(step: int, total_steps: int) -> float:
 
 
 def linear(x: float, x0: float, x1: float, y0: float, y1: float) -> float:
-    """y0 for x <= x0, y1 for x >= x1, the straight line between; a jump at x0 where x1 <= x0."""
+    """y0 for x <= x0, y1 for x >= x1, the straight line between; where x1 <= x0, y0 before x0 and y1 from it on."""
+    if x1 <= x0:
+        return y1 if x >= x0 else y0
     if x <= x0:
         return y0
     if x >= x1:
@@ -32,11 +34,7 @@ def ramp(step: int, total_steps: int, *, start: float, end: float) -> float:
 
     Paper: the distortion term rises from step 3,000 to 8,000 of 10,000.
     """
-    return (
-        linear(fraction(step, total_steps), start, end, 0.0, 1.0)
-        if end > start
-        else float(fraction(step, total_steps) >= start)
-    )
+    return linear(fraction(step, total_steps), start, end, 0.0, 1.0)
 
 
 def boost(step: int, *, steps: int, after: float) -> float:
@@ -46,8 +44,4 @@ def boost(step: int, *, steps: int, after: float) -> float:
 
 def fade_out(step: int, total_steps: int, *, start: float, end: float, final: float) -> float:
     """1 until the fraction ``start`` of the run, then falling linearly to ``final`` at ``end``."""
-    return (
-        linear(fraction(step, total_steps), start, end, 1.0, final)
-        if end > start
-        else (1.0 if fraction(step, total_steps) < start else final)
-    )
+    return linear(fraction(step, total_steps), start, end, 1.0, final)

@@ -122,8 +122,7 @@ def test_training_images_become_transparent_and_test_images_stay_as_they_are(fol
 
 def test_what_is_transparent_has_no_depth(folders, capture):
     manager = build(folders, data=capture).datamanager
-    assert manager._matched is not None
-    for view, (column, row) in zip(manager._matched.view, manager._matched.pixel):
+    for view, (column, row) in zip(manager.stereo_rays.matched.view, manager.stereo_rays.matched.pixel):
         assert manager.train_dataset.get_numpy_image(int(view))[int(row), int(column), 3] == 255
 
 
