@@ -1,0 +1,46 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write or replace a file in one step: a reader meets the old one, none, or the new one, also after a power cut.
+
+    Yields the path of a part file beside it, not there yet, which is to be written and closed. Then that is flushed to
+    the disk and renamed; where anything is raised, it is removed and the old file stays. Writers at the same time have
+    a part file each, and the last to end wins. A killed one leaves ``.<name>.<random>.part`` behind.
+
+    Args:
+        path: of the file; its folder is made when absent. A link is replaced, not what it leads to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what was raised matters more
+            part.unlink()
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write or replace a file with ``content``; see `replacing`."""
+    with replacing(path) as part:
+        if isinstance(content, str):
+            part.write_text(content)
+        else:
+            part.write_bytes(content)
