@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ddm_training.errors import InputError
+from ddm_training.files import replacing, write_whole
 from ddm_training.http_ranges import NotFoundError, RangeClient, RemoteError, RetryPolicy
 from ddm_training.hypersim_split import PublicScene, read_split_csv, select_scenes
 from ddm_training.manifest import Manifest, exclusive
@@ -220,10 +221,9 @@ class Download:
         """`ddm hypersim prepare` looks for it beside the scenes."""
         target = self.config.output / SPLIT_FILE
         if self.config.split_csv is not None and not target.exists():
-            part = target.with_name(f"{SPLIT_FILE}.part")
             try:
-                shutil.copyfile(self.config.split_csv, part)
-                part.replace(target)
+                with replacing(target) as part:
+                    shutil.copyfile(self.config.split_csv, part)
             except OSError as error:
                 raise InputError(f"cannot write {target}: {error.strerror}.") from error
 
@@ -314,12 +314,11 @@ class Download:
             "incomplete_frames": {p.scene.name: p.incomplete for p in self.plans.values() if p.incomplete},
             "failed_scenes": self.failed,
         }
-        part = self.config.output / f"{REPORT}.part"
+        path = self.config.output / REPORT
         try:
-            part.write_text(json.dumps(report, indent=2) + "\n")
-            part.replace(self.config.output / REPORT)
+            write_whole(path, json.dumps(report, indent=2) + "\n")
         except OSError as error:  # on a full disk; the error that stopped the run matters more
-            print(f"cannot write {part}: {error.strerror}.")
+            print(f"cannot write {path}: {error.strerror}.")
         for scene, frames in report["incomplete_frames"].items():
             print(
                 f"{scene}: {len(frames)} public frames are incomplete in the archive and left out, first {frames[0]}."

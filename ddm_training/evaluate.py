@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 from ddm_training.frames import Split
 from ddm_training.unet import add_noise, predict_clean
 
@@ -168,8 +169,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             result["priors"][name]["samples"] = measured
             plot_histograms(config.output_dir / f"histograms-{name}.png", samples, real)
     plot_denoising(config.output_dir / "denoising.png", result)
-    (config.output_dir / "evaluation.md").write_text(tables(result) + "\n")
-    (config.output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(config.output_dir / "evaluation.md", tables(result) + "\n")
+    write_whole(config.output_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -1,7 +1,6 @@
 """What a training tells: one JSON line per tick, TensorBoard, a progress bar where a person watches."""
 
 import json
-import os
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,9 +48,7 @@ def truncate_log(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(part, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 class Journal:

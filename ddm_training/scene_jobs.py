@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 from ddm_training.frames import SceneWriter, Split, read_scene_info
 from ddm_training.jobs import EngineConfig, run_jobs
 from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame
@@ -157,7 +158,7 @@ def prepare(
             f"the disk of {store} is full ({shutil.disk_usage(store).free / 1e9:.2f} GB free): free some space and run "
             f"the same command again; the {len(results)} whole scenes are kept."
         ) from full
-    (store / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    write_whole(store / REPORT_FILE, json.dumps(report, indent=2) + "\n")
     if failed:
         name, why = next(iter(failed.items()))
         raise InputError(
@@ -186,9 +187,7 @@ def _check_options(path: Path, options: dict[str, Any]) -> None:
         if differs:
             what = "; ".join(f"{k} was {begun.get(k)}, is now {options.get(k)}" for k in differs)
             raise InputError(f"{path.parent} was begun with other options ({what}): use those, or another --output.")
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(options, indent=2) + "\n")
-    part.rename(path)
+    write_whole(path, json.dumps(options, indent=2) + "\n")
 
 
 def _progress(outcomes: Any, command: str, total: int) -> Any:

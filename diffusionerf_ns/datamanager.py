@@ -21,6 +21,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 from ddm_training.rgbd import RgbdSpec
 from diffusionerf_ns import completion, patches, refine, stereo
 from diffusionerf_ns.agreement import can_complete_together, complete_together
@@ -288,9 +289,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:
-            folder = Path(trainer.base_dir)
-            folder.mkdir(parents=True, exist_ok=True)  # ns-train has made it; a script of someone's own may not have
-            (folder / "split.json").write_text(json.dumps(split, indent=2) + "\n")
+            write_whole(Path(trainer.base_dir) / "split.json", json.dumps(split, indent=2) + "\n")
         return []
 
     def next_train(self, step: int) -> tuple[RayBundle, dict[str, Any]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddm_training.errors import InputError, ends_plainly
+from ddm_training.files import write_whole
 
 ROOM_SEED = 7
 TITLES = {"photometric": "without regularisation (photometric)", "default": "as it is meant to be"}
@@ -228,7 +229,7 @@ def write_markdown(path: Path, rows: list[Any]) -> None:
         "|---" * (len(rows) + 1) + "|",
         *("| " + " | ".join(cells) + " |" for cells in table_rows(rows)),
     ]
-    path.write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def show(rows: list[Any], sheet: Path) -> None:

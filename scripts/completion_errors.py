@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddm_training.files import write_whole
 from diffusionerf_ns import completion, stereo
 from diffusionerf_ns.agreement import complete_together
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
@@ -119,7 +120,7 @@ def main() -> None:
         absrel = "no true depth" if unknown[0] is None else " / ".join(f"{x:.3f}" for x in unknown)
         lines.append(f"| {capture.name} | {share:.2f} | {absrel} | {' / '.join(f'{x:.3f}' for x in left_out)} |")
         print(lines[-1])
-    (ROOT / "docs" / "figures" / "completion.md").write_text("\n".join(lines) + "\n")
+    write_whole(ROOT / "docs" / "figures" / "completion.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

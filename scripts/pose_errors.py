@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from ddm_training.files import write_whole
 from ddm_training.transforms import FILE
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import read_transforms
@@ -93,7 +94,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     lines.append(compare(capture, count, known_focal, Path(folder)))
                 print(lines[-1], flush=True)
-    (ROOT / "docs" / "figures" / "poses.md").write_text("\n".join(lines) + "\n")
+    write_whole(ROOT / "docs" / "figures" / "poses.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

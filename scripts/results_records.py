@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 from diffusionerf_ns.bench.jobs import Job
 from diffusionerf_ns.bench.results import (
     FORMAT,
@@ -22,7 +23,6 @@ from diffusionerf_ns.bench.results import (
     merge_entries,
     read_entries,
     write_json,
-    write_text,
 )
 
 LEFT_OUT: dict[str, Any] = {"pictures": [], "curve": [], "config": {}}
@@ -65,7 +65,7 @@ def pack(folder: Path, file: Path) -> int:
     """Write the records of a results folder into a file, in place of those of the same jobs. Returns how many."""
     found = {entry.job.name: record_of(result) for entry in read_entries(folder) if (result := entry.result())}
     records = (read_records(file) if file.is_file() else {}) | found
-    write_text(file, "".join(json.dumps(records[name]) + "\n" for name in sorted(records)))
+    write_whole(file, "".join(json.dumps(records[name]) + "\n" for name in sorted(records)))
     return len(found)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 from diffusionerf_ns.bench.results import read_entries
 from diffusionerf_ns.bench.table import Mean, over_scenes
 from diffusionerf_ns.bench.variants import VARIANTS
@@ -162,7 +163,7 @@ def main() -> None:
     more = [summary(found) for views in others if (found := read_runs(folder, views))]
     if more:
         more = ["Other numbers of views:", "", *more]
-    (ROOT / "docs" / "figures" / "bench.md").write_text(short)
+    write_whole(ROOT / "docs" / "figures" / "bench.md", short)
     tables = (folder / "table.md").read_text().removeprefix("# Results\n").strip()
     text = [
         "# Results",
@@ -188,7 +189,7 @@ def main() -> None:
         "",
         *sheets(folder),
     ]
-    (ROOT / "docs" / "results.md").write_text("\n".join(text).rstrip() + "\n")
+    write_whole(ROOT / "docs" / "results.md", "\n".join(text).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_a_disk_that_fills_while_the_manifest_is_written_loses_no_member(
 
     def full(file: int) -> None:
         calls.append(file)
-        if len(calls) == 6:  # each member flushes its file, then the manifest
+        if len(calls) == 7:  # after the split file each member flushes its file, then the manifest
             raise OSError(28, "No space left on device")
         real(file)
 

@@ -28,11 +28,16 @@ def test_a_file_is_written_as_given_also_into_a_new_folder(tmp_path, content, st
 def test_a_writer_that_raises_leaves_the_old_file_and_no_part(tmp_path, error, written):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as part:
-        if written:
-            part.write_text("half of the n")
-            assert names(tmp_path) == [part.name, "file.txt"]
-        raise error
+
+    def write() -> None:
+        with replacing(path) as part:
+            if written:
+                part.write_text("half of the n")
+                assert names(tmp_path) == [part.name, "file.txt"]
+            raise error
+
+    with pytest.raises(error):
+        write()
     assert names(tmp_path) == ["file.txt"]
     assert path.read_text() == "old"
 

@@ -34,7 +34,7 @@ def ended(monkeypatch) -> list[bool]:
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        ("ddm_training.progress.os.replace", "log.jsonl"),
+        ("ddm_training.files.os.replace", "log.jsonl"),
         ("torch.utils.tensorboard.SummaryWriter.__init__", "tensorboard"),
         ("torch.utils.tensorboard.SummaryWriter.add_scalar", "tensorboard"),
         ("torch.utils.tensorboard.SummaryWriter.close", "tensorboard"),

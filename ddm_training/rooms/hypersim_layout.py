@@ -15,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from ddm_training.errors import InputError
+from ddm_training.files import replacing
 from ddm_training.frames import Split
 from ddm_training.hypersim import CAMERA_FILE, SPLIT_FILE, tone_map
 from ddm_training.rooms.cameras import room_with_random_cameras
@@ -162,7 +163,5 @@ def write_metadata(root: Path, jobs: Sequence[HypersimRoomJob]) -> None:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
-    part.rename(path)

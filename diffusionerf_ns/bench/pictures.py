@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from ddm_training.files import replacing
+
 if TYPE_CHECKING:
     from diffusionerf_ns.bench.job import TestImage
 
@@ -165,7 +167,5 @@ def _draw(path: Path, caption: str, lines: list[tuple[str, list[Image.Image | No
             if cell is not None:
                 resized = cell.resize((CELL_WIDTH, height), Image.Resampling.LANCZOS)
                 sheet.paste(resized, (MARGIN + column * (CELL_WIDTH + MARGIN), top + TEXT_HEIGHT))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.png")
-    sheet.save(part)
-    part.replace(path)
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddm_training.errors import InputError
+from ddm_training.files import write_whole
 from diffusionerf_ns.bench.jobs import Job
 
 FORMAT = "diffusionerf-bench-1"
@@ -74,20 +75,9 @@ def none_held_out(result: Mapping[str, Any]) -> bool:
     return split is not None and split["test"] == split["train"]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader meets the old one, none, or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as `write_text` does."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """Write a JSON file as `write_whole` does."""
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

@@ -9,8 +9,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from ddm_training.errors import InputError
+from ddm_training.files import replacing, write_whole
 from diffusionerf_ns.bench.peers import PEER_SCENES, Peer, read_peers
-from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries, write_text
+from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
 from diffusionerf_ns.bench.variants import VARIANTS
 
 # Name in result files -> heading and decimals; the order is that of the columns.
@@ -163,8 +164,8 @@ def write_tables(results: Path, output: Path) -> str:
     peers = read_peers()
     text = _markdown(settings, peers, entries, [result for _, result in done])
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "table.md", text)
-    write_text(output / "times.md", _times([result for _, result in done]))
+    write_whole(output / "table.md", text)
+    write_whole(output / "times.md", _times([result for _, result in done]))
     _write_csv(output / "table.csv", _table_rows(settings, peers))
     _write_csv(output / "jobs.csv", _job_rows(done))
     return text
@@ -374,9 +375,7 @@ def _job_rows(done: Sequence[tuple[Entry, dict[str, Any]]]) -> list[dict[str, An
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", newline="") as file:
+    with replacing(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
