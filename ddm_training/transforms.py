@@ -1,20 +1,25 @@
-"""Writing a few-view capture with true depth as nerfstudio reads it: `transforms.json`, `images` and `depth`.
+"""Writing captures as nerfstudio reads them: `transforms.json`, `images` and, where it is known, `depth`.
 
-Poses are camera-to-world in OpenGL axes (right, up, backward), metres. Depth files are 16-bit PNG in millimetres of
-planar z (nerfstudio's default unit), 0 where there is none. Intrinsics count the centre of the first pixel as
-(0.5, 0.5).
+Poses are camera-to-world in OpenGL axes (right, up, backward), metres where there is depth. Depth files are 16-bit PNG
+in millimetres of planar z (nerfstudio's default unit), 0 where there is none. Intrinsics count the centre of the first
+pixel as (0.5, 0.5).
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
+from ddm_training.files import write_whole
+
 FILE = "transforms.json"
+MADE_BY = {"made_by": "diffusionerf-poses"}  # in captures of photographs whose poses were searched for
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")  # in the order of nerfstudio's cameras
+MAX_MILLIMETRES = 65_535  # that 16 bits hold
 CaptureView = tuple[
     str,
     str,
@@ -26,6 +31,41 @@ CaptureView = tuple[
 and pose."""
 
 
+def depth_millimetres(z: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:
+    """Metres to whole millimetres, rounded in the precision of ``z``; 0 of what is not finite, or beyond 65.535 m."""
+    rounded = np.rint(1000.0 * z)
+    return np.where((rounded > 0) & (rounded <= MAX_MILLIMETRES), rounded, 0).astype(np.uint16)
+
+
+def write_transforms(folder: Path, frames: Sequence[dict[str, Any]], more: dict[str, Any]) -> None:
+    """Write or replace a capture's `transforms.json`, whole or not at all.
+
+    Args:
+        folder: of the capture; made when absent.
+        frames: as nerfstudio reads them.
+        more: further entries, which come before the frames.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {"camera_model": "OPENCV", **more, "frames": frames}
+    write_whole(folder / FILE, json.dumps(content, indent=2) + "\n")
+
+
+def content_made_here(capture: Path) -> dict[str, Any] | None:
+    """Of a capture's `transforms.json`; None where it cannot be read, or `diffusionerf-poses` did not write it."""
+    try:
+        content = json.loads((capture / FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and MADE_BY.items() <= content.items() else None
+
+
+def is_made_here(capture: Path) -> bool:
+    """Whether a folder is a capture that `diffusionerf-poses` wrote, of whatever photographs."""
+    return content_made_here(capture) is not None
+
+
 def write_views(
     folder: Path,
     views: Iterable[CaptureView],
@@ -33,7 +73,7 @@ def write_views(
     size: tuple[int, int],
     more: dict[str, Any],
 ) -> int:
-    """Write the views, one at a time, and last of all `transforms.json`; returns their number.
+    """Write views with true depth, one at a time, and last of all `transforms.json`; returns their number.
 
     Args:
         folder: of the capture.
@@ -49,8 +89,7 @@ def write_views(
     for kind, name, color, depth, pose in views:
         file = f"{kind}_{name}.png"
         Image.fromarray(color).save(folder / "images" / file)
-        millimetres = np.rint(np.where(np.isfinite(depth), 1000.0 * depth, 0.0)).clip(0, 65535).astype(np.uint16)
-        Image.fromarray(millimetres).save(folder / "depth" / file)
+        Image.fromarray(depth_millimetres(depth)).save(folder / "depth" / file)
         frames.append(
             {
                 "file_path": f"images/{file}",
@@ -59,17 +98,13 @@ def write_views(
             }
         )
         lists[kind].append(f"images/{file}")
-    content = {
-        "camera_model": "OPENCV",
+    common = {
         **dict(zip(("fl_x", "fl_y", "cx", "cy"), intrinsics)),
         **dict(zip(("w", "h"), size)),
         **more,
         "train_filenames": lists["train"],
         "val_filenames": lists["test"],
         "test_filenames": lists["test"],
-        "frames": frames,
     }
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.rename(folder / FILE)
+    write_transforms(folder, frames, common)
     return len(frames)

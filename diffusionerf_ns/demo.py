@@ -103,8 +103,9 @@ def find_capture(data: Path, folder: Path) -> Path:
     Raises:
         InputError: photographs that cannot be read or placed, or a folder that holds something else.
     """
+    from ddm_training.transforms import is_made_here
     from diffusionerf_ns.dataparsers.few_view import is_photographs
-    from diffusionerf_ns.pose_search import find_poses, holds_something, is_made_here, was_made_of
+    from diffusionerf_ns.pose_search import find_poses, holds_something, was_made_of
 
     if not is_photographs(data):
         return data

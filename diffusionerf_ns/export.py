@@ -10,23 +10,19 @@ Depth is planar (along the optical axis), and depth and camera positions share o
 both: X = R (u z, -v z, -z) + t for a pixel at u = (column + .5 - cx) / fx, v = (row + .5 - cy) / fy.
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Float, UInt16
+from jaxtyping import Float
 
 from ddm_training.errors import InputError, ends_plainly
-from ddm_training.transforms import FILE
+from ddm_training.transforms import DISTORTION, MAX_MILLIMETRES, depth_millimetres, write_transforms
 
 if TYPE_CHECKING:
     from nerfstudio.cameras.cameras import Cameras
-
-MAX_MILLIMETRES = 65_535
-_DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +73,7 @@ class ExportDepthConfig:
             self.output_dir,
             frames,
             {
+                "depth_unit_scale_factor": 1e-3,
                 "metres_per_scene_unit": scale,
                 "metres_from": source,
                 "depth_kind": self.depth,
@@ -159,19 +156,13 @@ def reduced(cameras: "Cameras", divisor: float) -> "Cameras":
     )
 
 
-def millimetres(z: Float[np.ndarray, "h w"]) -> UInt16[np.ndarray, "h w"]:
-    """Metres to whole millimetres; 0 where z is 0, not finite or more than 16 bits hold."""
-    rounded = np.rint(np.nan_to_num(z.astype(np.float64), nan=0.0, posinf=np.inf) * 1000.0)
-    return np.where((rounded > 0) & (rounded <= MAX_MILLIMETRES), rounded, 0).astype(np.uint16)
-
-
 def write_depth(folder: Path, name: str, z: Float[np.ndarray, "h w"]) -> int:
     """Write the PNG and the NPY of one image; gives the number of pixels too far away for the PNG."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / f"{name}.npy", z.astype(np.float32))
-    stored = millimetres(z)
+    stored = depth_millimetres(z.astype(np.float64))
     Image.fromarray(stored).save(folder / f"{name}.png")
     return int(((stored == 0) & (z > 0.001)).sum())
 
@@ -192,15 +183,8 @@ def frame_of(camera: "Cameras", name: str, scale: float) -> dict[str, Any]:
         "h": int(camera.height[0]),
     }
     if camera.distortion_params is not None:
-        frame |= dict(zip(_DISTORTION, map(float, camera.distortion_params[0])))
+        frame |= dict(zip(DISTORTION, map(float, camera.distortion_params[0])))
     return frame
-
-
-def write_transforms(folder: Path, frames: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write `transforms.json`; depth is in millimetres there, as nerfstudio expects by default."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"camera_model": "OPENCV", "depth_unit_scale_factor": 1e-3} | about | {"frames": frames}
-    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -8,7 +8,6 @@ Layout of what is written::
                                  photographs were ("made_of"), which tells them from others of the same names
 """
 
-import json
 import math
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from ddm_training.errors import InputError, ends_plainly
-from ddm_training.transforms import FILE
+from ddm_training.transforms import FILE, MADE_BY, content_made_here, write_transforms
 from diffusionerf_ns import structure_from_motion
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.photographs import (
@@ -37,7 +36,6 @@ from diffusionerf_ns.photographs import (
 )
 from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
 
-MADE_BY = {"made_by": "diffusionerf-poses"}
 FILM_DIAGONAL = 43.27  # millimetres of 35 mm film: what lenses are compared by
 FAR_FOCAL = 1.4  # ratio of what was found and what was known, from which on one of them is wrong
 FEW_POINTS = 50  # that an image sees, below which its pose is in doubt
@@ -157,9 +155,8 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
         place = next(folder for folder in (output, *output.parents) if folder.exists())
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=place))
         made_of = fingerprints(sources)
-        posed, frames = _pose_all(sources, part / "images", cameras, focal_35mm)
-        content = {"camera_model": "OPENCV", **MADE_BY, "made_of": made_of, **frames}
-        (part / FILE).write_text(json.dumps(content, indent=2) + "\n")
+        posed, frames, oriented = _pose_all(sources, part / "images", cameras, focal_35mm)
+        write_transforms(part, frames, {**MADE_BY, "made_of": made_of, **oriented})
         output.mkdir(parents=True, exist_ok=True)
         for name in ("images", FILE):
             (part / name).rename(output / name)
@@ -173,8 +170,8 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
 
 def _pose_all(
     sources: Sequence[Path], folder: Path, cameras: Cameras, focal_35mm: float | None
-) -> tuple[Posed, dict[str, Any]]:
-    """What was found, and the frames of `transforms.json` with how they are oriented; images go to ``folder``."""
+) -> tuple[Posed, list[dict[str, Any]], dict[str, str]]:
+    """What was found, and the frames of `transforms.json` and how they are oriented; images go to ``folder``."""
     focals = write_images(sources, folder)
     names = tuple(focals)
     (width, height), turned = one_size(folder, names)
@@ -194,7 +191,7 @@ def _pose_all(
         known_focal=float(np.mean(known)) / diagonal if len(known) == len(model.images) else None,
         longest=max(width, height),
     )
-    return posed, frames_of(model, turned)
+    return posed, *frames_of(model, turned)
 
 
 def _best_model(images: Path, names: list[str], cameras: Cameras, focal: float | None) -> Model:
@@ -222,8 +219,10 @@ def _best_model(images: Path, names: list[str], cameras: Cameras, focal: float |
     return best
 
 
-def frames_of(model: Model, turned: Sequence[str] = ()) -> dict[str, Any]:
+def frames_of(model: Model, turned: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Frames of `transforms.json`: camera-to-world in OpenGL axes (right, up, back), intrinsics in pixels.
+
+    Beside them, what the file says of how they are oriented.
 
     Args:
         model: of which the images are.
@@ -244,7 +243,7 @@ def frames_of(model: Model, turned: Sequence[str] = ()) -> dict[str, Any]:
         intrinsics = {"fl_x": image.focal, "fl_y": image.focal, "k1": image.distortion}
         intrinsics |= dict(zip(("cx", "cy", "w", "h"), (*image.principal, *image.size)))
         frames.append({"file_path": f"images/{image.name}", "transform_matrix": pose.tolist(), **intrinsics})
-    return {**oriented, "frames": frames}
+    return frames, oriented
 
 
 def turn_to_z(up: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
@@ -261,18 +260,13 @@ def holds_something(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir()))
 
 
-def is_made_here(capture: Path) -> bool:
-    """Whether a folder is a capture that `find_poses` wrote, of whatever photographs."""
-    return _content_made_here(capture) is not None
-
-
 def was_made_of(capture: Path, data: Path) -> bool:
     """Whether a folder is a whole capture that `find_poses` wrote of just these photographs.
 
     They are told by names and contents; copies among them do not count. Captures of versions that did not keep those,
     or that placed copies, count as made of others.
     """
-    content = _content_made_here(capture)
+    content = content_made_here(capture)
     if content is None:
         return False
     try:
@@ -282,15 +276,6 @@ def was_made_of(capture: Path, data: Path) -> bool:
         return content.get("made_of") == fingerprints(sources)
     except (InputError, OSError):
         return False
-
-
-def _content_made_here(capture: Path) -> dict[str, Any] | None:
-    """Of `transforms.json`; None where it cannot be read, or `find_poses` did not write it."""
-    try:
-        content = json.loads((capture / FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and MADE_BY.items() <= content.items() else None
 
 
 def main(args: list[str] | None = None) -> None:

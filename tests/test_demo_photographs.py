@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ddm_training.errors import InputError
+from ddm_training.transforms import is_made_here
 from diffusionerf_ns import demo, pose_search
 
 
@@ -89,5 +90,5 @@ def test_captures_are_of_other_photographs_where_images_or_contents_are_not_know
     (earlier / "transforms.json").write_text(json.dumps(content))
     (damaged / "images" / "1.png").unlink()
     for folder in (earlier, damaged):
-        assert pose_search.is_made_here(folder)
+        assert is_made_here(folder)
         assert not pose_search.was_made_of(folder, taken[0])

@@ -170,11 +170,6 @@ def test_a_config_that_is_not_there_is_named(tmp_path, capsys):
     assert "no.yml" in capsys.readouterr().err
 
 
-def test_millimetres_are_rounded_and_zero_where_they_do_not_fit():
-    z = np.array([[0.0, 0.0004, 0.0006, 1.2344, 65.535, 65.536, np.nan, np.inf]], np.float32)
-    assert export.millimetres(z).tolist() == [[0, 0, 1, 1234, 65535, 0, 0, 0]]
-
-
 def test_pixels_too_far_for_the_png_are_counted_and_kept_in_the_npy(tmp_path):
     z = np.array([[1.0, 100.0, 0.0]], np.float32)
     assert export.write_depth(tmp_path, "a", z) == 1

@@ -47,11 +47,11 @@ def test_a_scene_of_turned_photographs_alone_stands_upright():
     rotation = ((0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0))  # right is down in the world
     image = corner.placed("a.png", rotation)
     model = structure_from_motion.Model(images=(image,), points=99, error=0.1)
-    content = pose_search.frames_of(model, turned=["a.png"])
-    assert content["orientation_override"] == "none"
-    pose = np.array(content["frames"][0]["transform_matrix"])
+    frames, oriented = pose_search.frames_of(model, turned=["a.png"])
+    assert oriented == {"orientation_override": "none"}
+    pose = np.array(frames[0]["transform_matrix"])
     assert pose[:3, 0] == pytest.approx([0.0, 0.0, -1.0])  # its right is down
-    assert "orientation_override" not in pose_search.frames_of(model)
+    assert pose_search.frames_of(model)[1] == {}
 
 
 def test_turn_to_z_is_the_smallest_rotation():

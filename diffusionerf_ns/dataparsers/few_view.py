@@ -7,13 +7,13 @@ from typing import Literal
 
 from ddm_training.errors import InputError
 from ddm_training.transforms import FILE as TRANSFORMS_FILE
+from ddm_training.transforms import is_made_here
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu, is_within_scan
 from diffusionerf_ns.dataparsers.idr import camera_file
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
-from diffusionerf_ns.pose_search import is_made_here
 
 Layout = Literal["llff", "transforms", "dtu"]
 

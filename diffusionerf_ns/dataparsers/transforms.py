@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ddm_training.errors import InputError
-from ddm_training.transforms import FILE
+from ddm_training.transforms import DISTORTION, FILE
 from diffusionerf_ns.dataparsers.base import (
     Capture,
     FewViewBaseConfig,
@@ -23,7 +23,6 @@ from diffusionerf_ns.dataparsers.poses import OrientationMethod
 from diffusionerf_ns.dataparsers.splits import Split, without_lists
 
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 NUMBERS = ("w", "h", "fl_x", "fl_y", "cx", "cy", "camera_angle_x", "applied_scale", *DISTORTION)
 FILES = ("file_path", "depth_file_path", "mask_path")
 LISTS = {kind: f"{kind}_filenames" for kind in ("train", "val", "test")}
