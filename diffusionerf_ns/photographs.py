@@ -1,8 +1,8 @@
 """A few photographs of a user: found in a folder, read, and written as a capture's images, all of one size."""
 
+import contextlib
 import hashlib
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.images import (
     PHOTOGRAPH_SUFFIXES,
     UNREADABLE,
-    check_readable,
+    decoded,
     has_alpha,
     image_size,
     list_images,
@@ -59,8 +59,7 @@ def find_photographs(data: Path) -> list[Path]:
     sources = list_images(data, PHOTOGRAPH_SUFFIXES)
     if others := [p.name for p in files if p not in sources]:
         CONSOLE.print(f"[yellow]Not taken for photographs: {escape(_some(others))}.")
-    check_readable(sources, or_else=f"take it out of {data}")
-    different, copies = without_copies(sources)
+    different, copies = without_copies(sources, or_else=f"take it out of {data}")
     if copies:
         named = ", ".join(f"{name} (of {of})" for name, of in copies.items())
         CONSOLE.print(f"[yellow]Copies are left out: {escape(named)}.")
@@ -73,12 +72,16 @@ def find_photographs(data: Path) -> list[Path]:
     return different
 
 
-def without_copies(sources: Sequence[Path]) -> tuple[list[Path], dict[str, str]]:
+def without_copies(sources: Sequence[Path], or_else: str = "take it out") -> tuple[list[Path], dict[str, str]]:
     """The photographs that differ, in their order; and the name of each copy of one of them -> the name of that one.
 
     A copy says nothing new of the scene, but COLMAP would take it for a photograph from the same place. Copies are told
     by how they look, so that the same shot as HEIC and as JPEG, or smaller, is one too. Of several the one with the
     most pixels stays, then one whose EXIF has the focal length, then that of the shortest name.
+
+    Args:
+        sources: photographs; all are decoded wholly, one at a time.
+        or_else: what there is to do where one is not to be had in another form.
 
     Raises:
         InputError: one, or its EXIF, cannot be read.
@@ -86,12 +89,9 @@ def without_copies(sources: Sequence[Path]) -> tuple[list[Path], dict[str, str]]
     _read_heic()
     thumbnails, ranks = {}, {}
     for source in sources:
-        try:
-            with Image.open(source) as image:
-                pixels, focal = image.width * image.height, _focal_of(image.getexif())
-                thumbnails[source] = _thumbnail(image)
-        except (*UNREADABLE, TypeError) as error:
-            raise InputError(f"{source} cannot be read: {error}. Save it as JPEG anew, or take it out.") from error
+        with decoded(source, or_else) as image, _reading(source):
+            pixels, focal = image.width * image.height, _focal_of(image.getexif())
+            thumbnails[source] = _thumbnail(image)
         ranks[source] = (-pixels, focal is None, len(source.name), source.name)
     originals: list[Path] = []
     copies: dict[str, str] = {}
@@ -142,10 +142,14 @@ def fingerprints(sources: Sequence[Path]) -> dict[str, dict[str, int | str]]:
     """Name of each photograph -> its size ("bytes") and the hash of what it holds ("sha256").
 
     Raises:
-        OSError: one cannot be read.
+        InputError: one cannot be read.
     """
-    contents = ((source.name, source.read_bytes()) for source in sources)
-    return {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents}
+    found: dict[str, dict[str, int | str]] = {}
+    for source in sources:
+        with _reading(source):
+            content = source.read_bytes()
+        found[source.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return found
 
 
 def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | None]:
@@ -158,13 +162,16 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
 
     Raises:
         InputError: two would have the same name, one cannot be read, or is gray with more than 8 bits.
+        OSError: ``folder`` cannot be written.
     """
     _read_heic()
     folder.mkdir(parents=True)
     focals: dict[str, float | None] = {}
     for source in sources:
-        try:
-            with Image.open(source) as image:
+        with _reading(source):
+            image = Image.open(source)
+        with image:  # open until it is written: some formats read their EXIF when it is asked for
+            with _reading(source):
                 exif = image.getexif()
                 focal = _focal_of(exif)
                 if image.mode[0] in "IF":
@@ -173,19 +180,33 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
                     )
                 mode = "RGBA" if _is_transparent(image) else "RGB"
                 kept = image.mode == mode and image.format in COPIED.get(source.suffix.lower(), ())
-                name = source.name if kept else f"{source.stem}.png"
-                if name in focals:
-                    raise InputError(f"two photographs would be written as {name}, {source.name} is one: rename it.")
-                if kept and exif.get(ORIENTATION, 1) not in range(2, 9):
-                    shutil.copyfile(source, folder / name)
-                else:
-                    turned = ImageOps.exif_transpose(image).convert(mode)
-                    exif.pop(ORIENTATION, None)
-                    _save(turned, folder / name, exif)
-        except (SyntaxError, TypeError) as error:
-            raise InputError(f"{source} cannot be copied: {error}. Save it as JPEG anew, or take it out.") from error
+                as_it_is = kept and exif.get(ORIENTATION, 1) not in range(2, 9)
+                copy = source.read_bytes() if as_it_is else ImageOps.exif_transpose(image).convert(mode)
+            name = source.name if kept else f"{source.stem}.png"
+            if name in focals:
+                raise InputError(f"two photographs would be written as {name}, {source.name} is one: rename it.")
+            if isinstance(copy, bytes):
+                (folder / name).write_bytes(copy)
+            else:
+                exif.pop(ORIENTATION, None)
+                _save(copy, folder / name, exif)
         focals[name] = focal
     return focals
+
+
+@contextlib.contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Tell plainly of a photograph that cannot be read, or whose EXIF cannot.
+
+    Raises:
+        InputError: that.
+    """
+    try:
+        yield
+    except InputError:  # a ValueError, which Pillow raises as well
+        raise
+    except (*UNREADABLE, TypeError) as error:
+        raise InputError(f"{source} cannot be read: {error}. Save it as JPEG anew, or take it out.") from error
 
 
 def _is_transparent(image: Image.Image) -> bool:

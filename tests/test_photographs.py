@@ -49,6 +49,50 @@ def test_an_orientation_that_means_nothing_changes_nothing(picture, tmp_path):
     assert (tmp_path / "images" / "0.jpg").read_bytes() == (tmp_path / "0.jpg").read_bytes()
 
 
+def test_a_photograph_that_is_gone_or_damaged_is_named(picture, tmp_path):
+    cut, gone = tmp_path / "cut.tif", tmp_path / "gone.png"
+    Image.open(picture).save(cut)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    for number, source in enumerate((cut, gone)):
+        with pytest.raises(InputError, match=rf"{source} cannot be read: .*Save it as JPEG anew, or take it out"):
+            photographs.write_images([picture, source], tmp_path / str(number))
+    with pytest.raises(InputError, match=rf"{gone} cannot be read"):
+        photographs.fingerprints([picture, gone])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])  # copied to the byte, and written as another format
+def test_a_folder_that_cannot_be_written_is_not_blamed_on_a_photograph(picture, tmp_path, monkeypatch, suffix):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = tmp_path / f"picture{suffix}"
+    Image.open(picture).save(source)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        photographs.write_images([source], tmp_path / "images")
+
+
+def test_exif_of_every_format_is_read_and_copied_with_the_pixels(picture, tmp_path):
+    """Also of TIFF, whose file Pillow closes once it is decoded."""
+    made, exif = Image.Exif(), Image.Exif()
+    made[0x010E] = "where"  # ImageDescription
+    made.get_ifd(photographs.EXIF_IFD)[photographs.FOCAL_35MM] = 26
+    made.get_ifd(0x8825)[2] = (48.0, 8.0, 0.0)  # GPSLatitude
+    exif.load(made.tobytes())  # TIFF takes only what was read
+    for number, name in enumerate(("a.tif", "b.webp", "c.jpg", "d.png")):
+        shade = Image.fromarray(np.random.default_rng(number).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+        shade.save(tmp_path / name, exif=exif)
+    sources = photographs.find_photographs(tmp_path)
+    assert [p.name for p in sources] == ["a.tif", "b.webp", "c.jpg", "d.png"]
+    focals = photographs.write_images(sources, tmp_path / "images")
+    assert focals == {"a.png": 26.0, "b.png": 26.0, "c.jpg": 26.0, "d.png": 26.0}
+    for name in focals:
+        written = Image.open(tmp_path / "images" / name).getexif()
+        assert written[0x010E] == "where"
+        assert written.get_ifd(0x8825)[2] == (48.0, 8.0, 0.0)
+
+
 def test_other_modes_and_formats_become_rgb(tmp_path):
     rgba, gray = tmp_path / "a.png", tmp_path / "b.tif"
     Image.new("RGBA", (40, 30), (10, 20, 30, 255)).save(rgba)

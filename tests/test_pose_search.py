@@ -260,6 +260,24 @@ def test_an_output_that_cannot_be_written_is_refused(taken, tmp_path):
         find_poses(taken[0], tmp_path / "file" / "capture")
 
 
+@pytest.mark.parametrize("place", ["fingerprints", "write_images"])
+def test_a_photograph_that_goes_away_is_not_blamed_on_the_output(taken, tmp_path, monkeypatch, place):
+    """After all were read once: a card was pulled out, say."""
+    folder = tmp_path / "photographs"
+    shutil.copytree(taken[0], folder)
+    work = getattr(pose_search, place)
+
+    def late(sources, *others):
+        (folder / "1.png").unlink()
+        return work(sources, *others)
+
+    monkeypatch.setattr(pose_search, place, late)
+    with pytest.raises(InputError, match=r"photographs/1\.png cannot be read: .*No such file") as raised:
+        find_poses(folder, tmp_path / "capture")
+    assert "--output" not in str(raised.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["photographs"]
+
+
 def test_folders_that_were_to_be_made_are_not_left_behind(tmp_path):
     folder = tmp_path / "unrelated"
     folder.mkdir()

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +66,21 @@ def check_readable(paths: Sequence[Path], or_else: str = OTHER_IMAGES) -> list[t
     """
     sizes = []
     for path in paths:
+        with decoded(path, or_else) as image:
+            sizes.append(image.size)
+    return sizes
+
+
+@contextlib.contextmanager
+def decoded(path: Path, or_else: str = OTHER_IMAGES) -> Iterator[Image.Image]:
+    """An image, wholly decoded; see `check_readable`."""
+    with contextlib.ExitStack() as opened:
         try:
-            with Image.open(path) as image:
-                image.load()
-                sizes.append(image.size)
+            image = opened.enter_context(Image.open(path))
+            image.load()
         except UNREADABLE as error:
             raise _unreadable(path, error, or_else) from error
-    return sizes
+        yield image
 
 
 def _unreadable(path: Path, error: BaseException, or_else: str = OTHER_IMAGES) -> InputError:
