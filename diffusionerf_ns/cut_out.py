@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+OPAQUE = 128  # alpha from which on a pixel is not empty
 TOLERANCE = 2  # of 255, within which a flat colour is
 LEAST_OF_EDGE = 0.9  # of the pixels along the edges of every image; an overexposed white table had up to .64
 LEAST_OF_IMAGE = 0.1  # of every image: less is a rim, as undistorting photographs leaves

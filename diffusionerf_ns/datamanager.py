@@ -179,14 +179,23 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def create_train_dataset(self) -> FewViewDataset:
         """nerfstudio's; before it is read, what is empty of its images is found."""
         data = super().create_train_dataset()
-        data.find_cut_outs(flat=self.config.cut_out_flat_background, on_background=self.test_mode != "val")
-        if data.has_cut_outs and data.background is not None and self.test_mode == "val":
+        data.find_cut_outs(flat=self.config.cut_out_flat_background)
+        if self.test_mode != "val":
+            data.show_on(data.background)
+        elif data.has_cut_outs and data.background is not None:
             colour = tuple((255.0 * data.background).round().int().tolist())
             CONSOLE.print(
                 f"The training images show objects cut out, before one flat colour, {colour}: it counts as empty "
                 "(where images have no alpha, --pipeline.datamanager.cut-out-flat-background False takes it for a "
                 "surface)."
             )
+        return data
+
+    def create_eval_dataset(self) -> FewViewDataset:
+        """nerfstudio's; beside a finished run, images are shown as its views are, for `ns-render` to write them."""
+        data = super().create_eval_dataset()
+        if self.test_mode != "val":
+            data.show_on(self.train_dataset.background)
         return data
 
     def _warn_of_black_masks(self) -> None:

@@ -36,7 +36,7 @@ class FewViewDataset(InputDataset):
     _opaque: list[Bool[np.ndarray, "_h _w"]] | None = None
     _on_background = False
 
-    def find_cut_outs(self, *, flat: bool, on_background: bool) -> None:
+    def find_cut_outs(self, *, flat: bool) -> None:
         """Find out what of the images is empty, by their alpha or by a flat colour around an object.
 
         Where something is, images have alpha from here on. Their background is the flat colour, the data parser's
@@ -44,22 +44,25 @@ class FewViewDataset(InputDataset):
 
         Args:
             flat: whether a flat colour counts.
-            on_background: give images as RGB on their background, or on black, and not with alpha.
         """
         count, alpha_color = len(self), self._dataparser_outputs.alpha_color
         if self._any_alpha:
-            opaque = [self._read(i)[..., 3] >= 128 for i in range(count)]
+            opaque = [self._read(i)[..., 3] >= cut_out.OPAQUE for i in range(count)]
             if not all(mask.all() for mask in opaque):
-                self._opaque, self._on_background = opaque, on_background
-                self.background = alpha_color
+                self._opaque, self.background = opaque, alpha_color
                 self._dataparser_outputs = replace(self._dataparser_outputs, alpha_color=None)
                 return
         if flat and not self._dataparser_outputs.mask_filenames:
             found = cut_out.flat_background(self._read(i)[..., :3] for i in range(count))
             if found is not None:
                 colour, empty = found
-                self._opaque, self._on_background = [~part for part in empty], on_background
+                self._opaque = [~part for part in empty]
                 self.background = torch.from_numpy(colour.astype(np.float32) / 255.0)
+
+    def show_on(self, colour: Float[Tensor, "3"] | None) -> None:
+        """Give images as RGB from here on, where they have alpha on that colour, or the data parser's, or black."""
+        self.background = self._dataparser_outputs.alpha_color if colour is None else colour
+        self._on_background = True
 
     @property
     def has_cut_outs(self) -> bool:
@@ -80,7 +83,7 @@ class FewViewDataset(InputDataset):
 
     def get_numpy_image(self, image_idx: int) -> np.ndarray:
         """The image as uint8 [h, w, 3], of palettes, grey and 16 bits too; [h, w, 4] if any of the set has alpha."""
-        if self._on_background:
+        if self._on_background and (self._opaque is not None or self._any_alpha):
             return (255.0 * self.image_on(image_idx, self.background)).round().to(torch.uint8).numpy()
         return self._with_alpha(image_idx)
 

@@ -130,12 +130,13 @@ def test_images_are_shown_on_their_background_where_nothing_is_trained(folders, 
     """ns-render writes the photographs beside its views."""
     config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline.datamanager)
     config.data = capture
-    train = config.setup(device="cpu", test_mode="inference").train_dataset
-    image = train.get_numpy_image(0)
-    assert image.shape[2] == 3
+    manager = config.setup(device="cpu", test_mode="inference")
     white = Image.open(capture / "images" / "000.png").mode == "RGB"
-    assert (image[:, :2] == 255 * white).all()
-    assert not train.opaque(0)[:, :2].any()
+    for data in (manager.train_dataset, manager.eval_dataset):
+        image = data.get_numpy_image(0)
+        assert image.shape[2] == 3
+        assert (image[:, :2] == 255 * white).all()
+    assert not manager.train_dataset.opaque(0)[:, :2].any()
 
 
 def test_a_flat_colour_can_be_left_as_a_wall(folders, white):
@@ -148,7 +149,7 @@ def test_masks_say_it_themselves(folders, white):
     outputs = build(folders, data=white).datamanager.train_dataparser_outputs
     outputs = dataclasses.replace(outputs, mask_filenames=outputs.image_filenames)
     dataset = FewViewDataset(outputs)
-    dataset.find_cut_outs(flat=True, on_background=False)
+    dataset.find_cut_outs(flat=True)
     assert not dataset.has_cut_outs
 
 
@@ -168,7 +169,7 @@ def test_images_with_alpha_are_shown_on_the_colour_that_is_asked_for(folders, tr
 def test_other_parsers_may_name_a_colour_for_what_is_transparent(folders, transparent):
     outputs = build(folders, data=transparent).datamanager.train_dataparser_outputs
     dataset = FewViewDataset(dataclasses.replace(outputs, alpha_color=torch.ones(3)))
-    dataset.find_cut_outs(flat=True, on_background=False)
+    dataset.find_cut_outs(flat=True)
     assert dataset.background.tolist() == [1.0] * 3
     assert dataset[0]["image"].shape[2] == 4, "the model blends in training"
 

@@ -250,8 +250,7 @@ def render_test_image(pipeline: Any, index: int) -> TestImage:
     """Render the view of a test image.
 
     Depth is the median depth along the ray, taken to planar depth, and to metres where the capture knows them. Metrics
-    of depth in results are of it, for our model and nerfacto alike; those of `ns-eval` are of expected depth, the mean
-    along the ray, so the two differ for one and the same checkpoint.
+    of depth in results are of it, for our model and nerfacto alike.
     """
     dataset = pipeline.datamanager.eval_dataset
     data = dataset[index]
