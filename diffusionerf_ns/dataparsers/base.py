@@ -22,9 +22,9 @@ from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import poses as scene_poses
 from diffusionerf_ns.dataparsers.images import check_readable, check_same_size, downscaled, same_shape
 from diffusionerf_ns.dataparsers.splits import Split, choose, split_table
+from diffusionerf_ns.metrics import ProtocolName
 
-Source = Literal["llff", "transforms", "dtu"]
-Protocol = Literal["llff-regnerf", "dtu-regnerf", "nerfstudio"]
+Layout = Literal["llff", "transforms", "dtu"]
 
 
 @dataclass
@@ -47,9 +47,9 @@ class FewViewBaseConfig(DataParserConfig):
     """Reduce images by this factor: `images_K` is used where it exists, else made once. Unset: LLFF takes `images_8`
     (the protocol's size) where it exists, DTU what gives 400 x 300, others the smallest factor whose result has no
     side over 1008 pixels."""
-    orientation_method: Literal["pca", "up", "vertical", "none"] = "up"
+    orientation_method: scene_poses.OrientationMethod = "up"
     """How the scene is turned; "up" puts the mean up vector of all cameras along z."""
-    center_method: Literal["poses", "focus", "none"] = "poses"
+    center_method: scene_poses.CenterMethod = "poses"
     """What becomes the origin; "poses" is the mean of all camera centres, training and test alike."""
     auto_scale_poses: bool = True
     """Scale the scene so that the largest camera coordinate is 1."""
@@ -63,7 +63,7 @@ class FewViewBaseConfig(DataParserConfig):
 class Capture:
     """All cameras of a capture, in its own units, before any choice of views. ``n`` cameras, sorted by name."""
 
-    source: Source
+    source: Layout
     title: str
     """What the capture is called in tables and messages."""
     names: tuple[str, ...]
@@ -80,8 +80,6 @@ class Capture:
     """By how much the images are to be reduced; 1 where the files have their final size."""
     cache: Path
     """Folder for reduced copies."""
-    cached: tuple[int, ...] | None = None
-    """Ids that reduced copies are made of; None: all."""
     distortion: Float[np.ndarray, "n 6"] | None = None
     bounds: Float[np.ndarray, "n 2"] | None = None
     """Near and far distance of what each camera sees, in units of the capture."""
@@ -97,14 +95,12 @@ class Capture:
     """Metres per unit of the capture; None where it is not metric."""
     unit: float | None = None
     """Length that is to become 1 in the scene; None: the largest camera coordinate."""
-    near_far: tuple[float, float] | None = None
-    """Near and far in units of ``unit``, instead of ``bounds``."""
     applied: Float[torch.Tensor, "3 4"] | None = None
     """Transform that the capture's poses have been through already (nerfstudio's `applied_transform`)."""
     applied_scale: float = 1.0
-    orientation: Literal["pca", "up", "vertical", "none"] | None = None
+    orientation: scene_poses.OrientationMethod | None = None
     """Wins over the flag."""
-    protocol: Protocol = "nerfstudio"
+    protocol: ProtocolName = "nerfstudio"
 
 
 class FewViewBaseParser(DataParser):
@@ -183,8 +179,8 @@ class FewViewBaseParser(DataParser):
         """The image files of ``ids`` in their final size."""
         if capture.factor == 1:
             return [capture.images[i] for i in ids]
-        made = list(range(len(capture.images))) if capture.cached is None else list(capture.cached)
         needed = {capture.images[i] for i in (*capture.split.train, *capture.split.test)}
+        made = [i for i, image in enumerate(capture.images) if image in needed or image.is_file()]
         paths = downscaled([capture.images[i] for i in made], capture.factor, capture.cache, needed)
         by_id = dict(zip(made, paths))
         return [by_id[i] for i in ids]
@@ -207,10 +203,7 @@ class FewViewBaseParser(DataParser):
         }
         if capture.metres is not None:
             metadata["scene_units_per_metre"] = scale / capture.metres
-        if capture.near_far is not None and capture.unit is not None:
-            near, far = capture.near_far
-            metadata |= {"near": near * capture.unit * pose_scale, "far": far * capture.unit * pose_scale}
-        elif capture.bounds is not None:
+        if capture.bounds is not None:
             chosen = capture.bounds[list(capture.split.train)]
             metadata |= {
                 "near": float(chosen[:, 0].min()) * pose_scale,

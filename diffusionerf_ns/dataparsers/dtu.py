@@ -123,6 +123,7 @@ class DTUFewViewParser(FewViewBaseParser):
             projections = read_idr_cameras(scan.folder)
             size = calibrated_size(projections)
         intrinsics, opencv = decompose(projections)
+        unit = largest_coordinate(opencv)
         width, height = image_size(images[used[0]])
         factor = factor or max(1, width // PROTOCOL_WIDTH)
         masks = self._masks(scan, split.test, (width // factor, height // factor))
@@ -142,12 +143,11 @@ class DTUFewViewParser(FewViewBaseParser):
             split=split,
             factor=factor,
             cache=_cache_folder(scan, factor),
-            cached=tuple(i for i in range(VIEWS) if images[i].is_file()),
+            bounds=np.tile(np.array(NEAR_FAR) * unit, (VIEWS, 1)),
             masks=train_masks,
             eval_masks=masks,
             metres=1e-3,
-            unit=largest_coordinate(opencv),
-            near_far=NEAR_FAR,
+            unit=unit,
             protocol="nerfstudio" if masks is None else "dtu-regnerf",
         )
 

@@ -8,14 +8,12 @@ from typing import Literal
 from ddm_training.errors import InputError
 from ddm_training.transforms import FILE as TRANSFORMS_FILE
 from ddm_training.transforms import is_made_here
-from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, check_folder
+from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, Layout, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu, is_within_scan
 from diffusionerf_ns.dataparsers.idr import camera_file
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
 from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
-
-Layout = Literal["llff", "transforms", "dtu"]
 
 
 @dataclass
@@ -24,7 +22,7 @@ class FewViewDataParserConfig(FewViewBaseConfig):
 
     _target: type = field(default_factory=lambda: FewViewDataParser)
     """target class to instantiate"""
-    layout: Literal["auto", "llff", "transforms", "dtu"] = "auto"
+    layout: Literal["auto", Layout] = "auto"
     """What the folder holds; "auto" looks."""
     depth_unit_scale_factor: float = 1e-3
     """Metres per stored unit of depth files of transforms.json."""

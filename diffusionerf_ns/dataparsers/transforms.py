@@ -86,7 +86,6 @@ class TransformsFewViewParser(FewViewBaseParser):
             split=split,
             factor=factor,
             cache=cache,
-            cached=tuple(i for i in range(len(files)) if files[i].is_file()),
             distortion=_distortion(meta, frames),
             masks=None if masks is None else tuple(mask or Path() for mask in masks),
             depths=depths,
