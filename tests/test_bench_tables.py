@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ddm_training.errors import InputError
 from diffusionerf_ns.bench import peers, pictures, results, table, variants
 from diffusionerf_ns.bench.jobs import Job, make_jobs
 from diffusionerf_ns.bench.plot import draw_plots
+from diffusionerf_ns.dataparsers.base import Source
 
 
 def test_scenes_weigh_equally_and_the_deviation_is_over_seeds(tmp_path: Path) -> None:
@@ -35,6 +37,11 @@ def test_runs_of_other_protocols_sizes_or_lengths_are_never_averaged(tmp_path: P
     base = fake_result(job, "h", psnr=10.0, ssim=0.5)
     changed = [base | {"protocol": "nerfstudio"}, base | {"image_size": [252, 189]}, base | {"steps": 50}]
     assert len(table.summarise_runs([base, *changed])) == 4
+
+
+def test_every_kind_of_capture_has_a_heading_of_its_own() -> None:
+    assert sorted(table.DATASETS) == sorted(get_args(Source))
+    assert len(set(table.DATASETS.values())) == len(table.DATASETS)
 
 
 def test_tables_put_published_numbers_beside_ours_and_name_what_is_missing(tmp_path: Path) -> None:

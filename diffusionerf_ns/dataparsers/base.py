@@ -25,6 +25,7 @@ from diffusionerf_ns.dataparsers.splits import Split, choose, split_table
 from diffusionerf_ns.metrics import ProtocolName
 
 Layout = Literal["llff", "transforms", "dtu"]
+Source = Literal[Layout, "idr"]  # "idr": an own capture in the layout of a DTU scan
 
 
 @dataclass
@@ -63,7 +64,7 @@ class FewViewBaseConfig(DataParserConfig):
 class Capture:
     """All cameras of a capture, in its own units, before any choice of views. ``n`` cameras, sorted by name."""
 
-    source: Layout
+    source: Source
     title: str
     """What the capture is called in tables and messages."""
     names: tuple[str, ...]

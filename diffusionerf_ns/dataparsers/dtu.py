@@ -16,13 +16,12 @@ Layout "idr" (IDR, PixelNeRF)::
 the normalisation here does for itself, so it is not used: world units stay millimetres and both layouts give the same
 cameras.
 
-Somebody's own capture in the second layout (as NeuS has them: any folder name, any number of cameras, the cameras also
-as `cameras_sphere.npz`) is read with the cameras that it has, and follows no protocol of DTU's; see `is_own`.
+Somebody's own capture in the second layout (any folder name, any number of cameras) is told from a scan by `is_own`,
+and read by `idr`.
 """
 
-import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,43 +31,38 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.base import (
-    Capture,
-    FewViewBaseConfig,
-    FewViewBaseParser,
-    automatic_factor,
-    whole_factor,
+from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseParser, whole_factor
+from diffusionerf_ns.dataparsers.idr import (
+    IDRFewViewDataParserConfig,
+    IDRFewViewParser,
+    camera_file,
+    mask_places,
+    reduced_folder,
+    world_matrices,
 )
-from diffusionerf_ns.dataparsers.idr import by_camera, camera_file, world_matrices
-from diffusionerf_ns.dataparsers.images import image_size, list_images
+from diffusionerf_ns.dataparsers.images import absolute, check_mask_size, image_size, list_images
 from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
 from diffusionerf_ns.dataparsers.projections import checked_projection, decompose
-from diffusionerf_ns.dataparsers.splits import without_lists
 
 VIEWS = 49  # some scans have 64, but every protocol uses the first 49 only
 SCAN_CAMERAS = (VIEWS, 64)
-SCAN_NAME = re.compile(r"(dtu_?)?scan_?\d+")  # NeuS calls its copies dtu_scan24
+SCAN_NAME = re.compile(r"(?:dtu_?)?scan_?(\d+)")  # NeuS calls its copies dtu_scan24
 TRAIN_IDS = (25, 22, 28, 40, 44, 48, 0, 8, 13)
 EXCLUDED_IDS = (3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 36, 37, 38, 39)
 TEST_IDS = tuple(i for i in range(VIEWS) if i not in TRAIN_IDS + EXCLUDED_IDS)
 NEAR_FAR = (0.5, 3.5)  # in units of the largest camera coordinate after recentring (RegNeRF)
 FULL_SIZE = (1600, 1200)
 PROTOCOL_WIDTH = 400
-OFF_CENTRE = 0.2  # of a side: the principal point of an own capture lies nearer the middle unless images were reduced
 
 
 @dataclass
-class DTUFewViewDataParserConfig(FewViewBaseConfig):
+class DTUFewViewDataParserConfig(IDRFewViewDataParserConfig):
     """DTU scans (RegNeRF's or IDR's layout), split as RegNeRF's protocol splits them; own captures in IDR's layout."""
 
     _target: type = field(default_factory=lambda: DTUFewViewParser)
     """target class to instantiate"""
     scan: int | None = None
     """Number of the scan, where `--data` is the folder of many."""
-    mask_folder: Path | None = None
-    """Folder of masks (`scanN` in it, or the masks themselves). Unset: looked for beside the images."""
-    masked_training: bool = False
-    """Draw training pixels inside the masks only. The protocol uses masks for evaluation alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +93,17 @@ class DTUFewViewParser(FewViewBaseParser):
     def read_capture(self) -> Capture:
         """Of a scan all 49 cameras: the first views of the protocol's list train, its 25 test views are held out.
 
-        Of an own capture all cameras that have an image; split by `without_lists`.
+        Of an own capture what `IDRFewViewParser` reads.
         """
         scan = find_scan(self.config.data, self.config.scan)
-        return self._read_own(scan) if is_own(scan) else self._read_scan(scan)
+        if not is_own(scan):
+            return self._read_scan(scan)
+        if len(world_matrices(scan.folder)[1]) in SCAN_CAMERAS:
+            CONSOLE.print(
+                f"[yellow]{escape(str(scan.folder))} has as many cameras as a scan of DTU's, and another name: it is "
+                "read as a capture of its own. For DTU's protocol call the folder scanN."
+            )
+        return IDRFewViewParser(replace(self.config, data=scan.folder)).read_capture()
 
     def _read_scan(self, scan: Scan) -> Capture:
         factor = whole_factor(self.config.downscale_factor)
@@ -164,61 +165,8 @@ class DTUFewViewParser(FewViewBaseParser):
         if missing := [i for i in ids if not paths[i].is_file()]:
             raise InputError(f"{folder}: masks of ids {missing} are missing, {paths[missing[0]].name} among them.")
         for i in ids:
-            _check_mask(paths[i], size)
+            check_mask_size(paths[i], size)
         return paths
-
-    def _read_own(self, scan: Scan) -> Capture:
-        path, matrices = world_matrices(scan.folder)
-        if len(matrices) in SCAN_CAMERAS:
-            CONSOLE.print(
-                f"[yellow]{escape(str(scan.folder))} has as many cameras as a scan of DTU's, and another name: it is "
-                "read as a capture of its own. For DTU's protocol call the folder scanN."
-            )
-        files = by_camera(scan.folder / "image", path, matrices)
-        numbers, images = tuple(files), tuple(files.values())
-        pool, test = without_lists(len(images), test_named=self.config.test_ids is not None)
-        split = self.choose(len(images), pool, test)
-        intrinsics, opencv = decompose(np.stack([matrices[number] for number in numbers]))
-        width, height = size = image_size(images[split.train[0]])
-        x, y = intrinsics[:, 2:].mean(axis=0)
-        if not all(OFF_CENTRE < place < 1.0 - OFF_CENTRE for place in (x / width, y / height)):
-            raise InputError(
-                f"{path}: the cameras' principal point is ({x:.0f}, {y:.0f}) in the mean, far from the middle of "
-                f"images of {width} x {height} pixels. Use the images that the cameras were made for, not reduced ones."
-            )
-        factor = whole_factor(self.config.downscale_factor) or automatic_factor(width, height)
-        masks = None
-        if self.config.masked_training:
-            masks = self._own_masks(scan, path, numbers)
-            for i in {*split.train, *split.test}:
-                _check_mask(masks[i], (width // factor, height // factor))
-        elif (scan.folder / "mask").is_dir():
-            CONSOLE.print(f"The masks of {scan.folder} are not used; --masked-training True trains inside them only.")
-        return Capture(
-            source="dtu",
-            title=f"{scan.name} ({path.name})",
-            names=tuple(image.name for image in images),
-            images=images,
-            poses=opengl_from_opencv(opencv),
-            intrinsics=intrinsics,
-            sizes=np.tile(np.array(size, dtype=np.int64), (len(images), 1)),
-            split=split,
-            factor=factor,
-            cache=_cache_folder(scan, factor),
-            masks=masks,
-        )
-
-    def _own_masks(self, scan: Scan, path: Path, numbers: tuple[int, ...]) -> tuple[Path, ...]:
-        """A mask for each of the cameras of these numbers, by its number or its place as the images have theirs."""
-        given = self.config.mask_folder
-        places = [scan.folder / "mask"] if given is None else [given / scan.name / "mask", given / "mask", given]
-        folder = next((place for place in places if list_images(place)), None)
-        if folder is None:
-            raise InputError(f"--masked-training: no masks were found in {places[-1]}; give --mask-folder.")
-        masks = by_camera(folder, path, numbers)
-        if missing := [number for number in numbers if number not in masks]:
-            raise InputError(f"{folder}: the masks of cameras {missing} are missing; expected one for each image.")
-        return tuple(masks[number] for number in numbers)
 
 
 def is_dtu(data: Path) -> bool:
@@ -228,7 +176,7 @@ def is_dtu(data: Path) -> bool:
 
 def is_within_scan(data: Path) -> bool:
     """Whether a folder is that of the images, reduced images or masks of a scan in IDR's layout."""
-    data = _absolute(data)
+    data = absolute(data)
     scan = _scan_here(data.parent)
     return scan is not None and scan.layout == "idr" and bool(re.fullmatch(r"image(_\d+)?|mask", data.name))
 
@@ -257,7 +205,7 @@ def find_scan(data: Path, number: int | None) -> Scan:
     if number is None and (scan := _scan_here(data)):
         return scan
     scans = scans_below(data)
-    names = ", ".join(sorted(scans, key=lambda name: int(name[4:]))) or "none"
+    names = ", ".join(sorted(scans, key=lambda name: scan_number(name) or 0)) or "none"
     if number is not None and (scan := _scan_here(data)) and scan.name == f"scan{number}":
         return scan
     if number is not None and f"scan{number}" in scans:
@@ -273,21 +221,27 @@ def find_scan(data: Path, number: int | None) -> Scan:
     raise InputError(f"--data {data} holds the scans {names}: {wanted}.")
 
 
+def scan_number(name: str) -> int | None:
+    """N of a folder that is called scanN, as DTU's are; None of other names, `SCAN_NAME`'s of copies among them."""
+    found = SCAN_NAME.fullmatch(name)
+    return int(found[1]) if found and name == f"scan{found[1]}" else None
+
+
 def scans_below(data: Path) -> dict[str, Scan]:
     """The scans in the folders `scanN` of ``data`` and of its `Rectified`."""
     found: dict[str, Scan] = {}
     for parent in (data, data / "Rectified"):
         for folder in parent.glob("scan*") if parent.is_dir() else ():
-            if re.fullmatch(r"scan\d+", folder.name) and (scan := _scan_here(folder)):
+            if scan_number(folder.name) is not None and (scan := _scan_here(folder)):
                 found.setdefault(folder.name, scan)
     return found
 
 
 def _scan_here(folder: Path) -> Scan | None:
-    name = _absolute(folder).name
+    name = absolute(folder).name
     if any(folder.glob("rect_*_3_r5000.png")):
         return Scan(layout="rectified", folder=folder, name=name)
-    if list_images(folder / "image") and (re.fullmatch(r"scan\d+", name) or camera_file(folder)):
+    if list_images(folder / "image") and (scan_number(name) is not None or camera_file(folder)):
         return Scan(layout="idr", folder=folder, name=name)
     return None
 
@@ -298,12 +252,10 @@ def find_masks(scan: Scan, given: Path | None) -> Path | None:
     Raises:
         InputError: ``given`` holds no masks.
     """
-    if given is not None:
-        places = [given / scan.name / "mask", given / scan.name, given / "mask", given]
-    elif scan.layout == "idr":
-        places = [scan.folder / "mask"]
+    if given is not None or scan.layout == "idr":
+        places = mask_places(scan.folder, given)
     else:
-        roots = _absolute(scan.folder).parents[:2]
+        roots = absolute(scan.folder).parents[:2]
         places = [root / "idrmasks" / scan.name / sub for root in roots for sub in ("mask", ".")]
     found = next((place for place in places if any(place.glob("[0-9][0-9][0-9].png"))), None)
     if found is None and given is not None:
@@ -317,7 +269,7 @@ def read_calibration(folder: Path) -> Float[np.ndarray, "n 3 4"]:
     Raises:
         InputError: the folder or a file of it is missing or damaged.
     """
-    parents = [*_absolute(folder).parents[:2], folder]
+    parents = [*absolute(folder).parents[:2], folder]
     places = [parent / "Calibration" / "cal18" for parent in parents]
     calibration = next((place for place in places if place.is_dir()), None)
     if calibration is None:
@@ -350,15 +302,6 @@ def read_idr_cameras(folder: Path) -> Float[np.ndarray, "n 3 4"]:
     return np.stack([matrices[i] for i in range(VIEWS)])
 
 
-def _check_mask(path: Path, size: tuple[int, int]) -> None:
-    found = image_size(path)
-    if found[0] % size[0] or found[0] * size[1] != found[1] * size[0]:
-        raise InputError(
-            f"mask {path} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected masks of that "
-            "size or a whole multiple of it."
-        )
-
-
 def calibrated_size(projections: Float[np.ndarray, "n 3 4"]) -> tuple[int, int]:
     """The image size that projections are for: 1600 x 1200 halved until the principal point lies nearest its middle.
 
@@ -384,13 +327,8 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def _absolute(folder: Path) -> Path:
-    """Without "." and "..", but not through links: a linked scan belongs where the link is."""
-    return Path(os.path.abspath(folder))
-
-
 def _cache_folder(scan: Scan, factor: int) -> Path:
     """Beside the images: `scanN/image_K`, `Rectified/scanN_K`."""
     if scan.layout == "idr":
-        return scan.folder / f"image_{factor}"
-    return _absolute(scan.folder).parent / f"{scan.name}_{factor}"
+        return reduced_folder(scan.folder, factor)
+    return absolute(scan.folder).parent / f"{scan.name}_{factor}"

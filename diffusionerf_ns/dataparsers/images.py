@@ -33,6 +33,11 @@ ROUNDING = 1.0  # pixels: a side that is rounded, up or down, is off by less
 STALE_SECONDS = 6 * 3600  # unfinished folders older than this are what killed runs left behind
 
 
+def absolute(path: Path) -> Path:
+    """Without "." and "..", but not through links: what is linked belongs where the link is."""
+    return Path(os.path.abspath(path))  # Path.absolute keeps ".."
+
+
 def list_images(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Image files of a folder, sorted by name; hidden files, other kinds and folders are left out."""
     if not folder.is_dir():
@@ -108,6 +113,16 @@ def check_same_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> 
                 f"images differ in size: {paths[0].name} is {sizes[0][0]} x {sizes[0][1]}, {path.name} is "
                 f"{size[0]} x {size[1]}. All images of a scene must have the same size."
             )
+
+
+def check_mask_size(path: Path, size: tuple[int, int]) -> None:
+    """Raises InputError where a mask has neither the width and height of its image nor a whole multiple of them."""
+    found = image_size(path)
+    if found[0] % size[0] or found[0] * size[1] != found[1] * size[0]:
+        raise InputError(
+            f"mask {path} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected masks of that "
+            "size or a whole multiple of it."
+        )
 
 
 def same_shape(size: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -213,7 +228,7 @@ def _names(sources: Sequence[Path]) -> list[str]:
 
     The old suffix is kept in it where two sources differ in nothing else.
     """
-    files = [Path(os.path.abspath(p)) for p in sources]  # Path.absolute keeps "..", which would lead out of the cache
+    files = [absolute(p) for p in sources]  # with "..", names would lead out of the cache
     shared = Path(os.path.commonpath([p.parent for p in files]))
     paths = [p.relative_to(shared) for p in files]
     times = Counter(p.with_suffix("") for p in paths)
