@@ -141,6 +141,10 @@ def alone(complete: ImageCompleter) -> Completer:
     return complete_all
 
 
+BY_MEMBRANE = alone(by_membrane)
+"""The `Completer` without a network."""
+
+
 def find_network(prior: str, revision: str | None = None) -> DepthCompleter | None:
     """The network of a prior that completes depth; None where it has none.
 

@@ -230,8 +230,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         images = [image[..., :3] for image in images]
         count = min(len(images), stereo.FINE_VIEWS)
         with CONSOLE.status(f"Matching {count} of {len(images)} training images and completing their depth..."):
-            have_masks = any(mask is not None for mask in masks)
-            matched = stereo.match(cameras, images, masks if have_masks else None, completer)
+            matched = stereo.match(cameras, images, masks, completer)
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(

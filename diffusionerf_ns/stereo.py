@@ -32,6 +32,7 @@ FEWEST_PLANES = 8  # with less, two images say next to nothing of depth
 COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one another; the others' depth stays unknown
 ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
 CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less
+SCENE_QUANTILES = (0.03, 0.5, 0.97)  # of depth, between which the fine sweep looks, with some room around them
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
 WINDOW = 5  # pixels
 MIN_NCC = 0.7  # of the winning depth
@@ -55,6 +56,11 @@ class MatchedDepth:
     completed: completion.DepthMaps | None = None
     """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
     image contradicts it, together or each completed alone, outside masks, and in images of which nothing is matched."""
+
+    @classmethod
+    def nothing(cls) -> "MatchedDepth":
+        """Of images that agree on nothing, or on so little that it may be chance."""
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
 
     def __len__(self) -> int:
         return len(self.depth)
@@ -98,12 +104,24 @@ class MatchedDepth:
         return (float(centre[0]), float(centre[1]), float(centre[2])), max(float(radius), 1e-6)
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """Where a scene lies, as the coarse sweep found it."""
+
+    points: Float[Tensor, "k 3"]
+    """Of its surfaces, in the world."""
+    near: float
+    middle: float
+    far: float
+    """Quantiles `SCENE_QUANTILES` of planar depth in all views, scene units."""
+
+
 @torch.no_grad()
 def match(
     cameras: Cameras,
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
-    masks: Sequence[Bool[Tensor, "_h _w"] | None] | None = None,
-    complete: completion.Completer | None = None,
+    masks: Sequence[Bool[Tensor, "_h _w"] | None],
+    complete: completion.Completer = completion.BY_MEMBRANE,
 ) -> MatchedDepth:
     """Depth of all training images as far as they tell it, with no bounds given.
 
@@ -114,59 +132,97 @@ def match(
         cameras: of the images, perspective, in scene units.
         images: RGB.
         masks: of each image, the pixels that belong to the scene; None: all.
-        complete: gives the depth of all pixels from that of those that are matched; None: `completion.by_membrane`.
+        complete: gives the depth of all pixels from that of those that are matched.
     """
     centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
     distance = torch.cdist(centres, centres)
-    baseline = float(distance.max())
-    nothing = MatchedDepth(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
-    if baseline <= 0.0:
-        return nothing
-    few = overlap.spread(centres, COARSE_VIEWS)
-    coarse = [_view(cameras, i, images[i], COARSE_WIDTH) for i in few]
-    depths = _coarse_depth(coarse, distance[few][:, few])
-    found = torch.cat([d[d > 0] for d in depths])
-    if len(found) < MIN_MATCHES:
-        return nothing
-    near, middle, far = map(float, np.quantile(found.numpy(), [0.03, 0.5, 0.97]))
+    if float(distance.max()) <= 0.0:
+        return MatchedDepth.nothing()
+    scene = _locate_scene(cameras, images, distance, overlap.spread(centres, COARSE_VIEWS))
+    if scene is None:
+        return MatchedDepth.nothing()
     chosen = overlap.spread(centres, FINE_VIEWS)
-    fine = [_view(cameras, i, images[i], WIDTH) for i in chosen]
-    own = overlap.depth_quantiles(fine, overlap.points_of(coarse, depths), (0.03, 0.5, 0.97))
-    ranges = overlap.widened(near, far, own)
-    least = [max(overlap.SAME_PLACE * baseline, overlap.LEAST_BASELINE * (q[1] if q else middle)) for q in own]
-    nearest = overlap.neighbours(distance[chosen][:, chosen], least)
-    depths = agreed_depth(fine, nearest, [(overlap.BEFORE * low, overlap.BEHIND * high) for low, high in ranges], STEP)
-    sizes = [depth.shape for depth in depths]
-    chosen_masks = [None if masks is None else masks[i] for i in chosen]
-    small_masks = [None if m is None else _small_mask(m, size) for m, size in zip(chosen_masks, sizes)]
-    depths = [completion.without_speckle(_inside(depth, mask)) for depth, mask in zip(depths, small_masks)]
-    if sum(int((depth > 0).sum()) for depth in depths) < MIN_MATCHES:
-        return nothing
+    matched = _match_fine(cameras, images, masks, scene, distance, chosen)
+    if sum(int((view.depth > 0).sum()) for view in matched) < MIN_MATCHES:
+        return MatchedDepth.nothing()
     parts = []
-    for index, depth in zip(chosen, depths):
+    for index, depth in zip(chosen, (view.depth for view in matched)):
         v, u = torch.nonzero(depth > 0, as_tuple=True)
         height, width = images[index].shape[:2]
         ratio = torch.tensor([width / depth.shape[1], height / depth.shape[0]])
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
-    completed = (complete or completion.alone(completion.by_membrane))(
-        [
-            MatchedView(view=view, rgb=_small_rgb(images[i], depth.shape), depth=depth, mask=mask, nearest=others)
-            for i, view, depth, mask, others in zip(chosen, fine, depths, small_masks, nearest)
-        ]
-    )
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    kept, sure = cross_checked(fine, nearest, [_inside(c.depth, mask) for c, mask in zip(completed, small_masks)])
+    return MatchedDepth(view, pixel, z, _complete_and_check(matched, chosen, len(images), complete))
+
+
+def _locate_scene(
+    cameras: Cameras,
+    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    distance: Float[Tensor, "n n"],
+    chosen: Sequence[int],
+) -> _Scene | None:
+    """What the coarse sweep of the chosen images finds; None where that is next to nothing.
+
+    Args:
+        distance: of the cameras of all images.
+    """
+    views = [_view(cameras, i, images[i], COARSE_WIDTH) for i in chosen]
+    depths = _coarse_depth(views, distance[chosen][:, chosen])
+    found = torch.cat([d[d > 0] for d in depths])
+    if len(found) < MIN_MATCHES:
+        return None
+    near, middle, far = map(float, np.quantile(found.numpy(), SCENE_QUANTILES))
+    return _Scene(overlap.points_of(views, depths), near, middle, far)
+
+
+def _match_fine(
+    cameras: Cameras,
+    images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    masks: Sequence[Bool[Tensor, "_h _w"] | None],
+    scene: _Scene,
+    distance: Float[Tensor, "n n"],
+    chosen: Sequence[int],
+) -> list[MatchedView]:
+    """The chosen images with the depth that the fine sweep finds of them, inside their masks and without speckle.
+
+    Args:
+        distance: of the cameras of all images.
+    """
+    views = [_view(cameras, i, images[i], WIDTH) for i in chosen]
+    own = overlap.depth_quantiles(views, scene.points, SCENE_QUANTILES)
+    ranges = overlap.widened(scene.near, scene.far, own)
+    same_place = overlap.SAME_PLACE * float(distance.max())
+    least = [max(same_place, overlap.LEAST_BASELINE * (q[1] if q else scene.middle)) for q in own]
+    nearest = overlap.neighbours(distance[chosen][:, chosen], least)
+    depths = agreed_depth(views, nearest, [(overlap.BEFORE * low, overlap.BEHIND * high) for low, high in ranges], STEP)
+    matched = []
+    for index, view, depth, others in zip(chosen, views, depths, nearest):
+        large = masks[index]
+        mask = None if large is None else _small_mask(large, depth.shape)
+        depth = completion.without_speckle(_inside(depth, mask))
+        rgb = _small_rgb(images[index], depth.shape)
+        matched.append(MatchedView(view=view, rgb=rgb, depth=depth, mask=mask, nearest=others))
+    return matched
+
+
+def _complete_and_check(
+    matched: list[MatchedView], chosen: Sequence[int], count: int, complete: completion.Completer
+) -> completion.DepthMaps:
+    """Completed depth without what another image contradicts, of so many images; unknown of those not chosen."""
+    completed = complete(matched)
+    views, nearest = [view.view for view in matched], [list(view.nearest) for view in matched]
+    kept, sure = cross_checked(views, nearest, [_inside(c.depth, view.mask) for c, view in zip(completed, matched)])
     kept_first, sure_first = cross_checked(
-        fine, nearest, [_inside(c.alone, mask) for c, mask in zip(completed, small_masks)]
+        views, nearest, [_inside(c.alone, view.mask) for c, view in zip(completed, matched)]
     )
     # What was contradicted at first was brought to agree, and is often wrong all the same.
     kept = [torch.where(before > 0, now, 0.0) for now, before in zip(kept, kept_first)]
     sure = [now & before for now, before in zip(sure, sure_first)]
     maps = {i: (kept[k], sure[k], completed[k].error) for k, i in enumerate(chosen)}
     unknown = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool), torch.full((1, 1), torch.inf)
-    columns = zip(*(maps.get(i, unknown) for i in range(len(images))))
-    return MatchedDepth(view, pixel, z, completion.DepthMaps.of(*map(list, columns)))
+    columns = zip(*(maps.get(i, unknown) for i in range(count)))
+    return completion.DepthMaps.of(*map(list, columns))
 
 
 def _coarse_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Float[Tensor, "_h _w"]]:
@@ -211,11 +267,7 @@ def cross_checked(
 ) -> tuple[list[Float[Tensor, "_h _w"]], list[Bool[Tensor, "_h _w"]]]:
     """Completed depth without what another view contradicts, and where another view confirms it.
 
-    Where two views that are completed alone say the same of a point they are mostly right (less so if they were brought
-    to agree): in four made
-    rooms, 3 views, confirmed depth is off by .04 to .08 of itself on average, the rest by .10 to .33, and only what is
-    contradicted is known to be too near. Matched pixels are no exception: contradicted ones are off by .08 to .17, the
-    others by .02 to .04 (`docs/findings.md`, fifth round).
+    Views that are completed alone are mostly right where two say the same (`docs/findings.md`, fifth round).
 
     Args:
         views: all views.

@@ -45,7 +45,7 @@ def matched_views(capture: Path) -> tuple[list[MatchedView], list[Any]]:
         outputs = parser.get_dataparser_outputs("train")
     dataset = FewViewDataset(outputs)
     images = [dataset.get_numpy_image(i)[..., :3] for i in range(len(dataset))]
-    masks = None
+    masks: list[Any] = [None] * len(images)
     if outputs.mask_filenames is not None:
         masks = [dataset[i]["mask"][..., 0] for i in range(len(dataset))]
     stereo.match(outputs.cameras, images, masks, record)

@@ -46,7 +46,8 @@ def stereo_scale(scene: Path, spec: RgbdSpec) -> float | None:
     with contextlib.redirect_stdout(io.StringIO()):
         outputs = FewViewDataParserConfig(data=scene, num_views=3).setup().get_dataparser_outputs("train")
     dataset = FewViewDataset(outputs)
-    matched = stereo.match(outputs.cameras, [dataset.get_numpy_image(i)[..., :3] for i in range(len(dataset))])
+    images = [dataset.get_numpy_image(i)[..., :3] for i in range(len(dataset))]
+    matched = stereo.match(outputs.cameras, images, [None] * len(images))
     if not len(matched):
         return None
     per_scene_unit = bounds.metric_scale_from_disparity(matched.median_disparity(), spec)

@@ -150,8 +150,8 @@ def remember_stereo(monkeypatch: Any) -> None:
 
     plain = stereo.match
 
-    def match(cameras: Any, images: list[np.ndarray], masks: Any, complete: Any) -> Any:
-        shapes = [] if masks is None else [mask.numpy().tobytes() for mask in masks]
+    def match(cameras: Any, images: list[np.ndarray], masks: list[Any], complete: Any) -> Any:
+        shapes = [None if mask is None else mask.numpy().tobytes() for mask in masks]
         arguments = getattr(complete, "args", ()), getattr(complete, "keywords", {})  # of a partial
         weights = tuple(p.numpy().tobytes() for network in arguments[0] for p in network.parameters())
         key = (

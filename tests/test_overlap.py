@@ -61,7 +61,7 @@ def test_the_near_side_of_what_cameras_stand_around_is_found():
 def matched(centres: list[tuple[float, float, float]], depth: float) -> tuple[stereo.MatchedDepth, Cameras]:
     """Of the plane z = - depth."""
     cameras = make_cameras(centres)
-    return stereo.match(cameras, [plane_view(c, depth, 0.0)[0] for c in centres]), cameras
+    return stereo.match(cameras, [plane_view(c, depth, 0.0)[0] for c in centres], [None] * len(centres)), cameras
 
 
 def test_a_distant_camera_takes_nothing_from_the_others_and_keeps_its_surfaces():

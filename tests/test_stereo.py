@@ -59,13 +59,18 @@ def plane_view(
     return (np.repeat(grey[..., None], 3, -1) * 255).astype(np.uint8), z
 
 
+def match(cameras: Cameras, images: list[np.ndarray]) -> stereo.MatchedDepth:
+    """Of images without masks, their depth interpolated between the matches."""
+    return stereo.match(cameras, images, [None] * len(images))
+
+
 CENTRES = [(-0.4, 0.0, 0.0), (0.0, 0.1, 0.1), (0.4, 0.0, 0.0)]
 
 
 @pytest.mark.parametrize(("depth", "slope"), [(3.0, 0.0), (6.0, 0.0), (4.0, 0.5)])
 def test_depth_of_a_textured_plane_is_found_without_bounds(depth: float, slope: float) -> None:
     views = [plane_view(c, depth, slope) for c in CENTRES]
-    matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
+    matched = match(make_cameras(CENTRES), [image for image, _ in views])
     assert len(matched) > 0.3 * 3 * HEIGHT * WIDTH
     true = torch.tensor(
         np.array([views[i][1][int(p[1]), int(p[0])] for i, p in zip(matched.view.tolist(), matched.pixel.tolist())])
@@ -83,7 +88,7 @@ def test_depth_is_that_of_the_rays_that_the_lens_bends(lens: tuple[float, ...]) 
     bending = torch.tensor(lens)
     views = [plane_view(c, 4.0, 0.5, lens=bending) for c in CENTRES]
     cameras = make_cameras(CENTRES, bending)
-    matched = stereo.match(cameras, [image for image, _ in views])
+    matched = match(cameras, [image for image, _ in views])
     off_axis = (matched.pixel - torch.tensor([WIDTH / 2, HEIGHT / 2])).norm(dim=1) / FOCAL
     corners = torch.nonzero(off_axis > 0.35)[:, 0]
     assert len(corners) > 500
@@ -119,7 +124,7 @@ def test_a_point_that_the_lens_would_fold_back_into_the_image_is_outside() -> No
 def test_rays_end_on_the_surface() -> None:
     views = [plane_view(c, 4.0, 0.0) for c in CENTRES]
     cameras = make_cameras(CENTRES)
-    matched = stereo.match(cameras, [image for image, _ in views])
+    matched = match(cameras, [image for image, _ in views])
     rays, distance = matched.rays(cameras, torch.arange(0, len(matched), 37))
     z = (rays.origins + rays.directions * distance[:, None])[:, 2]
     assert float((z + 4.0).abs().median()) < 0.04
@@ -130,18 +135,18 @@ def test_rays_end_on_the_surface() -> None:
 
 def test_there_is_nothing_to_find_without_texture() -> None:
     images = [plane_view(c, 4.0, 0.0, plain=True)[0] for c in CENTRES]
-    assert len(stereo.match(make_cameras(CENTRES), images)) == 0
+    assert len(match(make_cameras(CENTRES), images)) == 0
 
 
 def test_there_is_nothing_to_find_without_a_baseline() -> None:
     images = [plane_view(CENTRES[0], 4.0, 0.0)[0]] * 3
-    assert len(stereo.match(make_cameras([CENTRES[0]] * 3), images)) == 0
+    assert len(match(make_cameras([CENTRES[0]] * 3), images)) == 0
 
 
 def test_unrelated_images_give_next_to_nothing() -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8) for _ in CENTRES]
-    assert len(stereo.match(make_cameras(CENTRES), images)) < 0.02 * 3 * HEIGHT * WIDTH
+    assert len(match(make_cameras(CENTRES), images)) < 0.02 * 3 * HEIGHT * WIDTH
 
 
 def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None:
@@ -150,7 +155,7 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
         image, z = plane_view(centre, 4.0, 0.0)
         image[20:40, 30:50] = 128  # no texture there
         views.append((image, z))
-    matched = stereo.match(make_cameras(CENTRES), [image for image, _ in views])
+    matched = match(make_cameras(CENTRES), [image for image, _ in views])
     pixels = torch.tensor([[i, row, column] for i in range(3) for row in range(HEIGHT) for column in range(WIDTH)])
     assert matched.completed is not None
     depth, confirmed, _ = matched.completed.at(pixels, torch.tensor([[HEIGHT, WIDTH]] * 3))
@@ -252,7 +257,7 @@ def test_what_images_say_together_counts_only_where_it_was_not_contradicted_when
 def test_a_second_picture_from_the_same_place_takes_nothing_away() -> None:
     centres = [CENTRES[0], *CENTRES]
     views = [plane_view(c, 4.0, 0.0) for c in centres]
-    matched = stereo.match(make_cameras(centres), [image for image, _ in views])
+    matched = match(make_cameras(centres), [image for image, _ in views])
     assert set(matched.view.tolist()) == {0, 1, 2, 3}
 
 
