@@ -30,7 +30,13 @@ METRICS: dict[str, tuple[str, int]] = {
     "depth_rmse_aligned": ("depth RMSE, aligned", 3),
     "depth_delta_aligned": ("depth < 1.25, aligned", 3),
 }
-DATASETS = {"llff": "LLFF", "dtu": "DTU", "idr": "IDR captures", "transforms": "nerfstudio captures"}
+DATASETS = {
+    "llff": "LLFF",
+    "dtu": "DTU",
+    "idr": "IDR captures",
+    "transforms": "nerfstudio captures",
+    "colmap": "COLMAP captures",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from nerfstudio.utils.rich_utils import CONSOLE
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import poses as scene_poses
-from diffusionerf_ns.dataparsers.images import check_readable, check_same_size, downscaled, same_shape
+from diffusionerf_ns.dataparsers.images import check_readable, downscaled, same_shape
 from diffusionerf_ns.dataparsers.splits import Split, choose, split_table
 from diffusionerf_ns.metrics import ProtocolName
 
-Layout = Literal["llff", "transforms", "dtu"]
+Layout = Literal["llff", "transforms", "dtu", "colmap"]
 Source = Literal[Layout, "idr"]  # "idr": an own capture in the layout of a DTU scan
 
 
@@ -101,6 +101,8 @@ class Capture:
     applied_scale: float = 1.0
     orientation: scene_poses.OrientationMethod | None = None
     """Wins over the flag."""
+    alpha_color: tuple[float, float, float] | None = None
+    """What transparent pixels are shown on, in [0, 1]; None: not known."""
     protocol: ProtocolName = "nerfstudio"
 
 
@@ -158,22 +160,21 @@ class FewViewBaseParser(DataParser):
             unit=capture.unit,
         )
         files = self._files(capture, ids)
-        sizes = check_readable(files)
-        check_same_size(files, sizes)
-        width, height = sizes[0]
+        sizes = np.array(check_readable(files))
         half = self.config.scene_scale
         scale = scene.scale * capture.applied_scale
         return DataparserOutputs(
             image_filenames=files,
-            cameras=_cameras(capture, ids, scene.poses[ids], width, height),
+            cameras=_cameras(capture, ids, scene.poses[ids], sizes),
             scene_box=SceneBox(aabb=torch.tensor([[-half] * 3, [half] * 3], dtype=torch.float32)),
             mask_filenames=None if capture.masks is None else [capture.masks[i] for i in ids],
+            alpha_color=None if capture.alpha_color is None else torch.tensor(capture.alpha_color),
             dataparser_scale=scale,
             dataparser_transform=(
                 scene.transform if capture.applied is None else scene_poses.compose(capture.applied, scene.transform)
             ),
             metadata=self._metadata(capture, ids, split, scene.scale, scale)
-            | {"downscale_factor": _reduced_by(capture, ids, width)},
+            | {"downscale_factor": _reduced_by(capture, ids, sizes)},
         )
 
     def _files(self, capture: Capture, ids: list[int]) -> list[Path]:
@@ -242,20 +243,20 @@ def whole_factor(factor: int | float | None) -> int | None:
     return int(factor)
 
 
-def _reduced_by(capture: Capture, ids: list[int], width: int) -> int:
+def _reduced_by(capture: Capture, ids: list[int], sizes: Int[np.ndarray, "ids 2"]) -> int:
     """How much smaller the images are than those that the cameras were given for, to a whole number."""
-    return max(1, round(float(capture.sizes[ids[0], 0]) / width))
+    return max(1, round(float(capture.sizes[ids[0], 0]) / int(sizes[0, 0])))
 
 
-def _cameras(capture: Capture, ids: list[int], poses: torch.Tensor, width: int, height: int) -> Cameras:
-    """Cameras whose intrinsics hold for the image size that was found."""
-    ratio = np.array([width, height]) / capture.sizes[ids]  # [n, 2]
-    for given_width, given_height in capture.sizes[ids].tolist():
+def _cameras(capture: Capture, ids: list[int], poses: torch.Tensor, sizes: Int[np.ndarray, "ids 2"]) -> Cameras:
+    """Cameras whose intrinsics hold for the image sizes (width, height) that were found."""
+    ratio = sizes / capture.sizes[ids]
+    for i, (width, height), (given_width, given_height) in zip(ids, sizes.tolist(), capture.sizes[ids].tolist()):
         if not same_shape((width, height), (given_width, given_height)):
             raise InputError(
-                f"{capture.title}: the images are {width} x {height}, but the cameras are given for {given_width} x "
-                f"{given_height} pixels, which has another shape. Use the images that the cameras were estimated from, "
-                "not cropped or turned."
+                f"{capture.title}: {capture.names[i]} is {width} x {height}, but its camera is given for {given_width} "
+                f"x {given_height} pixels, which has another shape. Use the images that the cameras were estimated "
+                "from, not cropped or turned."
             )
     scaled = torch.from_numpy(capture.intrinsics[ids] * np.concatenate([ratio, ratio], axis=1)).float()
     distortion = None
@@ -267,8 +268,8 @@ def _cameras(capture: Capture, ids: list[int], poses: torch.Tensor, width: int, 
         fy=scaled[:, 1:2],
         cx=scaled[:, 2:3],
         cy=scaled[:, 3:4],
-        width=width,
-        height=height,
+        width=torch.from_numpy(sizes[:, :1]),
+        height=torch.from_numpy(sizes[:, 1:]),
         distortion_params=distortion,
         camera_type=CameraType.PERSPECTIVE,
         metadata={},  # `ns-export cameras` expects some

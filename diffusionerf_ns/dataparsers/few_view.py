@@ -8,17 +8,18 @@ from typing import Literal
 from ddm_training.errors import InputError
 from ddm_training.transforms import FILE as TRANSFORMS_FILE
 from ddm_training.transforms import is_made_here
+from diffusionerf_ns.dataparsers import colmap
 from diffusionerf_ns.dataparsers.base import Capture, FewViewBaseConfig, FewViewBaseParser, Layout, check_folder
 from diffusionerf_ns.dataparsers.dtu import DTUFewViewDataParserConfig, is_dtu, is_within_scan
 from diffusionerf_ns.dataparsers.idr import camera_file
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
 from diffusionerf_ns.dataparsers.llff import POSES_FILE, LLFFFewViewDataParserConfig
-from diffusionerf_ns.dataparsers.transforms import TransformsFewViewDataParserConfig
+from diffusionerf_ns.dataparsers.transforms import SPLIT_FILES, TransformsFewViewDataParserConfig
 
 
 @dataclass
 class FewViewDataParserConfig(FewViewBaseConfig):
-    """Captures of few views: LLFF, nerfstudio's transforms.json, DTU, IDR's layout; found by what the folder holds."""
+    """Captures of few views: LLFF, transforms.json, COLMAP, DTU, IDR's layout; found by what the folder holds."""
 
     _target: type = field(default_factory=lambda: FewViewDataParser)
     """target class to instantiate"""
@@ -63,7 +64,8 @@ def detect_layout(data: Path) -> Layout:
     images = list_images(data, PHOTOGRAPH_SUFFIXES)
     raise InputError(
         f"--data {data} holds no capture that is known. Expected one of: {POSES_FILE} with images or images_K (LLFF); "
-        f"{TRANSFORMS_FILE} (nerfstudio; diffusionerf-poses makes it from photographs); "
+        f"{TRANSFORMS_FILE} (nerfstudio; diffusionerf-poses makes it from photographs), or "
+        f"{' and '.join(SPLIT_FILES.values())}; images and sparse/0 (COLMAP); "
         "scanN/image and scanN/cameras.npz, or Rectified/scanN and Calibration (DTU); image and cameras.npz (IDR, "
         f"NeuS). Found: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}."
         + (f" If nothing says where the images were taken, find that out with {poses}" if images else "")
@@ -114,9 +116,13 @@ def _has_colmap(folder: Path) -> bool:
 def _find_layout(data: Path) -> Layout | None:
     if data.suffix == ".json" or (data / TRANSFORMS_FILE).is_file():
         return "transforms"
+    if all((data / name).is_file() for name in SPLIT_FILES.values()):
+        return "transforms"
     if (data / POSES_FILE).is_file():
         return "llff"
-    return "dtu" if is_dtu(data) else None
+    if is_dtu(data):
+        return "dtu"
+    return "colmap" if colmap.find_images(data) is not None and colmap.find_models(data) else None
 
 
 def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:
@@ -126,6 +132,7 @@ def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:
         "llff": LLFFFewViewDataParserConfig,
         "transforms": TransformsFewViewDataParserConfig,
         "dtu": DTUFewViewDataParserConfig,
+        "colmap": colmap.ColmapFewViewDataParserConfig,
     }[layout]
     known = {f.name for f in fields(kind)}
     flags = {}

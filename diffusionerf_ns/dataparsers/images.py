@@ -105,16 +105,6 @@ def _remedy(path: Path, error: BaseException) -> str:
     return "The file is damaged or cut short: fetch it again"
 
 
-def check_same_size(paths: Sequence[Path], sizes: Sequence[tuple[int, int]]) -> None:
-    """Raises InputError where the images are not all of one size, naming the first that differs."""
-    for path, size in zip(paths, sizes):
-        if size != sizes[0]:
-            raise InputError(
-                f"images differ in size: {paths[0].name} is {sizes[0][0]} x {sizes[0][1]}, {path.name} is "
-                f"{size[0]} x {size[1]}. All images of a scene must have the same size."
-            )
-
-
 def check_mask_size(path: Path, size: tuple[int, int]) -> None:
     """Raises InputError where a mask has neither the width and height of its image nor a whole multiple of them."""
     found = image_size(path)

@@ -1,10 +1,13 @@
-"""nerfstudio captures: `transforms.json`, as `ns-process-data`, Polycam, Record3D and others write it."""
+"""nerfstudio captures: `transforms.json`, as `ns-process-data`, Polycam, Record3D and others write it.
+
+Also two files in its place, `transforms_train.json` and `transforms_test.json`, as the synthetic NeRF scenes have them.
+"""
 
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from diffusionerf_ns.dataparsers.base import (
     Capture,
     FewViewBaseConfig,
     FewViewBaseParser,
+    Layout,
     automatic_factor,
     whole_factor,
 )
@@ -25,6 +29,7 @@ from diffusionerf_ns.dataparsers.splits import Split, without_lists
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
 NUMBERS = ("w", "h", "fl_x", "fl_y", "cx", "cy", "camera_angle_x", "applied_scale", *DISTORTION)
 FILES = ("file_path", "depth_file_path", "mask_path")
+SPLIT_FILES = {kind: f"transforms_{kind}.json" for kind in ("train", "test")}
 LISTS = {kind: f"{kind}_filenames" for kind in ("train", "val", "test")}
 
 
@@ -46,12 +51,18 @@ class TransformsFewViewParser(FewViewBaseParser):
     """
 
     config: TransformsFewViewDataParserConfig
+    source: ClassVar[Layout] = "transforms"
+
+    def _read(self) -> tuple[dict[str, Any], Path, Path]:
+        """Checked content, the file that it is of, for messages, and the folder that its names are within."""
+        path = self.config.data if self.config.data.suffix == ".json" else self.config.data / FILE
+        if not path.is_file() and (path.parent / SPLIT_FILES["train"]).is_file():
+            return read_split_transforms(path.parent), path.parent / SPLIT_FILES["train"], path.parent
+        return read_transforms(path), path, path.parent
 
     def read_capture(self) -> Capture:
         """All frames sorted by file name; split by the file's own lists, else by `without_lists`."""
-        path = self.config.data if self.config.data.suffix == ".json" else self.config.data / FILE
-        meta = read_transforms(path)
-        folder = path.parent
+        meta, path, folder = self._read()
         files = [_find_file(folder, _entry(frame, "file_path", path)) for frame in meta["frames"]]
         order = sorted(range(len(files)), key=lambda i: files[i])
         frames, files = [meta["frames"][i] for i in order], [files[i] for i in order]
@@ -76,8 +87,8 @@ class TransformsFewViewParser(FewViewBaseParser):
             if gone:
                 raise InputError(f"{path} names {gone[0]}, which does not exist.")
         return Capture(
-            source="transforms",
-            title=f"{folder.resolve().name} ({path.name})",
+            source=self.source,
+            title=f"{folder.resolve().name} ({path.relative_to(folder)})",
             names=names,
             images=tuple(images),
             poses=np.stack([_pose(frame, path) for frame in frames]),
@@ -94,6 +105,7 @@ class TransformsFewViewParser(FewViewBaseParser):
             applied=_applied(meta, path),
             applied_scale=meta.get("applied_scale", 1.0),
             orientation=meta.get("orientation_override"),
+            alpha_color=meta.get("alpha_color"),
         )
 
     def _split(self, meta: dict[str, Any], files: list[Path], folder: Path, path: Path) -> Split:
@@ -136,6 +148,40 @@ def read_transforms(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from error
+    return check_transforms(meta, path)
+
+
+def read_split_transforms(folder: Path) -> dict[str, Any]:
+    """Training and test frames of `transforms_train.json` and `transforms_test.json`, as of one file with lists.
+
+    Such scenes are shown on white, as all who publish figures of them do.
+
+    Raises:
+        InputError: as of `read_transforms`, of either file.
+    """
+    files = {kind: read_transforms(folder / name) for kind, name in SPLIT_FILES.items()}
+    frames = {
+        kind: [{key: value for key, value in meta.items() if key != "frames"} | frame for frame in meta["frames"]]
+        for kind, meta in files.items()
+    }
+    lists = {
+        LISTS[kind]: [_entry(frame, "file_path", folder / SPLIT_FILES[kind]) for frame in frames[kind]]
+        for kind in files
+    }
+    shared = {key: value for key, value in files["train"].items() if key not in ("frames", *LISTS.values())}
+    return shared | {"frames": [*frames["train"], *frames["test"]], "alpha_color": (1.0, 1.0, 1.0)} | lists
+
+
+def check_transforms(meta: Any, path: Path) -> dict[str, Any]:
+    """The content of such a file, without what is null and with numbers as floats.
+
+    Args:
+        meta: what JSON holds.
+        path: of the file, for messages.
+
+    Raises:
+        InputError: as of `read_transforms`.
+    """
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list) or not meta["frames"]:
         raise InputError(f"{path} has no frames; expected a nerfstudio capture with a list under 'frames'.")
     for number, frame in enumerate(meta["frames"]):
