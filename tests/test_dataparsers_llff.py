@@ -294,10 +294,6 @@ def break_image(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:900])
 
 
-def break_size(folder: Path) -> None:
-    Image.new("RGB", (48, 36)).save(folder / "images" / "01.png")
-
-
 def break_crop(folder: Path) -> None:
     for path in (folder / "images").iterdir():
         Image.new("RGB", (48, 48)).save(path)
@@ -317,7 +313,6 @@ def break_images(folder: Path) -> None:
         (break_bounds, "row 2 has near 9.0 and far 3.0"),
         (break_rotation, "02.png are not rotations"),
         (break_image, "01.png"),
-        (break_size, "01.png is 48 x 36|differ in size"),
         (break_crop, "another shape"),
         (break_images, "no images"),
     ],

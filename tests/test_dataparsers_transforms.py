@@ -1,5 +1,6 @@
 """transforms.json: its own lists, intrinsics, metric depth, masks, agreement with nerfstudio's parser, bad input."""
 
+import json
 import math
 from pathlib import Path
 
@@ -338,3 +339,48 @@ def test_a_folder_that_is_not_there_is_said_with_where_it_was_looked_for(tmp_pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"--data caps: there is no such folder in {tmp_path}"):
         parse(Path("caps"))
+
+
+# Two files in its place
+
+
+def split_in_two(folder: Path, content: dict) -> None:
+    """As the synthetic NeRF scenes are laid out: names without a suffix."""
+    for kind, chosen in (("train", range(6)), ("test", range(6, 10))):
+        frames = [f for f in content["frames"] if int(Path(f["file_path"]).stem[1:]) in chosen]
+        frames = [f | {"file_path": f["file_path"].removesuffix(".png")} for f in frames]
+        (folder / f"transforms_{kind}.json").write_text(json.dumps({"camera_angle_x": 1.2, "frames": frames}))
+    (folder / "transforms.json").unlink()
+
+
+def test_training_and_test_images_of_two_files(tmp_path):
+    split_in_two(tmp_path, make_capture(tmp_path, 10))
+    assert names(parse(tmp_path, num_views=3)) == ["f00", "f02", "f05"]
+    test = parse(tmp_path, "test")
+    assert names(test) == ["f06", "f07", "f08", "f09"]
+    assert float(test.cameras.fx[0]) == pytest.approx(0.5 * 40 / math.tan(0.6))
+    assert test.alpha_color.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_one_of_two_files_alone_is_refused(tmp_path):
+    split_in_two(tmp_path, make_capture(tmp_path, 10))
+    (tmp_path / "transforms_test.json").unlink()
+    with pytest.raises(InputError, match=r"transforms_train\.json and transforms_test\.json"):
+        parse(tmp_path)
+
+
+# Images of several sizes
+
+
+def test_each_image_has_its_own_size_and_intrinsics(tmp_path):
+    content = make_capture(tmp_path, 6)
+    for frame in content["frames"]:
+        if frame["file_path"].endswith("f02.png"):
+            Image.new("RGB", (80, 50)).save(tmp_path / "images" / "f02.png")
+            frame |= {"w": 80, "h": 50, "fl_x": 72.0, "fl_y": 70.0, "cx": 40.0, "cy": 25.0}
+    write(tmp_path, content)
+    outputs = parse(tmp_path)
+    other = names(outputs).index("f02")
+    assert outputs.cameras.width[:, 0].tolist() == [80 if i == other else 40 for i in range(len(outputs.cameras))]
+    assert outputs.cameras.height[other, 0] == 50
+    assert outputs.cameras.fx[:, 0].tolist() == [72.0 if i == other else 36.0 for i in range(len(outputs.cameras))]
