@@ -4,7 +4,6 @@ Start reading at `get_loss_dict`. The maths is in `regularizers`, the shape of t
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -23,7 +22,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from ddm_training import rgbd
-from diffusionerf_ns import backbone, inspection, metrics, refine, regularizers, schedules, unseen
+from diffusionerf_ns import backbone, inspection, metrics, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
 from diffusionerf_ns.datamanager import FACTS, PatchBatch, PatchRequest, StereoRequest, TrainingFacts
 from diffusionerf_ns.evaluation import judge_view
@@ -35,7 +34,7 @@ from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.score_loss import JudgedPatch, score_loss
 from diffusionerf_ns.stereo_rays import StereoBatch
-from diffusionerf_ns.surfaces import FieldSurfaces
+from diffusionerf_ns.view_renderer import ViewRenderer
 from diffusionerf_ns.viewer import InspectionPanel, draw_small_on_cpu
 from diffusionerf_ns.visibility import TrainingFrusta
 
@@ -65,19 +64,16 @@ class DiffusioNeRFModel(NerfactoModel):
         self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
         cameras = None if facts is None else facts.cameras
         self.frusta = None if cameras is None else TrainingFrusta(cameras)
-        self.surfaces = FieldSurfaces(self, cameras, self._depth_of)
         self.total_steps = 1
-        self._in_training_run = False
+        self.in_training_run = False
         scale = self.config.metric_scale
         if scale is None:
-            scale = first_metric_scale(near, far, self._stereo, self._prior_spec)
+            scale = first_metric_scale(near, far, self._stereo, self.prior_spec)
         self.register_buffer("metric_scale", torch.tensor(float(scale)))
         self._known_scale = float(self.metric_scale)
         self.register_load_state_dict_post_hook(lambda *_: self.set_metric_scale(float(self.metric_scale)))
         self.last_patch: JudgedPatch | None = None
-        self.refine_view = None if facts is None else refine.ViewRefiner(lambda: self.prior, facts.fine_detail)
-        self.depth_colours = inspection.DepthRange()
-        self.verdict_tau = self.config.tau_start
+        self.views = ViewRenderer(self, facts)
         self.inspection_panel = InspectionPanel(self)
 
     def _shown_on(self, own: Float[Tensor, "3"] | None) -> Float[Tensor, "3"]:
@@ -110,7 +106,8 @@ class DiffusioNeRFModel(NerfactoModel):
         self.metric_scale.fill_(scale)
         self._known_scale = float(self.metric_scale)
 
-    def _prior_spec(self) -> rgbd.RgbdSpec:
+    def prior_spec(self) -> rgbd.RgbdSpec:
+        """What the prior's folder says of its patches, without loading its network."""
         from diffusionerf_ns.prior import find_prior
 
         if "prior" in self.__dict__:
@@ -218,27 +215,7 @@ class DiffusioNeRFModel(NerfactoModel):
         `rgb` is refined by the prior (`refine_tau`) and filled where no training image shows anything (`fill_unseen`),
         `rgb_rendered` as it was rendered.
         """
-        rays = camera.generate_rays(camera_indices=0, keep_shape=True, obb_box=obb_box)
-        shown = self._surfaces_of_views()
-        nearer = 1.0 if shown is None else shown.nearer(camera)  # than any training image
-        outputs = self.get_outputs_for_camera_ray_bundle(self.collider.bound(rays, nearer))
-        near, far = self.depth_colour_range(outputs)
-        frusta, begin = self.frusta, self.collider.bounds[0]
-        tau, refiner = self.config.refine_tau, self.refine_view
-        inside = None if self.background is None else outputs["accumulation"][..., 0] >= inspection.EMPTY
-        context = inspection.ViewContext(
-            near=near,
-            far=far,
-            metric_scale=self.metres_per_unit,
-            spec=self._prior_spec,
-            prior=lambda: self.prior,
-            count=None if frusta is None else self._of_points(lambda points: frusta.count(points, near=begin)),
-            tau=self.verdict_tau,
-            refined=None if tau <= 0.0 or refiner is None else lambda rgb, z, view: refiner(rgb, z, view, tau, inside),
-            hidden=self._of_points(shown.hide) if self.config.fill_unseen and shown is not None else None,
-            fill_empty=obb_box is None and self.renderer_rgb.background_color == "last_sample",
-        )
-        return inspection.view_outputs(outputs, camera, context)
+        return self.views.render(camera, obb_box)
 
     def get_rgba_image(self, outputs: dict[str, Any], output_name: str = "rgb") -> Tensor:
         """nerfstudio's, which exports and `ns-render` ask for; cut-outs are transparent where nothing is."""
@@ -248,50 +225,13 @@ class DiffusioNeRFModel(NerfactoModel):
         own = (rgb - self.background.to(rgb) * (1.0 - alpha)) / alpha.clamp_min(1e-10)
         return torch.cat([own.clamp(0.0, 1.0), alpha], dim=-1)
 
-    def _surfaces_of_views(self) -> unseen.ShownSurfaces | None:
-        """What the training images show, for views to use; None while a training waits for its viewer as well."""
-        if not self.surfaces.can_be_found or (self._in_training_run and inspection.in_viewer()):
-            return None
-        return self.surfaces.get(announce=not self._in_training_run)
-
-    def _of_points(self, judge: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """``judge``, wherever the points are."""
-        return lambda points: judge(points.to(self.device)).to(points.device)
-
-    def _depth_of(self, camera: Cameras) -> Float[Tensor, "h w"]:
-        """Planar depth of a training view, scene units; infinite where it meets nothing before the rays' end."""
-        outputs = super().get_outputs_for_camera(camera)
-        empty = (outputs["accumulation"] < inspection.EMPTY) | (
-            outputs["expected_depth"] > unseen.FAR * self.collider.bounds[1]
-        )
-        z = outputs["planar_depth"] / self.metres_per_unit
-        return torch.where(empty, torch.inf, z)[..., 0]
-
-    def depth_colour_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
-        """Near and far of depth's colours, scene units: the same in every view."""
-        known = self._stereo is not None or float(self.collider.bounds[1]) != self.config.far_plane
-        return self.depth_colours.get(known, lambda: self.depth_range(outputs), self.step)
-
-    def depth_range(self, outputs: dict[str, Any] | None = None) -> tuple[float, float]:
-        """Near and far for colouring depth, scene units: of the surfaces that stereo found, a little wider.
-
-        Without stereo (off, in vain, or a finished run) the scene's bounds; without a far bound, up to the quantile .95
-        of a render.
-        """
-        (near, far), found = self.collider.bounds.tolist(), self._stereo
-        if found is not None and found.near < far and near < found.far:
-            near, far = max(near, found.near / 1.2), min(far, 1.2 * found.far)
-        elif far == self.config.far_plane and outputs is not None:
-            far = float(outputs["depth"].flatten()[:: max(outputs["depth"].numel() // 10_000, 1)].quantile(0.95))
-        return near, max(far, near * 1.01)
-
     # Training
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
     ) -> list[TrainingCallback]:
         """nerfacto's, and keeping the step and the length of the run."""
-        self._in_training_run = True
+        self.in_training_run = True
         trainer = training_callback_attributes.trainer
         if trainer is not None:
             # A resumed run goes on for that many steps: it ends where the whole run would have, and so do schedules.
@@ -300,13 +240,13 @@ class DiffusioNeRFModel(NerfactoModel):
 
         def set_step(step: int) -> None:
             self.step = step
-            self.surfaces.forget()
+            self.views.surfaces.forget()
             self.level_mask.set_active(self.active_levels)
 
         if self.config.score_weight != 0.0:
             self.patch_spec()  # a bad prior shall be found before the first step
         elif self.config.refine_tau != 0.0:
-            self._prior_spec()  # the same, without loading its network
+            self.prior_spec()  # the same, without loading its network
         return [
             *super().get_training_callbacks(training_callback_attributes),
             TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], set_step, update_every_num_iters=1),
@@ -319,7 +259,7 @@ class DiffusioNeRFModel(NerfactoModel):
         ]
 
     def _end_of_training(self, step: int) -> None:
-        self._in_training_run = False
+        self.in_training_run = False
 
     def get_outputs(self, ray_bundle: RayBundle) -> dict[str, Any]:
         """nerfacto's outputs and `planar_depth` in metres: differentiable, along the optical axis.
@@ -329,7 +269,7 @@ class DiffusioNeRFModel(NerfactoModel):
         """
         c = self.config
         # A viewer beside a training shall be quick: its views are seen for moments only, and training waits for them.
-        quick = self.training or (self._in_training_run and inspection.in_viewer())
+        quick = self.training or (self.in_training_run and inspection.in_viewer())
         factor = 1 if quick else c.eval_samples_factor
         if not self.training:
             # The same after a short run as when it is loaded again: a checkpoint does not hold the warm-up's state.
@@ -418,5 +358,5 @@ class DiffusioNeRFModel(NerfactoModel):
             return
         if schedules.fraction(self.step, self.total_steps) >= self.config.metric_scale_warmup:
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
-            self.set_metric_scale(metric_scale_from_disparity(disparity, self._prior_spec()))
+            self.set_metric_scale(metric_scale_from_disparity(disparity, self.prior_spec()))
             CONSOLE.print(f"Metric scale: {self._known_scale:.4g} metres per scene unit, from rendered depth.")

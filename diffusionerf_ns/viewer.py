@@ -92,12 +92,12 @@ class InspectionPanel(ViewerControl):
                 tau = gui.add_slider(
                     "Verdict tau",
                     0.0,
-                    max(0.5, self._model.verdict_tau),
+                    max(0.5, self._model.views.verdict_tau),
                     0.01,
-                    self._model.verdict_tau,
+                    self._model.views.verdict_tau,
                     hint="Noise level for PriorScore... and PriorCleanDepth; training has its own",
                 )
-                tau.on_update(lambda _: self._display(lambda: setattr(self._model, "verdict_tau", tau.value)))
+                tau.on_update(lambda _: self._display(lambda: setattr(self._model.views, "verdict_tau", tau.value)))
             if viewer.trainer is not None:
                 with gui.add_folder("Last patch"):
                     self._patch = gui.add_markdown("No patch yet.")
@@ -216,7 +216,7 @@ class InspectionPanel(ViewerControl):
 
     def _add_depth_range(self) -> None:
         gui = self.viewer.viser_server.gui
-        near, far = self._model.depth_range()
+        near, far = self._model.views.depth_range()
         with gui.add_folder("Depth colours"):
             choice = gui.add_dropdown("Range", ("of the scene", "by hand"))
             numbers = [gui.add_number(n, round(v, 4), step=1e-4) for n, v in (("Near", near), ("Far", far))]
@@ -229,7 +229,7 @@ class InspectionPanel(ViewerControl):
                 number.disabled = not hand
             low, high = (float(number.value) for number in numbers)
             with self._locked():
-                self._model.depth_colours.by_hand = (low, max(high, low + 1e-4)) if hand else None
+                self._model.views.depth_colours.by_hand = (low, max(high, low + 1e-4)) if hand else None
             self._render_again()
 
         for handle in (choice, *numbers):
@@ -277,7 +277,7 @@ class InspectionPanel(ViewerControl):
         if not self.viewer.viser_server.get_clients():
             return
         self._refreshed = (step, time.time())
-        near, far = self._model.depth_colour_range()
+        near, far = self._model.views.depth_colour_range()
         scale = self._model.metres_per_unit
         picture = patch_picture(patch, self._model.prior, near * scale, far * scale)
         self._patch.content = (

@@ -229,7 +229,7 @@ def test_exported_colours_are_those_of_the_object_without_its_background(folders
 def test_what_is_empty_is_not_filled_and_does_not_count_as_detail(folders, capture, monkeypatch):
     pipeline = build(folders, data=capture).eval()
     model, asked = pipeline.model, []
-    monkeypatch.setattr(model, "refine_view", lambda rgb, z, view, tau, inside: asked.append(inside) or rgb)
+    monkeypatch.setattr(model.views, "refiner", lambda rgb, z, view, tau, inside: asked.append(inside) or rgb)
     aside = copy.deepcopy(pipeline.datamanager.eval_dataset.cameras[:1])
     aside.camera_to_worlds[0, :, 3] += 3.0 * aside.camera_to_worlds[0, :, 0]
     render = model.get_outputs_for_camera_ray_bundle

@@ -48,7 +48,7 @@ def test_rays_of_a_view_nearer_to_the_scene_than_all_training_views_begin_nearer
     cameras = pipeline.datamanager.train_dataset.cameras
     depth = [torch.full((int(c.height), int(c.width)), 4.0) for c in unseen.small_cameras(cameras)]
     shown = unseen.ShownSurfaces(unseen.small_cameras(cameras), depth)
-    monkeypatch.setattr(model.surfaces, "get", lambda announce: shown)
+    monkeypatch.setattr(model.views.surfaces, "get", lambda announce: shown)
     render = model.get_outputs
     monkeypatch.setattr(model, "get_outputs", lambda rays: starts.append(float(rays.nears.mean())) or render(rays))
     near = copy.deepcopy(cameras[:1])
@@ -103,7 +103,7 @@ def test_depth_is_coloured_over_the_surfaces_that_stereo_found_from_the_first_st
     )
     fog = {"depth": torch.full((4, 4, 1), 700.0)}  # an untrained field
     near, far = shown[0], shown[1] or float(model.collider.bounds[1])
-    assert model.depth_colour_range(fog) == pytest.approx((near, far))
+    assert model.views.depth_colour_range(fog) == pytest.approx((near, far))
 
 
 def test_depth_is_judged_in_metres_whatever_scale_the_prior_was_given(folders, monkeypatch):
@@ -162,7 +162,7 @@ def test_metrics_with_fitted_exposure_are_given_where_they_are_asked_for(folders
 def test_the_colours_of_a_view_are_the_priors_clean_estimate(folders):
     pipeline, known = with_known_prior(folders, refine_tau=0.07, fill_unseen=False)
     # photographs without any detail: all that a view has is grain
-    pipeline.model.refine_view = ViewRefiner(lambda: known.prior, [(1.0, 0.0)])
+    pipeline.model.views.refiner = ViewRefiner(lambda: known.prior, [(1.0, 0.0)])
     shown = view(pipeline)
     assert known.calls == 0, "only when it is looked at"
     assert not torch.equal(shown["rgb"], shown["rgb_rendered"])
@@ -261,7 +261,7 @@ def test_what_the_training_views_show_is_rendered_as_after_training_and_the_mode
     model, modes = pipeline.model, []
     render = model.get_outputs
     monkeypatch.setattr(model, "get_outputs", lambda rays: modes.append(model.training) or render(rays))
-    model.surfaces.get()
+    model.views.surfaces.get()
     assert modes
     assert not any(modes)
     assert model.training
@@ -270,15 +270,15 @@ def test_what_the_training_views_show_is_rendered_as_after_training_and_the_mode
 def test_what_the_training_views_show_is_found_once_until_the_field_changes(folders):
     pipeline = build(folders, score_weight=0.0, refine_tau=0.0)
     model, state = pipeline.eval().model, pipeline.state_dict()
-    first = model.surfaces.get()
+    first = model.views.surfaces.get()
     view(pipeline)["rgb"]
-    assert model.surfaces.get() is first
+    assert model.views.surfaces.get() is first
     for callback in callbacks(pipeline):
         callback.run_callback_at_location(3, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
-    second = model.surfaces.get()
+    second = model.views.surfaces.get()
     assert second is not first
     pipeline.load_pipeline(state, 3)
-    assert model.surfaces.get() is not second
+    assert model.views.surfaces.get() is not second
 
 
 @pytest.mark.parametrize("reason", ["switched off", "many views", "other cameras", "a viewer beside a training"])

@@ -80,6 +80,10 @@ class Model(SimpleNamespace):
     def patch_spec(self) -> RgbdSpec:
         return self.prior.spec
 
+
+class Views(SimpleNamespace):
+    """What the panel asks of a model's views."""
+
     def depth_range(self) -> tuple[float, float]:
         return 0.5, 4.0
 
@@ -112,8 +116,9 @@ class Panel:
     """The panel on a server, and the run's folder."""
 
     def __init__(self, server: viser.ViserServer, folder: Path, *, training: bool = True, **changes: Any) -> None:
-        values = {"config": make_config(), "step": 7, "last_patch": None, "depth_colours": DepthRange()}
-        values |= {"verdict_tau": 0.1, "tau": 0.05, "metres_per_unit": 2.0} | changes
+        values = {"config": make_config(), "step": 7, "last_patch": None}
+        values |= {"views": Views(depth_colours=DepthRange(), verdict_tau=0.1)}
+        values |= {"tau": 0.05, "metres_per_unit": 2.0} | changes
         self.model, self.server, self.folder = Model(**values), server, folder
         self.lock = threading.Lock()
         self.data = SimpleNamespace(
@@ -267,14 +272,14 @@ def test_the_depth_range_starts_at_the_scenes_and_is_adjustable(panel):
     assert (panel.handle("Near").value, panel.handle("Far").value) == (0.5, 4.0)
     assert panel.handle("Near").disabled
     panel.set(Range="by hand")
-    assert eventually(lambda: panel.model.depth_colours.by_hand == (0.5, 4.0))
+    assert eventually(lambda: panel.model.views.depth_colours.by_hand == (0.5, 4.0))
     assert not panel.handle("Near").disabled
     panel.set(Far=2.5)
-    assert eventually(lambda: panel.model.depth_colours.by_hand == (0.5, 2.5))
+    assert eventually(lambda: panel.model.views.depth_colours.by_hand == (0.5, 2.5))
     panel.set(Far=0.1)
-    assert eventually(lambda: panel.model.depth_colours.by_hand == (0.5, 0.5001)), "never empty"
+    assert eventually(lambda: panel.model.views.depth_colours.by_hand == (0.5, 0.5001)), "never empty"
     panel.set(Range="of the scene")
-    assert eventually(lambda: panel.model.depth_colours.by_hand is None)
+    assert eventually(lambda: panel.model.views.depth_colours.by_hand is None)
     assert panel.log() == "", "what is shown is no change of the training"
 
 
@@ -283,7 +288,7 @@ def test_a_finished_run_has_no_controls_of_training(server, tmp_path):
     with pytest.raises(KeyError):
         panel.handle("Weight")
     panel.set(Verdict_tau=0.4)
-    assert eventually(lambda: panel.model.verdict_tau == 0.4)
+    assert eventually(lambda: panel.model.views.verdict_tau == 0.4)
 
 
 def patch(pose: torch.Tensor, offset: tuple[float, float] = (24.0, 16.0)) -> JudgedPatch:
