@@ -21,8 +21,8 @@ LEAST_POINTS = 200  # that lie in a view, to say how deep it is
 BEFORE, BEHIND = 0.7, 1.5  # times the nearest and the farthest depth: the room that is left around them
 
 
-def spread(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
-    """Indices, sorted, of up to ``count`` cameras that are far from one another (farthest point sampling)."""
+def farthest_point_sampling(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
+    """Indices, sorted, of up to ``count`` cameras that are far from one another."""
     if len(positions) <= count:
         return list(range(len(positions)))
     distance = torch.cdist(positions, positions)

@@ -34,7 +34,7 @@ from diffusionerf_ns.photographs import (
     without_copies,
     write_images,
 )
-from diffusionerf_ns.structure_from_motion import SEARCHES, Cameras, Model
+from diffusionerf_ns.structure_from_motion import SEARCHES, CameraSharing, Reconstruction
 
 FILM_DIAGONAL = 43.27  # millimetres of 35 mm film: what lenses are compared by
 FAR_FOCAL = 1.4  # ratio of what was found and what was known, from which on one of them is wrong
@@ -55,7 +55,7 @@ class PosesConfig:
     """Folder of the photographs."""
     output: Path
     """Folder of the capture; it must not exist yet, or be empty."""
-    cameras: Cameras = "one"
+    cameras: CameraSharing = "one"
     """Whether all photographs were taken with one lens and zoom, or each with its own, which few can hardly tell."""
     focal_35mm: float | None = None
     """Focal length in millimetres as on 35 mm film (many phones: 24 to 28), not the lens's own (many phones: 4 to 7).
@@ -127,7 +127,7 @@ class Posed:
         return "\n".join(lines)
 
 
-def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm: float | None = None) -> Posed:
+def find_poses(data: Path, output: Path, *, cameras: CameraSharing = "one", focal_35mm: float | None = None) -> Posed:
     """Place the photographs of a folder and write a capture; where that fails, nothing is written.
 
     Args:
@@ -169,7 +169,7 @@ def find_poses(data: Path, output: Path, *, cameras: Cameras = "one", focal_35mm
 
 
 def _pose_all(
-    sources: Sequence[Path], folder: Path, cameras: Cameras, focal_35mm: float | None
+    sources: Sequence[Path], folder: Path, cameras: CameraSharing, focal_35mm: float | None
 ) -> tuple[Posed, list[dict[str, Any]], dict[str, str]]:
     """What was found, and the frames of `transforms.json` and how they are oriented; images go to ``folder``."""
     focals = write_images(sources, folder)
@@ -194,9 +194,9 @@ def _pose_all(
     return posed, *frames_of(model, turned)
 
 
-def _best_model(images: Path, names: list[str], cameras: Cameras, focal: float | None) -> Model:
+def _best_model(images: Path, names: list[str], cameras: CameraSharing, focal: float | None) -> Reconstruction:
     """The best model of the searches: the first that places all images well, else the one that places most."""
-    best: Model | None = None
+    best: Reconstruction | None = None
     matches = 0
     for number, how in enumerate(SEARCHES):
         CONSOLE.print(f"Looking for the poses of {len(names)} photographs{', harder' if number else ''} ...")

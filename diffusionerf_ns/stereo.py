@@ -6,7 +6,7 @@ is silent without texture; there, depth completed from around (`completion`) tel
 
 Notation
     z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
-    ncc     normalised cross-correlation of two 5 x 5 windows, in [-1, 1], see `likeness`
+    ncc     normalised cross-correlation of two 5 x 5 windows, in [-1, 1], see `correlation`
 """
 
 import math
@@ -21,7 +21,7 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusionerf_ns import completion, overlap, semi_global
+from diffusionerf_ns import completion, correlation, overlap, semi_global
 from diffusionerf_ns.views import MatchedView, View
 from diffusionerf_ns.visibility import Projections
 
@@ -34,13 +34,11 @@ ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is t
 CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less
 SCENE_QUANTILES = (0.03, 0.5, 0.97)  # of depth, between which the fine sweep looks, with some room around them
 MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
-WINDOW = 5  # pixels
 MIN_NCC = 0.7  # of the winning depth
 MARGIN = 0.1  # by which the winner's aggregated cost must be below that of all depths that are not its neighbours
 TOLERANCE = 0.03  # relative difference of depth up to which two views agree
 SEEN_THROUGH = 0.05  # relative difference of depth from which a view that sees farther contradicts
 COMPLETED_TOLERANCE, COMPLETED_SEEN_THROUGH = 0.05, 0.1  # the same of depth that is interpolated
-TEXTURE = 3e-5  # variance of grey values, in [0, 1], of windows with much less of which ncc says nothing
 
 
 @dataclass(frozen=True)
@@ -138,10 +136,10 @@ def match(
     distance = torch.cdist(centres, centres)
     if float(distance.max()) <= 0.0:
         return MatchedDepth.nothing()
-    scene = _locate_scene(cameras, images, distance, overlap.spread(centres, COARSE_VIEWS))
+    scene = _locate_scene(cameras, images, distance, overlap.farthest_point_sampling(centres, COARSE_VIEWS))
     if scene is None:
         return MatchedDepth.nothing()
-    chosen = overlap.spread(centres, FINE_VIEWS)
+    chosen = overlap.farthest_point_sampling(centres, FINE_VIEWS)
     matched = _match_fine(cameras, images, masks, scene, distance, chosen)
     if sum(int((view.depth > 0).sum()) for view in matched) < MIN_MATCHES:
         return MatchedDepth.nothing()
@@ -328,48 +326,13 @@ def _view(cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], worki
     )
 
 
-def _blur(x: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 c h w"]:
-    """Mean over the window, rows and columns one after the other; at the border over what there is."""
-    half = WINDOW // 2
-    x = F.avg_pool2d(x, (1, WINDOW), stride=1, padding=(0, half), count_include_pad=False)
-    return F.avg_pool2d(x, (WINDOW, 1), stride=1, padding=(half, 0), count_include_pad=False)
-
-
-Moments = tuple[Float[Tensor, "1 1 h w"], Float[Tensor, "1 1 h w"]]
-
-
-def window_moments(grey: Float[Tensor, "1 1 h w"]) -> Moments:
-    """Mean and variance of the window about each pixel."""
-    mean = _blur(grey)
-    return mean, (_blur(grey.square()) - mean.square()).clamp_min(0.0)
-
-
-def likeness(
-    grey: Float[Tensor, "1 1 h w"], moments: Moments, other: Float[Tensor, "1 1 h w"]
-) -> Float[Tensor, "1 1 h w"]:
-    """Pixel by pixel, 2 cov / (var + var) of the windows of two images (Moravec 1977); about 0 where both are plain.
-
-    With the product of the deviations below the line instead, a plain window can pass for an edge, however faint its
-    likeness: walls are then matched with the outline of what stands before them.
-
-    Args:
-        grey: in [0, 1].
-        moments: of ``grey``.
-        other: in [0, 1].
-    """
-    mean, variance = moments
-    m, square, product = _blur(torch.cat([other, other.square(), grey * other], dim=1)).split(1, dim=1)
-    spread = 0.5 * (variance + (square - m.square()).clamp_min(0.0))
-    return (product - mean * m) / (spread + TEXTURE)
-
-
 def _sweep(
     index: int, views: list[View], others: list[int], near: float, far: float, step: float
 ) -> Float[Tensor, "h w"]:
     """Winning depth of one view, 0 where no depth stands out."""
     reference = views[index]
     directions = reference.directions()
-    moments = window_moments(reference.grey)
+    moments = correlation.window_moments(reference.grey)
     baseline = max(float((views[other].position - reference.position).norm()) for other in others)
     moved = (1.0 / near - 1.0 / far) * baseline * float(reference.focal[0])
     # More depths than the images can tell apart would make every winner its own neighbours' rival.
@@ -385,7 +348,7 @@ def _sweep(
             grid, _ = view.project(points)
             warped = F.grid_sample(view.grey, grid[None], align_corners=False)
             inside = (grid.abs() < 1.0).all(-1)[None, None]
-            ncc = likeness(reference.grey, moments, warped)
+            ncc = correlation.normalised_cross_correlation(reference.grey, moments, warped)
             # The best view, not the mean: with wide baselines many points are hidden in one of the others.
             best = torch.maximum(best, torch.where(inside, ncc, torch.zeros_like(ncc)))
         scores.append(best[0, 0])

@@ -40,7 +40,7 @@ WORTH_AN_UNKNOWN = 1.03
 LEAST_OF_TWO = 100  # points that each image must see where those of two images alone count; COLMAP's first pair's
 FEW = 12  # images, of which it is tried; of more, three that see the same are hardly missing
 KEPT_POINTS = 0.8  # share of the points of the image that sees fewest, that a lower error must not cost
-Cameras = Literal["one", "each"]
+CameraSharing = Literal["one", "each"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Placed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Reconstruction:
     """Images that were placed together."""
 
     images: tuple[Placed, ...]
@@ -109,11 +109,11 @@ class Model:
         return len(self.images), min(image.points for image in self.images)
 
 
-def simplest(tried: Sequence[tuple[int, list[Model]]]) -> list[Model]:
-    """The models of the fewest unknowns that place as many images as any, about as well; of equal ones the better.
+def select_lens_model(tried: Sequence[tuple[int, list[Reconstruction]]]) -> list[Reconstruction]:
+    """Those of the lens of fewest unknowns that place as many images as any, about as well; of equal ones the better.
 
     Args:
-        tried: number of the lens's unknowns, and the models that were found with them.
+        tried: number of the lens's unknowns, and the reconstructions that were found with them.
     """
     tried = [(unknowns, models) for unknowns, models in tried if models]
     if not tried:
@@ -127,8 +127,8 @@ def simplest(tried: Sequence[tuple[int, list[Model]]]) -> list[Model]:
 
 
 def search(
-    images: Path, names: list[str], how: Search, cameras: Cameras, focal: float | None
-) -> tuple[list[Model], int]:
+    images: Path, names: list[str], how: Search, cameras: CameraSharing, focal: float | None
+) -> tuple[list[Reconstruction], int]:
     """Features, exhaustive matching and incremental mapping, all on the CPU. What is transparent has no features.
 
     Args:
@@ -140,8 +140,8 @@ def search(
             else a search that begins at 1.2 times the longer side.
 
     Returns:
-        Models of the simplest lens that does, which may share images; and the most matches of a pair of images that
-        agree with one motion.
+        Reconstructions of the simplest lens that does, which may share images; and the most matches of a pair of images
+        that agree with one motion.
 
     Raises:
         InputError: COLMAP cannot read an image, or fails.
@@ -166,8 +166,8 @@ def search(
         raise InputError(
             f"COLMAP cannot read {', '.join(content['unread'][:5])}; save as JPEG or PNG anew, or leave out."
         )
-    tried = [(unknowns, [_model(model) for model in models]) for unknowns, models in content["tried"]]
-    return simplest(tried), content["matches"]
+    tried = [(unknowns, [_reconstruction(model) for model in models]) for unknowns, models in content["tried"]]
+    return select_lens_model(tried), content["matches"]
 
 
 def write_masks(images: Path, names: Sequence[str], folder: Path) -> bool:
@@ -193,9 +193,9 @@ def write_masks(images: Path, names: Sequence[str], folder: Path) -> bool:
     return True
 
 
-def _model(content: dict[str, Any]) -> Model:
+def _reconstruction(content: dict[str, Any]) -> Reconstruction:
     images = tuple(Placed(**{k: _tuples(v) for k, v in image.items()}) for image in content["images"])
-    return Model(images=images, points=content["points"], error=content["error"])
+    return Reconstruction(images=images, points=content["points"], error=content["error"])
 
 
 def _tuples(value: Any) -> Any:

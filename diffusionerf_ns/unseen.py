@@ -115,13 +115,13 @@ def fill(rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"]) -> Float[Tens
     seen = (~unseen)[None, None].to(rgb)
     known = F.interpolate(seen, size=size, mode="area")
     small = F.interpolate(rgb.permute(2, 0, 1)[None] * seen, size=size, mode="area") / known.clamp_min(1e-6)
-    values = spread(small[0].permute(1, 2, 0).cpu().double().numpy(), (known[0, 0] <= 0.0).cpu().numpy())
+    values = fill_harmonic(small[0].permute(1, 2, 0).cpu().double().numpy(), (known[0, 0] <= 0.0).cpu().numpy())
     large = F.interpolate(torch.from_numpy(values).to(rgb).permute(2, 0, 1)[None], size=unseen.shape, mode="bilinear")
     filled = large[0].permute(1, 2, 0)
     return torch.where(unseen[..., None], filled, rgb)
 
 
-def spread(x: Float[np.ndarray, "h w c"], hole: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w c"]:
+def fill_harmonic(x: Float[np.ndarray, "h w c"], hole: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w c"]:
     """``x`` with its hole filled by the solution of Laplace's equation: each pixel is the mean of its neighbours.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffusionerf_ns.visibility import distort, lens_reach, undistort
+from diffusionerf_ns.visibility import distort, max_undistorted_radius, undistort
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class View:
 
     @cached_property
     def _reach(self) -> float:
-        return float("inf") if self.lens is None else lens_reach(self.lens)
+        return float("inf") if self.lens is None else max_undistorted_radius(self.lens)
 
     def directions(self, size: tuple[int, int] | None = None) -> Float[Tensor, "_h _w 3"]:
         """World directions with planar depth 1, of all pixels.

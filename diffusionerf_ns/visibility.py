@@ -37,7 +37,7 @@ class Projections(nn.Module):
         pair = lambda x, y: torch.cat([x.reshape(-1, 1), y.reshape(-1, 1)], dim=1).float()  # noqa: E731
         lens = cameras.distortion_params if are_perspective(cameras) else None
         lens = None if lens is None or not bool(lens.any()) else lens.reshape(-1, 6).float()
-        reach = [math.inf] * len(pose) if lens is None else [lens_reach(row) for row in lens]
+        reach = [math.inf] * len(pose) if lens is None else [max_undistorted_radius(row) for row in lens]
         buffers = {
             "rotation": pose[:, :, :3],
             "position": pose[:, :, 3],
@@ -100,7 +100,7 @@ def undistort(bent: Float[Tensor, "*batch 2"], lens: Float[Tensor, "6"]) -> Floa
     return radial_and_tangential_undistort(bent, lens)
 
 
-def lens_reach(lens: Float[Tensor, "6"]) -> float:
+def max_undistorted_radius(lens: Float[Tensor, "6"]) -> float:
     """The slope, as a distance from the axis, up to which a lens moves points outwards; beyond, it folds them back.
 
     Its tangential terms, which are small, are left out.

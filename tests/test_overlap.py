@@ -119,10 +119,10 @@ def test_of_many_images_some_that_are_far_apart_are_matched(monkeypatch):
 
 def test_cameras_are_chosen_from_everywhere():
     positions = torch.tensor([[x, 0.0, 0.0] for x in (0.0, 0.1, 0.2, 5.0, 5.1, 10.0)])
-    assert overlap.spread(positions, 3) in ([0, 3, 5], [0, 4, 5])
-    assert overlap.spread(positions, 6) == list(range(6))
+    assert overlap.farthest_point_sampling(positions, 3) in ([0, 3, 5], [0, 4, 5])
+    assert overlap.farthest_point_sampling(positions, 6) == list(range(6))
     twice = torch.cat([positions, positions])  # cameras that turn on the spot
-    assert len(set(overlap.spread(twice, 9))) == 9
+    assert len(set(overlap.farthest_point_sampling(twice, 9))) == 9
 
 
 def test_neighbours_are_the_nearest_that_are_far_enough_else_the_farthest():

@@ -46,7 +46,7 @@ def test_a_turned_photograph_does_not_tilt_the_scene(taken, tmp_path):
 def test_a_scene_of_turned_photographs_alone_stands_upright():
     rotation = ((0.0, 1.0, 0.0), (-1.0, 0.0, 0.0), (0.0, 0.0, 1.0))  # right is down in the world
     image = corner.placed("a.png", rotation)
-    model = structure_from_motion.Model(images=(image,), points=99, error=0.1)
+    model = structure_from_motion.Reconstruction(images=(image,), points=99, error=0.1)
     frames, oriented = pose_search.frames_of(model, turned=["a.png"])
     assert oriented == {"orientation_override": "none"}
     pose = np.array(frames[0]["transform_matrix"])

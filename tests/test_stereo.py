@@ -275,17 +275,3 @@ def test_an_image_of_which_nothing_is_matched_and_what_a_mask_leaves_out_stay_un
     depth, _, _ = matched.completed.at(torch.tensor([[2, 30, 40], [0, 30, 20], [0, 30, 60]]), sizes)
     assert depth[:2].tolist() == [0.0, 0.0]
     assert float(depth[2]) == pytest.approx(4.0, rel=0.05)
-
-
-def test_windows_are_alike_only_where_their_contrast_is_too() -> None:
-    edge = torch.zeros(1, 1, 9, 9)
-    edge[..., 5:] = 0.8
-    inside = (0, 0, 4, 4)
-    alike = {k: stereo.likeness(k * edge, stereo.window_moments(k * edge), edge)[inside] for k in (1.0, 0.7, 0.01, 0.0)}
-    assert alike[1.0] > 0.99
-    assert 0.9 < alike[0.7] < 0.96, "another exposure"
-    assert alike[0.01] < 0.03, "a shade of two grey levels is not that edge"
-    assert alike[0.0] == 0.0
-    assert stereo.likeness(1.0 - edge, stereo.window_moments(1.0 - edge), edge)[inside] < -0.99
-    faint = 0.01 * edge
-    assert stereo.likeness(faint, stereo.window_moments(faint), faint)[inside] < 0.5, "less than noise"

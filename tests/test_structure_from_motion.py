@@ -66,30 +66,30 @@ def test_masks_are_white_where_images_are_opaque(tmp_path):
     assert np.asarray(Image.open(tmp_path / "masks" / "b.png.png")).tolist() == [[0, 0, 255, 255]]
 
 
-def model(name: str, images: int = 3, points: int = 99, error: float = 0.4) -> structure_from_motion.Model:
+def model(name: str, images: int = 3, points: int = 99, error: float = 0.4) -> structure_from_motion.Reconstruction:
     placed = (corner.placed(name, points=points),) * images
-    return structure_from_motion.Model(images=placed, points=points, error=error)
+    return structure_from_motion.Reconstruction(images=placed, points=points, error=error)
 
 
 def test_an_unknown_must_be_worth_it():
     few, more, most = [model("few")], [model("more", error=0.39)], [model("most", error=0.2)]
-    assert structure_from_motion.simplest([(0, few), (1, more)]) == few
-    assert structure_from_motion.simplest([(0, few), (1, more), (2, most)]) == most
-    assert structure_from_motion.simplest([(0, []), (1, more)]) == more
-    assert structure_from_motion.simplest([(0, []), (1, [])]) == []
+    assert structure_from_motion.select_lens_model([(0, few), (1, more)]) == few
+    assert structure_from_motion.select_lens_model([(0, few), (1, more), (2, most)]) == most
+    assert structure_from_motion.select_lens_model([(0, []), (1, more)]) == more
+    assert structure_from_motion.select_lens_model([(0, []), (1, [])]) == []
 
 
 def test_of_lenses_with_as_many_unknowns_the_better_is_taken():
     worse, better = [model("worse", error=0.202)], [model("better", error=0.2)]
-    assert structure_from_motion.simplest([(1, worse), (1, better), (2, worse)]) == better
+    assert structure_from_motion.select_lens_model([(1, worse), (1, better), (2, worse)]) == better
 
 
 def test_images_that_are_placed_count_before_errors():
     two, three, other = model("two", 2, error=0.1), model("three", error=0.5), model("other", 1, error=0.1)
-    assert structure_from_motion.simplest([(0, [two]), (1, [other, three]), (2, [two])]) == [other, three]
+    assert structure_from_motion.select_lens_model([(0, [two]), (1, [other, three]), (2, [two])]) == [other, three]
 
 
 def test_an_error_that_is_lower_because_points_were_lost_is_no_reason():
     many, few = [model("many", points=400, error=0.5)], [model("few", points=12, error=0.0)]
-    assert structure_from_motion.simplest([(0, many), (1, few)]) == many
-    assert structure_from_motion.simplest([(0, few), (1, many)]) == many
+    assert structure_from_motion.select_lens_model([(0, many), (1, few)]) == many
+    assert structure_from_motion.select_lens_model([(0, few), (1, many)]) == many

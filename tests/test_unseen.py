@@ -167,7 +167,7 @@ def test_a_hole_at_the_border_goes_on_from_what_is_known():
 def test_each_filled_pixel_is_the_mean_of_its_neighbours():
     rng = np.random.default_rng(0)
     x, there = rng.random((12, 15, 2)), rng.random((12, 15)) < 0.6
-    y = unseen.spread(x, there)
+    y = unseen.fill_harmonic(x, there)
     for v, u in np.argwhere(there):
         around = [y[b, a] for b, a in ((v - 1, u), (v + 1, u), (v, u - 1), (v, u + 1)) if 0 <= b < 12 and 0 <= a < 15]
         np.testing.assert_allclose(y[v, u], np.mean(around, axis=0), atol=1e-9)
