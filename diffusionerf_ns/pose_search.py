@@ -219,7 +219,7 @@ def _best_model(images: Path, names: list[str], cameras: CameraSharing, focal: f
     return best
 
 
-def frames_of(model: Model, turned: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def frames_of(model: Reconstruction, turned: Sequence[str] = ()) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Frames of `transforms.json`: camera-to-world in OpenGL axes (right, up, back), intrinsics in pixels.
 
     Beside them, what the file says of how they are oriented.
