@@ -14,6 +14,7 @@ A scene is written into ``<scene>.part`` and renamed when it is whole: a folder 
 with it is what a killed run left behind (ignored when reading, replaced when written again).
 """
 
+import hashlib
 import io
 import json
 import os
@@ -50,7 +51,14 @@ class SceneInfo:
     """Data set that the scene comes from, e.g. "hypersim", "rooms", "hololens"."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Number of frames left out, by reason."""
+    asked: str = ""
+    """`names_digest` of all frames that were to be read, kept or not; not written where it is empty."""
     format: str = FORMAT
+
+
+def names_digest(names: Sequence[str]) -> str:
+    """Tells whether a scene was made of the same frames in the same order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 class SceneWriter:
@@ -66,15 +74,25 @@ class SceneWriter:
         source: data set it comes from.
         max_frames: upper bound of the number of frames.
         height, width: frame size in pixels.
+        asked: `names_digest` of the frames that it is made of, where it may be made of others later.
     """
 
     def __init__(
-        self, root: Path, name: str, *, split: Split, source: str, max_frames: int, height: int, width: int
+        self,
+        root: Path,
+        name: str,
+        *,
+        split: Split,
+        source: str,
+        max_frames: int,
+        height: int,
+        width: int,
+        asked: str = "",
     ) -> None:
         self.final = root / name
         self.part = root / f"{name}.part"
         self._meta = {"name": name, "split": split, "source": source, "height": height, "width": width}
-        self._max_frames = max_frames
+        self._max_frames, self._asked = max_frames, asked
         self._names: list[str] = []
         self._intrinsics: list[tuple[float, float, float, float]] = []
         self._rejected: dict[str, int] = {}
@@ -126,8 +144,10 @@ class SceneWriter:
             frames=tuple(self._names),
             intrinsics=tuple(self._intrinsics),
             rejected=self._rejected,
+            asked=self._asked,
         )
-        (self.part / SCENE_FILE).write_text(json.dumps(asdict(info)))
+        content = {key: value for key, value in asdict(info).items() if key != "asked" or value}
+        (self.part / SCENE_FILE).write_text(json.dumps(content))
         if self.final.exists():
             shutil.rmtree(self.final)
         self.part.rename(self.final)

@@ -56,9 +56,9 @@ def write_hypersim_scene(job: HypersimJob) -> SceneResult:
     except FrameRejected as reason:
         return write_scene(job, _never, unreadable=str(reason))
 
-    def read(frame: int) -> tuple[str, Frame]:
+    def read(frame: int) -> Frame:
         files = frame_files(job.images, job.camera_name, frame, job.color)
-        return f"frame.{frame:04d}", (*read_frame(files, pinhole), pinhole.intrinsics)
+        return *read_frame(files, pinhole), pinhole.intrinsics
 
     return write_scene(job, read)
 
@@ -74,7 +74,7 @@ def _usable_camera(job: HypersimJob) -> Pinhole:
     return pinhole
 
 
-def _never(frame: Any) -> tuple[str, Frame]:
+def _never(frame: Any) -> Frame:
     raise AssertionError(f"frame {frame} of an unusable camera was read")
 
 
@@ -172,6 +172,7 @@ class HypersimPrepareConfig:
             height=self.height,
             limits=self.limits,
             frames=here,
+            names=tuple(f"frame.{number:04d}" for number in here),
             missing={ABSENT: absent} if absent else {},
             images=images,
             camera_name=camera_name,
@@ -207,11 +208,8 @@ class FolderJob(SceneJob):
 def write_folder_scene(job: FolderJob) -> SceneResult:
     """Do a `FolderJob`."""
 
-    def read(pair: Pair) -> tuple[str, Frame]:
-        return pair.name, (
-            *read_pair(pair, *job.source_size, metres_per_unit=job.metres_per_unit),
-            job.intrinsics,
-        )
+    def read(pair: Pair) -> Frame:
+        return *read_pair(pair, *job.source_size, metres_per_unit=job.metres_per_unit), job.intrinsics
 
     return write_scene(job, read)
 
@@ -297,6 +295,7 @@ class FramesConfig:
                 height=height,
                 limits=self.limits,
                 frames=tuple(part),
+                names=tuple(pair.name for pair in part),
                 missing=left_out,
                 source_size=size,
                 intrinsics=intrinsics,

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
-from ddm_training.frames import SceneWriter, Split, read_scene_info
+from ddm_training.frames import SceneInfo, SceneWriter, Split, names_digest, read_scene_info
 from ddm_training.jobs import EngineConfig, run_jobs
 from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame
 from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
@@ -40,29 +40,35 @@ class SceneJob:
     limits: RejectionLimits
     frames: tuple[Any, ...]
     """What there is to read."""
+    names: tuple[str, ...]
+    """Name of each of them."""
     missing: dict[str, int]
     """Frames that cannot be read or are not wanted, by reason: counted as rejected."""
 
     def is_whole(self) -> bool:
-        """Whether the store has this scene, made of as many frames as there are now (a later download may have
-        brought more)."""
+        """Whether the store has this scene, of this split, made of the frames that there are now: a later download may
+        have brought more, and a longer capture is cut into splits elsewhere."""
         if not (self.root / self.name).exists():
             return False
         info = read_scene_info(self.root / self.name)
         reasons = {*self.missing, ABSENT}
         same = all(info.rejected.get(reason, 0) == self.missing.get(reason, 0) for reason in reasons)
+        return info.split == self.split and same and self._is_made_of_the_same(info)
+
+    def _is_made_of_the_same(self, info: SceneInfo) -> bool:
+        if info.asked:
+            return info.asked == names_digest(self.names)
+        # older stores know the frames that were kept, and of the others their number
         known = len(info.frames) + sum(info.rejected.values())
-        return same and known == len(self.frames) + sum(self.missing.values())
+        return known == len(self.frames) + sum(self.missing.values()) and set(info.frames) <= set(self.names)
 
 
-def write_scene(
-    job: SceneJob, read: Callable[[Any], tuple[str, Frame]], *, unreadable: str | None = None
-) -> SceneResult:
+def write_scene(job: SceneJob, read: Callable[[Any], Frame], *, unreadable: str | None = None) -> SceneResult:
     """Write one scene of the store, in memory of one frame.
 
     Args:
         job: where, and the frames.
-        read: name and content, at its own size, of a frame; `FrameRejected` is counted.
+        read: content, at its own size, of a frame; `FrameRejected` is counted.
         unreadable: reason that rejects all frames without reading them.
 
     Raises:
@@ -77,16 +83,16 @@ def write_scene(
         max_frames=0 if unreadable else len(job.frames),
         height=job.height,
         width=job.width,
+        asked=names_digest(job.names),
     )
     try:
         for reason, count in job.missing.items():
             writer.reject(reason, count)
         if unreadable and job.frames:
             writer.reject(unreadable, len(job.frames))
-        for frame in () if unreadable else job.frames:
+        for name, frame in () if unreadable else zip(job.names, job.frames):
             try:
-                name, content = read(frame)
-                color, depth, mask, intrinsics = _resized(content, job.width, job.height)
+                color, depth, mask, intrinsics = _resized(read(frame), job.width, job.height)
                 check_frame(color, depth, mask, job.limits)
             except FrameRejected as reason:
                 writer.reject(str(reason))

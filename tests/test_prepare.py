@@ -18,6 +18,7 @@ from preparation import config, files, report
 from ddm_training import frames, scene_jobs
 from ddm_training.errors import InputError
 from ddm_training.frames import open_scene, open_store
+from ddm_training.hypersim import SPLIT_FILE
 from ddm_training.jobs import EngineConfig, run_jobs
 
 tree = preparation.tree  # a fixture
@@ -84,6 +85,15 @@ def test_a_scene_is_made_again_when_more_of_it_was_downloaded(tree: Path) -> Non
     config(tree).main()
     assert report(tree)["rejected"] == {}
     assert report(tree)["frames"] == 6
+
+
+def test_a_scene_that_the_split_file_moved_is_made_again_for_its_new_split(tree: Path) -> None:
+    config(tree).main()
+    table = tree / SPLIT_FILE
+    table.write_text(table.read_text().replace("train", "val"))
+    config(tree).main()
+    assert report(tree)["frames_by_split"] == {"val": 6}
+    assert report(tree)["scenes_skipped"] == 1
 
 
 def test_what_a_killed_run_left_half_written_is_replaced(tree: Path) -> None:

@@ -1,5 +1,6 @@
 """`ddm frames`: whole commands on a small RGBD folder."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from preparation import report
 
 from ddm_training.errors import InputError
-from ddm_training.frames import open_store
+from ddm_training.frames import open_scene, open_store
 from ddm_training.prepare import FramesConfig
 
 
@@ -19,14 +20,18 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "office"
     (root / "rgb").mkdir(parents=True)
     (root / "depth").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
+    add_frames(root, range(40))
+    np.savetxt(root / "K.txt", [[30.0, 0, 15.5], [0, 30.0, 11.5], [0, 0, 1]])
+    return root
+
+
+def add_frames(root: Path, numbers: range) -> None:
+    rng = np.random.default_rng(numbers.start)
+    for i in numbers:
         Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(root / "rgb" / f"{i}.png")
         depth = 1000 + 10 * i + 20 * np.arange(32, dtype=np.uint16)[None, :].repeat(24, axis=0)
         depth[0, :5], depth[1, :5] = 0, 65535
         Image.fromarray(depth.astype(np.uint16)).save(root / "depth" / f"{i}.png")
-    np.savetxt(root / "K.txt", [[30.0, 0, 15.5], [0, 30.0, 11.5], [0, 0, 1]])
-    return root
 
 
 def frames_config(folder: Path, **changes) -> FramesConfig:
@@ -46,6 +51,42 @@ def test_a_folder_becomes_train_and_a_held_out_end_with_a_gap_between(folder: Pa
     assert train.mask[:, 2:].all()
     np.testing.assert_array_equal(train.color[7], np.asarray(Image.open(folder / "rgb" / "7.png")))
     assert train.info.intrinsics[0] == (30.0, 30.0, 16.0, 12.0)  # from "first centre at 0" to "at 0.5"
+
+
+def forget_what_was_asked(store: Path) -> None:
+    """Make the scenes those of a version that did not keep it."""
+    for path in store.glob("*/scene.json"):
+        info = json.loads(path.read_text())
+        del info["asked"]
+        path.write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_held_out_end_of_a_capture_that_grew_is_made_anew_also_where_it_has_as_many_frames(
+    folder: Path, older: bool
+) -> None:
+    changes = {"val_gap": 4, "val_fraction": 0.05}
+    store = folder.parent / "store"
+    frames_config(folder, **changes).main()
+    assert open_scene(store / "office_val").info.frames == ("38", "39")
+    if older:
+        forget_what_was_asked(store)
+    add_frames(folder, range(40, 48))
+    frames_config(folder, **changes).main()
+    assert open_scene(store / "office_val").info.frames == ("46", "47")
+    assert open_scene(store / "office_train").info.frames == tuple(map(str, range(42)))
+    frames_config(folder, **changes).main()
+    assert report(folder)["scenes_skipped"] == 2
+
+
+def test_a_scene_is_made_anew_when_a_frame_that_was_rejected_gave_way_to_another(folder: Path) -> None:
+    os.truncate(folder / "rgb" / "0.png", 500)
+    frames_config(folder, val_fraction=0.0).main()
+    for kind in ("rgb", "depth"):
+        (folder / kind / "0.png").unlink()
+    add_frames(folder, range(40, 41))
+    frames_config(folder, val_fraction=0.0).main()
+    assert open_scene(folder.parent / "store" / "office_train").info.frames == tuple(map(str, range(1, 41)))
 
 
 def test_a_folder_can_be_stored_smaller(folder: Path) -> None:
