@@ -25,7 +25,7 @@ from ddm_training.hypersim import (
 )
 from ddm_training.hypersim_split import PublicScene, read_split_csv
 from ddm_training.jobs import EngineConfig
-from ddm_training.rejection import FrameRejected, RejectionLimits
+from ddm_training.rejection import FrameRejected, RejectionLimits, no_file
 from ddm_training.report import SceneResult
 from ddm_training.resize import check_size
 from ddm_training.rgbd_folder import Intrinsics, Pair, image_size, list_pairs, read_intrinsics, read_pair
@@ -157,12 +157,16 @@ class HypersimPrepareConfig:
         images = self.data / scene.name / "images"
         frames = [number for name, number in scene.frames if name == camera_name]
         present = _files_by_folder(images, camera_name)
-        here = tuple(
-            number
-            for number in frames
-            if any(path.name in present for path in frame_files(images, camera_name, number, self.color).values())
-        )
-        absent = len(frames) - len(here)
+        here: list[int] = []
+        missing: dict[str, int] = {}
+        for number in frames:
+            files = frame_files(images, camera_name, number, self.color)
+            lacking = [what for what, path in files.items() if path.name not in present]
+            if not lacking:
+                here.append(number)
+                continue
+            reason = ABSENT if len(lacking) == len(files) else no_file(lacking[0])
+            missing[reason] = missing.get(reason, 0) + 1
         return HypersimJob(
             root=self.output,
             name=f"{scene.name}_{camera_name}",
@@ -171,9 +175,9 @@ class HypersimPrepareConfig:
             width=self.width,
             height=self.height,
             limits=self.limits,
-            frames=here,
+            frames=tuple(here),
             names=tuple(f"frame.{number:04d}" for number in here),
-            missing={ABSENT: absent} if absent else {},
+            missing=missing,
             images=images,
             camera_name=camera_name,
             camera=camera,

@@ -63,11 +63,21 @@ MACHINE_ERRORS = frozenset(
 )  # of a file that may well be whole
 
 
+def no_file(what: str) -> str:
+    """The reason of a frame that lacks a file."""
+    return f"no {what} file"
+
+
+def is_no_file(reason: str) -> bool:
+    """Whether a reason is one of `no_file`, which a later download may take away."""
+    return reason.startswith("no ") and reason.endswith(" file")
+
+
 def rejected_file(what: str, error: Exception) -> Exception:
     """The exception for a file that could not be read: `FrameRejected` where the file is to blame; the error itself
     where the machine is (a lost network disk, no permission), since every frame would be rejected then."""
     if isinstance(error, FileNotFoundError):
-        return FrameRejected(f"no {what} file")
+        return FrameRejected(no_file(what))
     if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
         return error
     return FrameRejected(f"{what} file damaged")

@@ -16,7 +16,7 @@ from ddm_training.errors import InputError
 from ddm_training.files import write_whole
 from ddm_training.frames import SceneInfo, SceneWriter, Split, names_digest, read_scene_info
 from ddm_training.jobs import EngineConfig, run_jobs
-from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame
+from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame, is_no_file
 from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
 from ddm_training.resize import resize_color, resize_depth, scale_intrinsics
 
@@ -51,7 +51,7 @@ class SceneJob:
         if not (self.root / self.name).exists():
             return False
         info = read_scene_info(self.root / self.name)
-        reasons = {*self.missing, ABSENT}
+        reasons = {*self.missing, ABSENT, *filter(is_no_file, info.rejected)}
         same = all(info.rejected.get(reason, 0) == self.missing.get(reason, 0) for reason in reasons)
         return info.split == self.split and same and self._is_made_of_the_same(info)
 

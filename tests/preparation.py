@@ -28,3 +28,11 @@ def report(tree: Path) -> dict:
 
 def files(tree: Path, frame: int = 0, scene: str = "ai_001_001") -> dict[str, Path]:
     return frame_files(tree / scene / "images", "cam_00", frame, "hdr")
+
+
+def forget_what_was_asked(store: Path) -> None:
+    """Make the scenes those of a version that did not keep it."""
+    for path in store.glob("*/scene.json"):
+        info = json.loads(path.read_text())
+        del info["asked"]
+        path.write_text(json.dumps(info))

@@ -13,13 +13,14 @@ import numpy as np
 import preparation
 import pytest
 from hypersim_tree import write_tree
-from preparation import config, files, report
+from preparation import SCENES, config, files, forget_what_was_asked, report
 
 from ddm_training import frames, scene_jobs
 from ddm_training.errors import InputError
 from ddm_training.frames import open_scene, open_store
 from ddm_training.hypersim import SPLIT_FILE
 from ddm_training.jobs import EngineConfig, run_jobs
+from ddm_training.prepare import write_hypersim_scene
 
 tree = preparation.tree  # a fixture
 
@@ -84,6 +85,33 @@ def test_a_scene_is_made_again_when_more_of_it_was_downloaded(tree: Path) -> Non
         path.with_suffix(".away").rename(path)
     config(tree).main()
     assert report(tree)["rejected"] == {}
+    assert report(tree)["frames"] == 6
+
+
+@pytest.mark.parametrize("what", ["colour", "depth", "entity id"])
+@pytest.mark.parametrize("older", [False, True])
+def test_frames_are_added_when_the_file_that_they_lacked_was_downloaded(tree: Path, what: str, older: bool) -> None:
+    lacking = [files(tree, frame, scene)[what] for scene in SCENES for frame in range(2)]
+    for path in lacking:
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(InputError, match=rf"no frame was kept; rejected by reason: {{'no {what} file': 6}}"):
+        config(tree).main()
+    if older:
+        forget_what_was_asked(tree.parent / "store")
+    for path in lacking:
+        path.with_suffix(".away").rename(path)
+    config(tree).main()
+    assert report(tree)["rejected"] == {}
+    assert report(tree)["frames"] == 6
+
+
+def test_frames_whose_file_went_away_while_they_were_read_are_added_when_it_is_back(tree: Path) -> None:
+    path = files(tree)["colour"]
+    jobs = config(tree).jobs()
+    path.rename(path.with_suffix(".away"))
+    write_hypersim_scene(jobs[0])
+    path.with_suffix(".away").rename(path)
+    config(tree).main()
     assert report(tree)["frames"] == 6
 
 

@@ -1,13 +1,12 @@
 """`ddm frames`: whole commands on a small RGBD folder."""
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from preparation import report
+from preparation import forget_what_was_asked, report
 
 from ddm_training.errors import InputError
 from ddm_training.frames import open_scene, open_store
@@ -51,14 +50,6 @@ def test_a_folder_becomes_train_and_a_held_out_end_with_a_gap_between(folder: Pa
     assert train.mask[:, 2:].all()
     np.testing.assert_array_equal(train.color[7], np.asarray(Image.open(folder / "rgb" / "7.png")))
     assert train.info.intrinsics[0] == (30.0, 30.0, 16.0, 12.0)  # from "first centre at 0" to "at 0.5"
-
-
-def forget_what_was_asked(store: Path) -> None:
-    """Make the scenes those of a version that did not keep it."""
-    for path in store.glob("*/scene.json"):
-        info = json.loads(path.read_text())
-        del info["asked"]
-        path.write_text(json.dumps(info))
 
 
 @pytest.mark.parametrize("older", [False, True])
