@@ -19,6 +19,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -274,10 +275,11 @@ def _map(path: Path, array: np.memmap) -> np.ndarray:
 def open_store(roots: Path | Sequence[Path], split: Split | None = None) -> list[Scene]:
     """Open all whole scenes of one or several stores, sorted by path, those of ``split`` only if it is given.
 
-    Of scenes of another split only `scene.json` is read.
+    Of scenes of another split only `scene.json` is read. Folders that hold no file of a scene are passed over.
 
     Raises:
-        InputError: a root is no folder, a scene is damaged or cannot be read now, or nothing is left.
+        InputError: a root is no folder, or holds stores in place of scenes; a scene is damaged or cannot be read now;
+            or nothing is left.
     """
     roots = [roots] if isinstance(roots, Path) else list(roots)
     scenes: list[Scene] = []
@@ -287,7 +289,7 @@ def open_store(roots: Path | Sequence[Path], split: Split | None = None) -> list
             raise InputError(
                 f"{root} is not a folder; expected a frame store as `ddm rooms` or `ddm frames` writes it."
             )
-        for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.suffix != ".part"):
+        for folder in _scene_folders(root):
             info = read_scene_info(folder)
             seen[info.split] = seen.get(info.split, 0) + 1
             if info.frames and split in (None, info.split):
@@ -297,3 +299,30 @@ def open_store(roots: Path | Sequence[Path], split: Split | None = None) -> list
             f"no frames of split {split!r} in {', '.join(map(str, roots))}; scenes found by split: {seen or 'none'}."
         )
     return scenes
+
+
+def _scene_folders(root: Path) -> list[Path]:
+    """The folders of a store that hold a file of a scene, sorted.
+
+    Raises:
+        InputError: none does, but some hold scenes themselves; or one cannot be looked into.
+    """
+    scenes, stores = [], []
+    for folder in _subfolders(root):
+        try:
+            if any((folder / name).is_file() for name in (SCENE_FILE, *(f"{array}.npy" for array in _LAYOUT))):
+                scenes.append(folder)
+            elif any((inner / SCENE_FILE).is_file() for inner in _subfolders(folder)):
+                stores.append(folder)
+        except OSError as error:
+            if folder.name != "lost+found":  # of a file system's own, for its administrator alone
+                raise _unreadable(folder / SCENE_FILE, folder, error) from error
+    if stores and not scenes:
+        raise InputError(f"{root} is a folder of stores: give --data {' '.join(map(str, stores))}.")
+    if stores:
+        warnings.warn(f"{root}: left out what is in the stores {', '.join(p.name for p in stores)} in it", stacklevel=3)
+    return scenes
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and p.suffix != ".part")

@@ -187,8 +187,39 @@ def test_a_path_that_is_no_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none"):
         open_store(tmp_path)
     (tmp_path / "photos").mkdir()
-    with pytest.raises(InputError, match=r"scene.json cannot be read"):
+    with pytest.raises(InputError, match=r"no frames.* none"):
         open_store(tmp_path)
+    (tmp_path / "photos" / "color.npy").touch()
+    with pytest.raises(InputError, match=r"scene.json cannot be read.* delete .*photos and prepare"):
+        open_store(tmp_path)
+
+
+def test_folders_of_the_machine_or_of_an_editor_in_a_store_are_passed_over(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path)
+    for name in ("lost+found", ".ipynb_checkpoints", "@eaDir/room"):
+        (tmp_path / name).mkdir(parents=True)
+    is_file = Path.is_file
+
+    def is_file_where_allowed(path: Path) -> bool:  # as for all but root
+        if path.parent.name in ("lost+found", "secret"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file_where_allowed)
+    assert [scene.info.name for scene in open_store(tmp_path)] == ["room"]
+    (tmp_path / "lost+found").rename(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"secret/scene.json .*a permission is to blame"):
+        open_store(tmp_path)
+
+
+def test_the_folder_of_several_stores_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    for store in ("s1", "s2"):
+        write(tmp_path / "big" / store)
+    with pytest.raises(InputError, match=r"big is a folder of stores: give --data \S+big/s1 \S+big/s2\.$"):
+        open_store(tmp_path / "big")
+    write(tmp_path / "big", "own")
+    with pytest.warns(UserWarning, match="left out what is in the stores s1, s2"):
+        assert [scene.info.name for scene in open_store(tmp_path / "big")] == ["own"]
 
 
 @pytest.mark.parametrize("name", ["color", "depth", "mask"])
