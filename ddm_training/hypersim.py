@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image
 
 from ddm_training.errors import InputError
-from ddm_training.rejection import FrameRejected, rejected_file
+from ddm_training.rejection import IMAGE_ERRORS, FrameRejected, rejected_file
 
 SPLIT_FILE = "metadata_images_split_scene_v1.csv"
 CAMERA_FILE = "metadata_camera_parameters.csv"
@@ -209,5 +209,5 @@ def _read_preview(path: Path, shape: tuple[int, ...]) -> UInt8[np.ndarray, "h w 
             if image.size != shape[::-1]:
                 raise FrameRejected("colour of another size than the camera")
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except IMAGE_ERRORS as error:
         raise rejected_file("colour", error) from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 
 from ddm_training.errors import InputError
 
@@ -57,6 +58,9 @@ def check_frame(
     if int(color.max()) - int(color.min()) < limits.min_color_range:
         raise FrameRejected(f"colour range under {limits.min_color_range:g} of 255")
 
+
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises of an image that is truncated, has a broken or a made-up header, or is no image."""
 
 MACHINE_ERRORS = frozenset(
     {errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}

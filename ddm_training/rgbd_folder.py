@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from ddm_training.errors import InputError
-from ddm_training.rejection import FrameRejected, rejected_file
+from ddm_training.rejection import IMAGE_ERRORS, FrameRejected, rejected_file
 
 COLOR_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".ppm")
 DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".pgm")
@@ -98,7 +98,7 @@ def image_size(pairs: Sequence[Pair]) -> tuple[int, int]:
         try:
             with Image.open(pair.color) as image:
                 return image.size
-        except (OSError, SyntaxError):
+        except IMAGE_ERRORS:
             continue
     raise InputError(f"none of the {len(pairs)} colour images of {pairs[0].color.parent} can be read.")
 
@@ -128,5 +128,5 @@ def _read_image(path: Path, what: str) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError) as error:  # PIL: truncated, not an image, broken PNG
+    except IMAGE_ERRORS as error:
         raise rejected_file(what, error) from error

@@ -172,6 +172,15 @@ def test_the_preview_stands_in_for_hdr_colour(tmp_path: Path, frame) -> None:
     assert np.abs(color.astype(int) - [200, 100, 50]).max() < 4
 
 
+@pytest.mark.parametrize("content", [b"P6\nwide 24\n255\n", b"P6\n60000 60000\n255\n"])
+def test_a_preview_with_a_broken_header_is_a_rejection(tmp_path: Path, frame, content: bytes) -> None:
+    files = frame_files(tmp_path, "cam_00", 7, "preview")
+    files["colour"].parent.mkdir()
+    files["colour"].write_bytes(content)
+    with pytest.raises(FrameRejected, match=r"^colour file damaged$"):
+        read_frame(files, frame[1])
+
+
 @pytest.mark.parametrize("what", ["depth", "entity id", "colour"])
 def test_a_truncated_file_is_a_rejection_that_names_what_it_held(frame, what: str) -> None:
     files, pinhole = frame

@@ -1,5 +1,6 @@
 """`ddm frames`: whole commands on a small RGBD folder."""
 
+import io
 import os
 from pathlib import Path
 
@@ -108,6 +109,31 @@ def test_bad_files_of_a_folder_are_counted_by_reason(folder: Path) -> None:
         "no valid depth at all": 1,
     }
     assert report(folder)["frames"] == 32
+
+
+def bad_images() -> dict[str, bytes]:
+    """Images of which PIL raises neither OSError nor SyntaxError."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(file, "PNG")
+    return {
+        "header.ppm": b"P6\nwide 24\n255\n",
+        "short.png": file.getvalue()[:8] + b"\0\0\0\x05IHDR" + file.getvalue()[16:],
+        "bomb.ppm": b"P6\n60000 60000\n255\n",
+    }
+
+
+@pytest.mark.parametrize("name", bad_images())
+def test_a_damaged_image_is_one_rejected_frame_whatever_pil_raises(folder: Path, name: str) -> None:
+    (folder / "rgb" / "0.png").unlink()
+    (folder / "rgb" / f"0{Path(name).suffix}").write_bytes(bad_images()[name])
+    with (
+        pytest.raises((ValueError, Image.DecompressionBombError)),
+        Image.open(folder / "rgb" / f"0{name[-4:]}") as image,
+    ):
+        image.load()
+    frames_config(folder, val_fraction=0.0).main()
+    assert report(folder)["rejected"] == {"colour file damaged": 1}
+    assert report(folder)["frames"] == 39
 
 
 def test_depth_in_wrong_units_is_an_error_that_says_so(folder: Path) -> None:
