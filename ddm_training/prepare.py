@@ -265,6 +265,8 @@ class FramesConfig:
             raise InputError(f"val-gap must not be negative, found {self.val_gap}.")
         if not self.metres_per_unit > 0:
             raise InputError(f"metres-per-unit must be positive, found {self.metres_per_unit}.")
+        if self.name is not None and (not self.name or {"/", "\\"} & set(self.name)):
+            raise InputError(f"name must be a word that a folder may be called, found {self.name!r}.")
 
     def jobs(self) -> list[FolderJob]:
         """One job per split.

@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,13 @@ def prepare(
         The report.
 
     Raises:
-        InputError: other options, a damaged scene in the store, a full disk, or scenes that failed.
+        InputError: other options, a damaged scene in the store, a store that cannot be written, a full disk, or scenes
+            that failed.
     """
-    store.mkdir(parents=True, exist_ok=True)
-    _check_options(store / f"{command}.options.json", options)
+    with _writing(store):
+        store.mkdir(parents=True, exist_ok=True)
+    with _writing(store / f"{command}.options.json") as path:
+        _check_options(path, options)
     todo = [job for job in jobs if redo or not job.is_whole()]
     names = {job.name for job in todo}
     results = [scene_result(store / job.name, skipped=True) for job in jobs if job.name not in names]
@@ -164,7 +168,8 @@ def prepare(
             f"the disk of {store} is full ({shutil.disk_usage(store).free / 1e9:.2f} GB free): free some space and run "
             f"the same command again; the {len(results)} whole scenes are kept."
         ) from full
-    write_whole(store / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+    with _writing(store / REPORT_FILE) as path:
+        write_whole(path, json.dumps(report, indent=2) + "\n")
     if failed:
         name, why = next(iter(failed.items()))
         raise InputError(
@@ -174,6 +179,17 @@ def prepare(
     if report["frames"] == 0:
         raise InputError(f"no frame was kept; rejected by reason: {report['rejected'] or 'none'}.")
     return report
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error}): mend that, or give another --output, and run the same command "
+            "again; whole scenes are kept."
+        ) from error
 
 
 def _is_full(error: BaseException) -> bool:

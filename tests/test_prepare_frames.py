@@ -1,5 +1,6 @@
 """`ddm frames`: whole commands on a small RGBD folder."""
 
+import errno
 import io
 import os
 from pathlib import Path
@@ -167,7 +168,31 @@ def test_folders_without_pairs_or_with_too_few_frames_are_refused(folder: Path) 
         frames_config(folder).main()
 
 
-@pytest.mark.parametrize("bad", [{"val_fraction": 1.0}, {"val_gap": -1}, {"metres_per_unit": 0.0}])
+@pytest.mark.parametrize("output", ["taken", "taken/store"])
+def test_a_store_that_cannot_be_made_is_named(folder: Path, output: str) -> None:
+    (folder / "taken").write_text("a file")
+    with pytest.raises(InputError, match=rf"{output}.*give another --output"):
+        frames_config(folder, output=folder / output).main()
+
+
+@pytest.mark.parametrize("file", ["frames-office.options.json", "report.json"])
+def test_a_file_of_the_store_that_cannot_be_written_is_named(folder: Path, monkeypatch, file: str) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr("ddm_training.files.os.replace", full)
+    with pytest.raises(InputError, match=rf"{file} could not be written .*No space left"):
+        frames_config(folder).main()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"val_fraction": 1.0}, {"val_gap": -1}, {"metres_per_unit": 0.0}, {"name": "office/kitchen"}, {"name": ""}],
+)
 def test_flags_of_frames_out_of_range_are_refused(bad: dict) -> None:
     with pytest.raises(InputError, match="found"):
         FramesConfig(data=Path(), output=Path(), **bad)
