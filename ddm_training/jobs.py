@@ -1,12 +1,17 @@
 """Run a list of independent jobs: here, on the processes of this machine, or as a SLURM array through submitit."""
 
 import multiprocessing
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -49,11 +54,12 @@ class Outcome(Generic[Job, Result]):
 
 def run_jobs(
     function: Callable[[Job], Result], jobs: Sequence[Job], config: EngineConfig, log_dir: Path
-) -> Iterator[Outcome[Job, Result]]:
+) -> Generator[Outcome[Job, Result], None, None]:
     """Call ``function`` on each job and yield outcomes as they come, in no fixed order.
 
     A job that raises, or whose process dies (out of memory, a crash in a library), is an outcome with an error; the
-    others go on. ``function`` and jobs must be picklable.
+    others go on. ``function`` and jobs must be picklable. SIGTERM raises `SystemExit` in the meantime, and the
+    processes of this machine end with this one.
 
     Args:
         function: a module-level function.
@@ -61,11 +67,36 @@ def run_jobs(
         config: where to run.
         log_dir: for submitit's scripts and logs; not used by the local engine.
     """
-    if config.engine != "local":
-        return _run_submitit(function, jobs, config, log_dir)
-    if config.workers == 1 or len(jobs) == 1:
-        return (_call(function, job) for job in jobs)
-    return _run_pool(function, jobs, config.workers)
+    with _sigterm_as_exit() as terminated:
+        if config.engine != "local":
+            yield from _run_submitit(function, jobs, config, log_dir)
+        elif config.workers == 1 or len(jobs) == 1:
+            yield from (_call(function, job) for job in jobs)
+        else:
+            yield from _run_pool(function, jobs, config.workers, terminated)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[threading.Event]:
+    """Let SIGTERM raise `SystemExit`, so that what is at work cleans up, where it would end the process at once.
+
+    Yields whether it came.
+    """
+    terminated = threading.Event()
+
+    def end(number: int, frame: object) -> None:
+        terminated.set()
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()  # others may not choose
+    if not main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield terminated
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _call(function: Callable[[Job], Result], job: Job) -> Outcome[Job, Result]:
@@ -75,41 +106,74 @@ def _call(function: Callable[[Job], Result], job: Job) -> Outcome[Job, Result]:
         return Outcome(job, None, error)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # spawn: forking a process that has threads (progress bar, torch) can deadlock
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+@contextmanager
+def _pool(workers: int, terminated: threading.Event) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, however it ends, and at once where it was ``terminated``; else when their job
+    is done."""
+    context = multiprocessing.get_context("spawn")  # forking what has threads (progress bar, torch) can deadlock
+    watched, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent, initargs=(watched,))
+    try:
+        yield pool
+    finally:
+        if terminated.is_set():
+            held.close()
+        pool.shutdown(wait=True, cancel_futures=True)
+        held.close()
+        watched.close()
 
 
-def _run_pool(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Outcome[Job, Result]]:
+def _end_with_parent(watched: Connection) -> None:
+    """End this process when the other end of a pipe, which its parent alone has, is closed. A scene that it was
+    writing stays behind as a part, as after any kill."""
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            watched.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_pool(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, terminated: threading.Event
+) -> Iterator[Outcome[Job, Result]]:
     """At most ``workers`` jobs are in flight, so that when a process dies the suspects are few: each is run again
     in a process of its own, which tells the guilty one."""
     queue = iter(jobs)
-    pool = _pool(workers)
+    while True:
+        with _pool(workers, terminated) as pool:
+            suspects = yield from _until_one_dies(pool, function, queue, workers)
+        if not suspects:
+            return
+        for future, job in suspects:
+            yield _rerun_alone(function, job, future, terminated)
+
+
+def _until_one_dies(
+    pool: ProcessPoolExecutor, function: Callable[[Job], Result], queue: Iterator[Job], workers: int
+) -> Generator[Outcome[Job, Result], None, list[tuple[Future[Result], Job]]]:
+    """Outcomes until the queue is done, or a process died; returns what was in flight then."""
     flying: dict[Future[Result], Job] = {}
-    try:
-        while True:
-            while len(flying) < workers and (job := next(queue, None)) is not None:
-                flying[pool.submit(function, job)] = job
-            if not flying:
-                return
-            done, _ = wait(flying, return_when=FIRST_COMPLETED)
-            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
-                pool.shutdown(wait=True)
-                suspects, pool = list(flying.items()), _pool(workers)
-                flying.clear()
-                yield from (_rerun_alone(function, job, future) for future, job in suspects)
-                continue
-            for future in done:
-                job, error = flying.pop(future), future.exception()
-                yield Outcome(job, None if error else future.result(), error)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    while True:
+        while len(flying) < workers and (job := next(queue, None)) is not None:
+            flying[pool.submit(function, job)] = job
+        if not flying:
+            return []
+        done, _ = wait(flying, return_when=FIRST_COMPLETED)
+        if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+            return list(flying.items())
+        for future in done:
+            job, error = flying.pop(future), future.exception()
+            yield Outcome(job, None if error else future.result(), error)
 
 
-def _rerun_alone(function: Callable[[Job], Result], job: Job, future: Future[Result]) -> Outcome[Job, Result]:
+def _rerun_alone(
+    function: Callable[[Job], Result], job: Job, future: Future[Result], terminated: threading.Event
+) -> Outcome[Job, Result]:
     if future.done() and future.exception() is None:
         return Outcome(job, future.result(), None)
-    with _pool(1) as pool:
+    with _pool(1, terminated) as pool:
         alone = pool.submit(function, job)
         error = alone.exception()
     if isinstance(error, BrokenProcessPool):

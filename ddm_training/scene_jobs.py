@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,16 @@ def prepare(
     failed: dict[str, str] = {}
     full: OSError | None = None
     start = time.perf_counter()
-    outcomes = run_jobs(work, todo, engine, store / f"{command}-submitit.part")
-    for outcome in _progress(outcomes, command, len(todo)):
-        if outcome.error is None:
-            results.append(outcome.result)
-            continue
-        first_line = (str(outcome.error).splitlines() or [""])[0]
-        failed[outcome.job.name] = f"{type(outcome.error).__name__}: {first_line}"
-        if _is_full(outcome.error):
-            full = outcome.error
-            break
+    with closing(run_jobs(work, todo, engine, store / f"{command}-submitit.part")) as outcomes:
+        for outcome in _progress(outcomes, command, len(todo)):
+            if outcome.error is None:
+                results.append(outcome.result)
+                continue
+            first_line = (str(outcome.error).splitlines() or [""])[0]
+            failed[outcome.job.name] = f"{type(outcome.error).__name__}: {first_line}"
+            if _is_full(outcome.error):
+                full = outcome.error
+                break
     report = make_report(command, results, failed, time.perf_counter() - start)
     show_report(report, store)
     if full is not None:

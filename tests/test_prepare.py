@@ -4,8 +4,11 @@ import errno
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,6 +220,54 @@ def test_a_job_that_raises_or_whose_process_dies_does_not_take_the_others_with_i
     assert {job: o.result for job, o in outcomes.items()} == {1: 2, 13: None, 2: 4, 99: None, 3: 6, 4: 8}
     assert "unlucky" in str(outcomes[13].error)
     assert "process died" in str(outcomes[99].error)
+
+
+TWO_WORKERS = """
+import sys, time
+from pathlib import Path
+from ddm_training.jobs import EngineConfig, run_jobs
+
+def work(path):
+    path.touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    try:
+        for _ in run_jobs(work, [folder / "one", folder / "two"], EngineConfig(workers=2), folder):
+            pass
+    finally:
+        (folder / "ended").touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "two_workers.py").write_text(TWO_WORKERS)
+    command = [sys.executable, str(tmp_path / "two_workers.py"), str(tmp_path)]
+    path = os.pathsep.join([str(Path(scene_jobs.__file__).parents[1]), *sys.path])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}) as process:
+        while not ((tmp_path / "one").exists() and (tmp_path / "two").exists()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=120)  # to the end of its output, which its workers have open too
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    assert (tmp_path / "ended").exists() == (number == signal.SIGTERM)
+
+
+def test_sigterm_is_as_it_was_when_all_jobs_are_done_or_given_up(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    outcomes = run_jobs(double, [1, 2], EngineConfig(), tmp_path)
+    assert next(outcomes).result == 2
+    assert signal.getsignal(signal.SIGTERM) != before
+    outcomes.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with closing(run_jobs(double, [1, 2], EngineConfig(), tmp_path)) as outcomes:
+        next(outcomes)
+        with pytest.raises(SystemExit, match="143"):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_slurm_where_there_is_none_is_an_error_that_says_so(tree: Path, monkeypatch) -> None:

@@ -148,6 +148,7 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
         InputError: the folder holds something else, or cannot be written (a full disk).
     """
     import time
+    from contextlib import closing
 
     from rich.console import Console
     from rich.progress import track
@@ -160,16 +161,16 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
         raise InputError(f"--folder {folder} cannot be made: {error.strerror}.") from error
     todo = [job for job in jobs if not job.is_whole()]
     start, frames, console = time.perf_counter(), 0, Console(file=sys.stderr)
-    outcomes = run_jobs(write, todo, EngineConfig(workers=workers), folder)
-    for outcome in track(outcomes, description="rooms", total=len(todo), console=console, disable=not todo):
-        if isinstance(outcome.error, OSError):
-            raise InputError(
-                f"room {outcome.job.index} could not be written: {outcome.error}. Whole rooms are kept; mend the cause "
-                "and run the same command again."
-            ) from outcome.error
-        if outcome.error is not None:
-            raise outcome.error
-        frames += outcome.result or 0
+    with closing(run_jobs(write, todo, EngineConfig(workers=workers), folder)) as outcomes:
+        for outcome in track(outcomes, description="rooms", total=len(todo), console=console, disable=not todo):
+            if isinstance(outcome.error, OSError):
+                raise InputError(
+                    f"room {outcome.job.index} could not be written: {outcome.error}. Whole rooms are kept; mend the "
+                    "cause and run the same command again."
+                ) from outcome.error
+            if outcome.error is not None:
+                raise outcome.error
+            frames += outcome.result or 0
     seconds = time.perf_counter() - start
     rate = f", {frames / seconds:.1f} frames/s" if frames else ""
     kept = f"; {len(jobs) - len(todo)} were there" if len(todo) < len(jobs) else ""
