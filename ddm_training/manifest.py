@@ -1,4 +1,4 @@
-"""Which files of a downloaded scene are whole, and who may write."""
+"""Which files of a downloaded scene are whole, and who may write into a folder."""
 
 import errno
 import json
@@ -46,11 +46,15 @@ class Manifest:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keep a second download out of the folder; the lock of a killed process is gone with it."""
+def exclusive(folder: Path, work: str = "download") -> Iterator[None]:
+    """Keep a second run of the same ``work`` out of the folder; the lock of a killed process is gone with it.
+
+    Raises:
+        InputError: there is one, or the folder cannot be made or written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".download.lock", "w")  # noqa: SIM115
+        file = open(folder / f".{work.replace(' ', '-')}.lock", "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror}; give another --output.") from error
     with file:
@@ -59,7 +63,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another download is writing into {folder}: wait for it, or use another one.") from error
+            raise InputError(f"another {work} is writing into {folder}: wait for it, or use another one.") from error
         except (ImportError, OSError):
             pass  # no such locks on this system or file system
         yield

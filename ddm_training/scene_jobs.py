@@ -17,6 +17,7 @@ from ddm_training.errors import InputError
 from ddm_training.files import write_whole
 from ddm_training.frames import SceneInfo, SceneWriter, Split, names_digest, read_scene_info
 from ddm_training.jobs import EngineConfig, run_jobs
+from ddm_training.manifest import exclusive
 from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame, is_no_file
 from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
 from ddm_training.resize import resize_color, resize_depth, scale_intrinsics
@@ -125,6 +126,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Run the jobs of scenes that the store does not have yet, show a table, and write `report.json`.
 
+    The same command does not write into the store twice at a time.
+
     Args:
         store: the frame store.
         command: name for messages and for the options file.
@@ -138,11 +141,22 @@ def prepare(
         The report.
 
     Raises:
-        InputError: other options, a damaged scene in the store, a store that cannot be written, a full disk, or scenes
-            that failed.
+        InputError: other options, another run at work, a damaged scene in the store, a store that cannot be written,
+            a full disk, or scenes that failed.
     """
-    with _writing(store):
-        store.mkdir(parents=True, exist_ok=True)
+    with exclusive(store, f"{command} preparation"):
+        return _prepare(store, command, options, jobs, work, engine, redo)
+
+
+def _prepare(
+    store: Path,
+    command: str,
+    options: dict[str, Any],
+    jobs: Sequence[SceneJob],
+    work: Callable[[Any], SceneResult],
+    engine: EngineConfig,
+    redo: bool,
+) -> dict[str, Any]:
     with _writing(store / f"{command}.options.json") as path:
         _check_options(path, options)
     todo = [job for job in jobs if redo or not job.is_whole()]

@@ -23,6 +23,7 @@ from ddm_training.errors import InputError
 from ddm_training.frames import open_scene, open_store
 from ddm_training.hypersim import SPLIT_FILE
 from ddm_training.jobs import EngineConfig, run_jobs
+from ddm_training.manifest import exclusive
 from ddm_training.prepare import write_hypersim_scene
 
 tree = preparation.tree  # a fixture
@@ -268,6 +269,18 @@ def test_sigterm_is_as_it_was_when_all_jobs_are_done_or_given_up(tmp_path: Path)
         with pytest.raises(SystemExit, match="143"):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_run_into_the_same_store_is_refused_while_the_first_is_at_work(tree: Path) -> None:
+    store = tree.parent / "store"
+    with (
+        exclusive(store, "hypersim preparation"),
+        pytest.raises(InputError, match=r"another hypersim preparation is writing into .*store"),
+    ):
+        config(tree).main()
+    assert not list(store.glob("ai_*"))
+    with exclusive(store, "frames-office preparation"):  # of other scenes
+        config(tree).main()
 
 
 def test_slurm_where_there_is_none_is_an_error_that_says_so(tree: Path, monkeypatch) -> None:
