@@ -342,6 +342,28 @@ def test_hypersim_metadata_lists_every_frame_and_the_plain_projection(hypersim):
     assert float(camera["M_cam_from_uv_11"]) == pytest.approx(0.75 * np.tan(np.radians(30)), rel=1e-5)
 
 
+def hypersim_rooms(folder: Path, first: int, count: int, **changes) -> RoomsConfig:
+    options = {"num_views": 1, "width": 16, "height": 16, "focal": 14.0, "workers": 1, **changes}
+    return RoomsConfig(folder=folder, output="hypersim", first_room=first, num_rooms=count, **options)
+
+
+def test_rooms_that_are_added_are_added_to_the_tables_of_hypersims_layout(tmp_path):
+    hypersim_rooms(tmp_path / "more", 2, 1).main()
+    hypersim_rooms(tmp_path / "more", 0, 2).main()
+    hypersim_rooms(tmp_path / "more", 2, 1).main()
+    hypersim_rooms(tmp_path / "once", 0, 3).main()
+    for name in ("metadata_images_split_scene_v1.csv", "metadata_camera_parameters.csv"):
+        assert (tmp_path / "more" / name).read_text() == (tmp_path / "once" / name).read_text()
+    table = tmp_path / "once" / "metadata_camera_parameters.csv"
+    table.write_text("scene_name,mood\nai_001_001,good\n")
+    with pytest.raises(InputError, match="other columns than Hypersim's"):
+        hypersim_rooms(tmp_path / "once", 0, 3).main()
+    table.unlink()
+    table.mkdir()
+    with pytest.raises(InputError, match="could not be written"):
+        hypersim_rooms(tmp_path / "once", 0, 3).main()
+
+
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rooms") / "capture"

@@ -131,37 +131,67 @@ def _write_hdf5(path: Path, array: np.ndarray) -> None:
 
 
 def write_metadata(root: Path, jobs: Sequence[HypersimRoomJob]) -> None:
-    """The two CSV files with the official columns, for all scenes of ``jobs``."""
+    """The two CSV files with the official columns: the rows of all scenes of ``jobs``, and those that are there of
+    other scenes, sorted by scene.
+
+    Raises:
+        InputError: a file is there and is another table, or cannot be read or written.
+    """
     split_rows = [[job.name, CAMERA, frame, True, "", job.split] for job in jobs for frame in range(job.views)]
-    _write_csv(root / SPLIT_FILE, SPLIT_COLUMNS, split_rows)
-    rows = []
-    for job in jobs:
-        x, y = job.size.width / 2 / job.size.focal, job.size.height / 2 / job.size.focal
-        near, far = 1.0, 1000.0
-        row = dict.fromkeys(CAMERA_COLUMNS, "")
-        row |= {f"M_cam_from_uv_{i}{j}": "0.0" for i in range(3) for j in range(3)}
-        row |= {f"M_proj_{i}{j}": "0.0" for i in range(4) for j in range(4)}
-        values = {
-            "scene_name": job.name,
-            "settings_output_img_height": float(job.size.height),
-            "settings_output_img_width": float(job.size.width),
-            "settings_units_info_meters_scale": 1.0,
-            "use_camera_physical": False,
-            "settings_camera_fov": 2 * np.arctan(x),
-            "M_cam_from_uv_00": x,
-            "M_cam_from_uv_11": y,
-            "M_cam_from_uv_22": -1.0,
-            "M_proj_00": 1 / x,
-            "M_proj_11": 1 / y,
-            "M_proj_22": -(far + near) / (far - near),
-            "M_proj_23": -2 * far * near / (far - near),
-            "M_proj_32": -1.0,
-        }
-        row |= {key: str(value) for key, value in values.items()}
-        rows.append(list(row.values()))
-    _write_csv(root / CAMERA_FILE, CAMERA_COLUMNS, rows)
+    _merge_csv(root / SPLIT_FILE, SPLIT_COLUMNS, split_rows)
+    _merge_csv(root / CAMERA_FILE, CAMERA_COLUMNS, [_camera_row(job) for job in jobs])
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    with replacing(path) as part, part.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+def _camera_row(job: HypersimRoomJob) -> list[str]:
+    x, y = job.size.width / 2 / job.size.focal, job.size.height / 2 / job.size.focal
+    near, far = 1.0, 1000.0
+    row = dict.fromkeys(CAMERA_COLUMNS, "")
+    row |= {f"M_cam_from_uv_{i}{j}": "0.0" for i in range(3) for j in range(3)}
+    row |= {f"M_proj_{i}{j}": "0.0" for i in range(4) for j in range(4)}
+    values = {
+        "scene_name": job.name,
+        "settings_output_img_height": float(job.size.height),
+        "settings_output_img_width": float(job.size.width),
+        "settings_units_info_meters_scale": 1.0,
+        "use_camera_physical": False,
+        "settings_camera_fov": 2 * np.arctan(x),
+        "M_cam_from_uv_00": x,
+        "M_cam_from_uv_11": y,
+        "M_cam_from_uv_22": -1.0,
+        "M_proj_00": 1 / x,
+        "M_proj_11": 1 / y,
+        "M_proj_22": -(far + near) / (far - near),
+        "M_proj_23": -2 * far * near / (far - near),
+        "M_proj_32": -1.0,
+    }
+    row |= {key: str(value) for key, value in values.items()}
+    return list(row.values())
+
+
+def _merge_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table of which each row begins with its scene; the rows of a scene stay in their order."""
+    replaced = {row[0] for row in rows}
+    try:
+        kept = [row for row in _read_rows(path, columns) if row[0] not in replaced]
+        merged = sorted([*kept, *rows], key=lambda row: str(row[0]))
+        with replacing(path) as part, part.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([columns, *merged])
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error}). The rooms are whole; mend the cause and run the same command "
+            "again."
+        ) from error
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """The rows of a table that is there, without its head."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            head, *rows = [row for row in csv.reader(file) if row] or [[]]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no table ({error}): delete it, or use another --folder.") from error
+    if head != list(columns):
+        raise InputError(f"{path} has other columns than Hypersim's: delete it, or use another --folder.")
+    return rows
