@@ -190,7 +190,8 @@ class HypersimPrepareConfig:
         jobs = self.jobs()
         left_out = ("output", "engine", "redo", "scenes", "splits", "split_csv")  # which scenes, not what is in them
         options = {k: v for k, v in asdict(self).items() if k not in left_out}
-        options |= {"data": str(self.data.resolve()), "camera_csv": str(self.camera_csv or "")}
+        options["data"] = str(self.data.resolve())
+        options["camera_csv"] = str(self.camera_csv.resolve()) if self.camera_csv else ""
         prepare(self.output, "hypersim", options, jobs, write_hypersim_scene, self.engine, redo=self.redo)
 
 

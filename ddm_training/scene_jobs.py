@@ -195,6 +195,12 @@ def _prepare(
     return report
 
 
+def _same(begun: Any, now: Any) -> bool:
+    """Whether two values of an option agree; older stores hold a path as it was typed."""
+    typed = isinstance(begun, str) and begun and isinstance(now, str)
+    return begun == now or bool(typed and str(Path(begun).resolve()) == now)
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     try:
@@ -219,7 +225,7 @@ def _check_options(path: Path, options: dict[str, Any]) -> None:
             begun = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is damaged ({error}): delete it, or the store, and run again.") from error
-        differs = sorted(k for k in begun.keys() | options.keys() if begun.get(k) != options.get(k))
+        differs = sorted(k for k in begun.keys() | options.keys() if not _same(begun.get(k), options.get(k)))
         if differs:
             what = "; ".join(f"{k} was {begun.get(k)}, is now {options.get(k)}" for k in differs)
             raise InputError(f"{path.parent} was begun with other options ({what}): use those, or another --output.")

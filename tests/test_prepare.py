@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from preparation import SCENES, config, files, forget_what_was_asked, report
 from ddm_training import frames, scene_jobs
 from ddm_training.errors import InputError
 from ddm_training.frames import open_scene, open_store
-from ddm_training.hypersim import SPLIT_FILE
+from ddm_training.hypersim import CAMERA_FILE, SPLIT_FILE
 from ddm_training.jobs import EngineConfig, run_jobs
 from ddm_training.manifest import exclusive
 from ddm_training.prepare import write_hypersim_scene
@@ -143,6 +144,20 @@ def test_other_options_into_the_same_store_are_refused(tree: Path) -> None:
     config(tree).main()  # more scenes are no other options
     with pytest.raises(InputError, match="width was 16, is now 32"):
         config(tree, width=32, height=24).main()
+
+
+def test_the_table_of_cameras_is_the_same_file_from_wherever_it_is_given(tree: Path, monkeypatch) -> None:
+    (tree / CAMERA_FILE).rename(tree.parent / "cameras.csv")
+    monkeypatch.chdir(tree)
+    config(tree, camera_csv=Path("../cameras.csv")).main()
+    monkeypatch.chdir(tree.parent)
+    config(tree, camera_csv=Path("cameras.csv")).main()
+    begun = tree.parent / "store" / "hypersim.options.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"camera_csv": "cameras.csv"}))
+    config(tree, camera_csv=Path("cameras.csv")).main()  # an older store
+    shutil.copy("cameras.csv", "others.csv")
+    with pytest.raises(InputError, match="camera_csv was"):
+        config(tree, camera_csv=Path("others.csv")).main()
 
 
 def test_each_camera_becomes_a_scene_of_its_own(tmp_path: Path) -> None:
