@@ -6,7 +6,6 @@ the noise schedule under `ema_model.`. It is read with ``weights_only=True``, so
 
 import pickle
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ddm_training.authors_unet import CLASS_NAME, RgbdPatchUNet
 from ddm_training.errors import InputError
+from ddm_training.export import replace_folder
 from ddm_training.rgbd import SPEC_FILE, RgbdSpec
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class ConvertConfig:
     output_dir: Path
     """Prior folder to write: unet/, scheduler/, rgbd.json, README.md."""
     overwrite: bool = False
-    """Replace an existing prior folder."""
+    """Replace the prior in an existing prior folder; other files in it stay."""
 
     def main(self) -> None:
         """Convert, and say what was written.
@@ -124,7 +124,7 @@ def scheduler_of(checkpoint: Checkpoint) -> "DDPMScheduler":
 
 
 def write_prior(checkpoint: Checkpoint, folder: Path, *, source: str, overwrite: bool = False) -> None:
-    """Write a prior folder, whole or not at all.
+    """Write a prior folder; files in it that are not a prior's own stay, see `replace_folder`.
 
     Args:
         checkpoint: what to write.
@@ -133,25 +133,22 @@ def write_prior(checkpoint: Checkpoint, folder: Path, *, source: str, overwrite:
         overwrite: replace ``folder`` if it exists.
 
     Raises:
-        InputError: ``folder`` exists and is not to be replaced, or is no prior folder.
+        InputError: ``folder`` exists and is not to be replaced, is no prior folder, or cannot be written.
     """
     folder = folder.absolute()
     if folder.exists() and not overwrite:
         raise InputError(f"{folder} exists already: choose another --output-dir, or say --overwrite to replace it.")
     if folder.exists() and not (folder / SPEC_FILE).is_file():
         raise InputError(f"{folder} is not a prior folder (it has no {SPEC_FILE}) and is not replaced.")
-    part = folder.with_name(folder.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
     spec = RgbdSpec(trained_on=("hypersim",), steps=checkpoint.steps, license=LICENSE)
-    checkpoint.model.save_pretrained(part / "unet")
-    scheduler_of(checkpoint).save_pretrained(part / "scheduler")
-    spec.save(part)
-    (part / "README.md").write_text(model_card(checkpoint, spec, source))
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
+
+    def write(part: Path) -> None:
+        checkpoint.model.save_pretrained(part / "unet")
+        scheduler_of(checkpoint).save_pretrained(part / "scheduler")
+        spec.save(part)
+        (part / "README.md").write_text(model_card(checkpoint, spec, source))
+
+    replace_folder(folder, write)
 
 
 def model_card(checkpoint: Checkpoint, spec: RgbdSpec, source: str) -> str:

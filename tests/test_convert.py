@@ -1,6 +1,7 @@
 """`ddm convert`, against the outputs of the authors' network at width 8."""
 
 import json
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,6 +259,26 @@ def test_an_existing_folder_is_replaced_only_when_told_and_only_if_it_is_a_prior
     with pytest.raises(InputError, match="not a prior folder"):
         ConvertConfig(checkpoint=checkpoint_path, output_dir=tmp_path, overwrite=True).main()
     assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+def test_what_is_not_the_priors_own_stays_when_it_is_replaced(content, prior, tmp_path):
+    folder = tmp_path / "prior"
+    shutil.copytree(prior, folder)
+    (folder / "completion").mkdir()
+    for name in ("completion/rgbd.json", "notes.txt"):
+        (folder / name).write_text("keep")
+    torch.save(content | {"step": 8}, tmp_path / "other.pt")
+    ConvertConfig(checkpoint=tmp_path / "other.pt", output_dir=folder, overwrite=True).main()
+    assert RgbdSpec.load(folder).steps == 8
+    assert (folder / "completion" / "rgbd.json").read_text() == (folder / "notes.txt").read_text() == "keep"
+    assert {p.name for p in tmp_path.iterdir()} == {"prior", "other.pt"}
+
+
+@pytest.mark.parametrize("output", ["taken", "taken/prior"])
+def test_a_prior_folder_that_cannot_be_made_is_named(checkpoint_path, tmp_path, output):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(InputError, match=f"{output} (exists already|could not be written)"):
+        ConvertConfig(checkpoint=checkpoint_path, output_dir=tmp_path / output).main()
 
 
 def test_a_damaged_prior_folder_is_refused(prior, tmp_path):
