@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
 from ddm_training.files import replacing, write_whole
 from ddm_training.http_ranges import NotFoundError, RangeClient, RemoteError, RetryPolicy
 from ddm_training.hypersim_split import PublicScene, read_split_csv, select_scenes
@@ -88,10 +88,7 @@ class HypersimDownloadConfig:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise InputError(f"--base-url {self.base_url!r} is no http(s) address.")
-        for name, least in (("connections", 1), ("retries", 0), ("backoff", 0), ("count", 1), ("frames_per_scene", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}, found {value}.")
+        require_at_least(self, connections=1, retries=0, backoff=0, count=1, frames_per_scene=1)
         if not self.timeout > 0:
             raise InputError(f"--timeout must be positive seconds, found {self.timeout}.")
 

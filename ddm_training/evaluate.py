@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddm_training.errors import InputError
-from ddm_training.files import write_whole
+from ddm_training.errors import InputError, require_at_least
+from ddm_training.files import make_folder, write_whole
 from ddm_training.frames import Split
 from ddm_training.unet import add_noise, predict_clean
 
@@ -98,9 +98,7 @@ class EvalConfig:
     """Seed of patches and noise."""
 
     def __post_init__(self) -> None:
-        for name in ("num_patches", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}.")
+        require_at_least(self, num_patches=1, num_inference_steps=1, batch_size=1)
         for name in ("prior", "data"):
             if not getattr(self, name):
                 raise InputError(f"--{name} needs at least one folder.")
@@ -116,7 +114,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """All measurements of `ddm eval` as plain JSON values, also written to the output folder with pictures.
 
     Raises:
-        InputError: a folder is no prior or no store, a split is empty, or the priors' patch sizes differ.
+        InputError: a folder is no prior or no store, a split is empty, the priors' patch sizes differ, or the output
+            folder cannot be written to.
     """
     from ddm_training.patches import PatchConfig, Stream, open_sampler
     from ddm_training.plots import plot_denoising, plot_histograms
@@ -131,6 +130,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if len({(spec.patch_size, spec.near) for spec in specs}) > 1:
         found = ", ".join(f"{p}: {s.patch_size} px, near {s.near}" for p, s in zip(config.prior, specs))
         raise InputError(f"priors of different patch sizes or encodings cannot share one evaluation: {found}.")
+    make_folder(config.output_dir, "--output-dir")
     spec, device = specs[0], choose_device(config.device)
     focal = config.focal or spec.focal
     plain = PatchConfig(patch_size=spec.patch_size, focal_range=(focal, focal), depth_scale_jitter=1.0, augment=False)
@@ -144,7 +144,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "split": config.split, "focal": focal, "patches": config.num_patches, "seed": config.seed, "priors": {},
     }  # fmt: skip
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     names = unique_names(config.prior)
     for name, folder, its in zip(names, config.prior, specs):
         network = Predictor(load_unet(folder), bf16=config.mixed_precision == "bf16").to(device).eval()

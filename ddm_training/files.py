@@ -1,10 +1,36 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that can be written to."""
 
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ddm_training.errors import InputError
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder that the user names, and those above it, where it is absent; so that work is not in vain.
+
+    Args:
+        folder: where something is to be written later.
+        flag: by which it was named, for messages.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be made: {error.strerror or error}. Give another folder.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag} {folder} cannot be written to: {error.strerror or error}. Give another folder."
+        ) from error
 
 
 @contextlib.contextmanager

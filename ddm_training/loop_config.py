@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +70,12 @@ class LoopConfig:
     """Licence of the weights, written to the model card."""
 
     def __post_init__(self) -> None:
-        for name in ("train_batch_size", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
-                     "validation_steps", "logging_steps"):  # fmt: skip
-            self.require_at_least(name, 1)
+        require_at_least(self, train_batch_size=1, max_train_steps=1, checkpointing_steps=1,
+                         checkpoints_total_limit=1, validation_steps=1, logging_steps=1)  # fmt: skip
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
         if not self.learning_rate > 0:
             raise InputError(f"--learning-rate must be positive, found {self.learning_rate}.")
-
-    def require_at_least(self, name: str, low: int) -> None:
-        """Refuse a setting that is too small.
-
-        Raises:
-            InputError: names the flag.
-        """
-        if getattr(self, name) < low:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {low}, found {getattr(self, name)}.")
 
 
 def settings(config: LoopConfig) -> dict[str, Any]:

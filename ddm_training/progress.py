@@ -87,7 +87,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """One line for people."""
-        print(text, file=sys.stderr, flush=True) if self._bar is None else self._bar.console.print(text)
+        print(text, file=sys.stderr, flush=True) if self._bar is None else self._bar.console.print(text, markup=False)
 
     def _write(self, line: dict[str, Any]) -> None:
         with writing(self.path), self.path.open("a") as file:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ddm_training import rgbd
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
+from ddm_training.files import make_folder
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -117,15 +118,14 @@ class SampleConfig:
     """Where to compute; auto takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(self, name)}.")
+        require_at_least(self, num_samples=1, num_inference_steps=1, batch_size=1)
 
     def main(self) -> None:
         """Load, draw, write."""
         from ddm_training.sheets import patch_sheet, save_picture
         from ddm_training.unet import load_scheduler, load_unet
 
+        make_folder(self.output.parent, "--output: folder")
         spec = rgbd.RgbdSpec.load(self.prior)
         device = choose_device(self.device)
         network, scheduler = load_unet(self.prior).to(device), load_scheduler(self.prior)
@@ -140,6 +140,5 @@ class SampleConfig:
             steps=self.num_inference_steps,
             sampler=self.sampler,
         )
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         save_picture(self.output, patch_sheet(samples, near=spec.near))
         print(f"{self.num_samples} samples of {self.prior} -> {self.output}")

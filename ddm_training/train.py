@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.objective import LossType, masked_loss
@@ -71,7 +71,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least("validation_patches", 1)
+        require_at_least(self, validation_patches=1)
         if not 0 <= self.timestep_bias <= 1:
             raise InputError(f"--timestep-bias must lie in [0, 1], found {self.timestep_bias}.")
         if not self.focal_range[0] <= self.focal <= self.focal_range[1]:

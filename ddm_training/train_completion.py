@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddm_training import completion
 from ddm_training.completion import FOLDER, CompletionSpec, DepthCompleter, completion_loss
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.patches import Stream
@@ -48,7 +48,7 @@ class TrainCompletionConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_at_least("validation_samples", 1)
+        require_at_least(self, validation_samples=1)
         if any(side < completion.MULTIPLE or side % completion.MULTIPLE for side in self.size):
             raise InputError(f"--size must be positive multiples of {completion.MULTIPLE}, found {self.size}.")
         completion.check_widths(self.widths)

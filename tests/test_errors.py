@@ -1,9 +1,13 @@
 """What a user sees of an error at the end of a command."""
 
+import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from ddm_training.errors import InputError, require_at_least, require_positive
 
 PREAMBLE = """
 from ddm_training.errors import InputError
@@ -67,3 +71,17 @@ def test_commands_end_plainly(wrong, status, said):
     for given, more in (("", ""), ("at_ctrl_c='run it again'", "run it again\n" if status == 130 else "")):
         result = run(code.format(given))
         assert (result.returncode, result.stderr) == (status, said + more)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, math.nan])
+def test_a_setting_that_is_too_small_is_refused_by_its_flag(value):
+    require_at_least(SimpleNamespace(some_count=2, other=None), some_count=2, other=1)
+    with pytest.raises(InputError, match=f"^--some-count must be at least 2, found {value}.$"):
+        require_at_least(SimpleNamespace(some_count=value), some_count=2)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan])
+def test_a_setting_that_is_not_positive_is_refused_by_its_flag(value):
+    require_positive(SimpleNamespace(scale=1e-9, other=None), "scale", "other")
+    with pytest.raises(InputError, match=f"^--a.the-scale must be positive and finite, found {value}.$"):
+        require_positive(SimpleNamespace(the_scale=value), "the_scale", below="a.")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that can be written to."""
 
 import errno
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ddm_training.files import replacing, write_whole
+from ddm_training.errors import InputError
+from ddm_training.files import make_folder, replacing, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -120,3 +121,26 @@ def test_the_mode_is_that_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_text("")
     write_whole(tmp_path / "whole", "")
     assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path):
+    for _ in range(2):
+        make_folder(tmp_path / "new" / "folder", "--output")
+        assert names(tmp_path / "new" / "folder") == []
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_file_in_the_place_of_a_folder_is_named_with_its_flag(tmp_path, below):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match=r"^--output .*file.* cannot be made: .*Give another folder\.$"):
+        make_folder(tmp_path / "file" / below, "--output")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"--output .* cannot be written to: Read-only file system"):
+        make_folder(tmp_path, "--output")

@@ -10,12 +10,13 @@ from PIL import Image
 
 from ddm_training.errors import InputError
 from ddm_training.frames import open_store
-from ddm_training.rooms import RoomsConfig
-from ddm_training.rooms.cameras import capture_cameras, is_free, random_camera, room_with_views
+from ddm_training.rooms import RoomsConfig, run_rooms
+from ddm_training.rooms.cameras import NoView, capture_cameras, is_free, random_camera, room_with_views
 from ddm_training.rooms.render import Camera, look_at, trace
 from ddm_training.rooms.scene import Room, make_room
 from ddm_training.rooms.shading import render, shadow_map, visibility
 from ddm_training.rooms.shapes import BOX, CYLINDER, ELLIPSOID, Light, Scene, SceneBuilder, Skin, rotation_z
+from ddm_training.rooms.store import FrameSize, StoreJob
 
 VIEW = {"focal": 44.0, "width": 64, "height": 48}
 
@@ -260,15 +261,29 @@ def test_a_store_made_with_other_options_is_not_overwritten(store):
     ("options", "message"),
     [
         ({"output": "capture", "num_rooms": 2}, "--num-rooms has no meaning with --output capture"),
+        ({"output": "capture", "workers": 3}, "--workers has no meaning with --output capture"),
         ({"num_train": 3}, "--num-train has no meaning with --output store"),
         ({"num_rooms": 0}, "--num-rooms must be at least 1"),
         ({"workers": 0}, "--workers must be at least 1"),
         ({"width": 4}, "--width must be at least 16"),
+        ({"focal": float("nan")}, "--focal must be at least 1"),
     ],
 )
 def test_mistakes_in_flags_name_the_flag(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         RoomsConfig(folder=tmp_path, **options)
+
+
+def test_a_room_without_a_view_names_the_focal_length(tmp_path):
+    def write(job: StoreJob) -> int:
+        raise NoView(f"no view in 20 attempts at room {job.index} of seed {job.seed}")
+
+    size = FrameSize(width=64, height=48, focal=5000.0)
+    job = StoreJob(root=tmp_path, seed=1, index=2, split="train", views=2, size=size)
+    with pytest.raises(
+        InputError, match=r"no view .* at room 2 of seed 1: with --focal 5000 and --width 64 .* about 45"
+    ):
+        run_rooms(write, [job], workers=1, folder=tmp_path)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
+from ddm_training.files import make_folder
 from ddm_training.frames import Split
 
 if TYPE_CHECKING:
@@ -54,24 +55,24 @@ class RoomsConfig:
     """Height of a frame in pixels, by default three quarters of the width."""
     focal: float | None = None
     """Focal length in pixels, by default 175 / 256 (store, capture) or 886.81 / 1024 (hypersim) of the width."""
-    workers: int = 2
-    """Processes; the result does not depend on their number."""
+    workers: int | None = None
+    """Processes, by default 2 (store, hypersim); the result does not depend on their number. A capture is made in
+    one."""
 
     def __post_init__(self) -> None:
         for name in _MEANINGLESS[self.output]:
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} has no meaning with --output {self.output}: leave it out.")
-        for name, low in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {low}, found {value}.")
+        require_at_least(self, seed=0, first_room=0, num_train=1, num_test=0, width=16, height=16, focal=1,
+                         num_rooms=1, num_views=1, val_every=1, workers=1)  # fmt: skip
 
     def main(self) -> None:
         """Write what is not there yet.
 
         Raises:
-            InputError: the folder holds something else, or cannot be written (a full disk).
+            InputError: the folder holds something else or cannot be written (a full disk), or a room has nowhere a
+                view.
         """
         # Workers inherit this: rooms are made in parallel, and small matrix products gain nothing from threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,7 +102,7 @@ class RoomsConfig:
             StoreJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
             for i, s in self._rooms(400, 16)
         ]
-        run_rooms(write_store_room, jobs, workers=self.workers, folder=self.folder)
+        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder)
 
     def _hypersim(self) -> None:
         from ddm_training.rooms.hypersim_layout import HypersimRoomJob, write_hypersim_room, write_metadata
@@ -111,7 +112,7 @@ class RoomsConfig:
             HypersimRoomJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
             for i, s in self._rooms(4, 4)
         ]
-        run_rooms(write_hypersim_room, jobs, workers=self.workers, folder=self.folder)
+        run_rooms(write_hypersim_room, jobs, workers=self.workers or 2, folder=self.folder)
         write_metadata(self.folder, jobs)
 
     def _capture(self) -> None:
@@ -131,21 +132,16 @@ class RoomsConfig:
 _MEANINGLESS: dict[Output, tuple[str, ...]] = {
     "store": ("num_train", "num_test"),
     "hypersim": ("num_train", "num_test"),
-    "capture": ("num_rooms", "num_views", "val_every"),
+    "capture": ("num_rooms", "num_views", "val_every", "workers"),
 }
 """Settings of other outputs."""
-_LEAST = {
-    "seed": 0, "first_room": 0, "num_train": 1, "num_test": 0, "width": 16, "height": 16, "focal": 1,
-    "num_rooms": 1, "num_views": 1, "val_every": 1, "workers": 1,
-}  # fmt: skip
-"""Settings and their least values."""
 
 
 def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path) -> int:
     """Do the jobs that are not whole yet in ``workers`` processes, with a progress bar; the number of frames written.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written (a full disk).
+        InputError: the folder holds something else or cannot be written (a full disk), or a room has nowhere a view.
     """
     import time
     from contextlib import closing
@@ -154,11 +150,9 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
     from rich.progress import track
 
     from ddm_training.jobs import EngineConfig, run_jobs
+    from ddm_training.rooms.cameras import NoView
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--folder {folder} cannot be made: {error.strerror}.") from error
+    make_folder(folder, "--folder")
     todo = [job for job in jobs if not job.is_whole()]
     start, frames, console = time.perf_counter(), 0, Console(file=sys.stderr)
     with closing(run_jobs(write, todo, EngineConfig(workers=workers), folder)) as outcomes:
@@ -168,11 +162,19 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
                     f"room {outcome.job.index} could not be written: {outcome.error}. Whole rooms are kept; mend the "
                     "cause and run the same command again."
                 ) from outcome.error
+            if isinstance(outcome.error, NoView):
+                size = outcome.job.size
+                raise InputError(
+                    f"{outcome.error}: with --focal {size.focal:g} and --width {size.width} a camera sees too little "
+                    f"or too much of a room. Expected a focal length of about {0.7 * size.width:.0f}; give another, or "
+                    "fewer views."
+                ) from outcome.error
             if outcome.error is not None:
                 raise outcome.error
             frames += outcome.result or 0
     seconds = time.perf_counter() - start
     rate = f", {frames / seconds:.1f} frames/s" if frames else ""
     kept = f"; {len(jobs) - len(todo)} were there" if len(todo) < len(jobs) else ""
-    console.print(f"{folder}: {len(todo)} rooms, {frames} frames in {seconds:.1f} s{rate}{kept}", highlight=False)
+    said = f"{folder}: {len(todo)} rooms, {frames} frames in {seconds:.1f} s{rate}{kept}"
+    console.print(said, markup=False, highlight=False)
     return frames
