@@ -137,6 +137,9 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
 class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     """See `DiffusioNeRFDataManagerConfig`.
 
+    nerfstudio opens the benchmark's runs of nerfacto with it as well, and with the config of its own data manager:
+    these have no stereo, and their images are as they are.
+
     The trainer's callbacks tie it to the model, which says before each step how many patches it wants: none while the
     prior is off, and then none are drawn.
     """
@@ -167,7 +170,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             (data.image_on(i, data.background), data.opaque(i), float(data.cameras.fx[i])) for i in range(len(data))
         )
         self.stereo_rays: StereoRays | None = None
-        wanted = test_mode == "val" and config.stereo_rays_per_batch > 0 and len(data) > 1
+        wanted = test_mode == "val" and getattr(config, "stereo_rays_per_batch", 0) > 0 and len(data) > 1
         found = self._match_images() if wanted else None
         data.metadata[FACTS] = TrainingFacts(data.cameras, data.has_cut_outs, data.background, detail, found)
 
@@ -179,7 +182,10 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def create_train_dataset(self) -> FewViewDataset:
         """nerfstudio's; before it is read, what is empty of its images is found."""
         data = super().create_train_dataset()
-        data.find_cut_outs(flat=self.config.cut_out_flat_background)
+        flat = getattr(self.config, "cut_out_flat_background", None)
+        if flat is None:
+            return data
+        data.find_cut_outs(flat=flat)
         if self.test_mode != "val":
             data.show_on(data.background)
         elif data.has_cut_outs and data.background is not None:
@@ -194,7 +200,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def create_eval_dataset(self) -> FewViewDataset:
         """nerfstudio's; beside a finished run, images are shown as its views are, for `ns-render` to write them."""
         data = super().create_eval_dataset()
-        if self.test_mode != "val":
+        if self.test_mode != "val" and hasattr(self.config, "cut_out_flat_background"):
             data.show_on(self.train_dataset.background)
         return data
 
@@ -240,8 +246,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             return None
         near, far = matched.near_far(cameras)
         CONSOLE.print(
-            f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {by} between "
-            f"them, in {seconds:.1f} s."
+            f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {escape(by)} "
+            f"between them, in {seconds:.1f} s."
         )
         self.stereo_rays = StereoRays(
             matched, matched.completed, cameras.to(self.device), self.config.stereo_rays_per_batch
@@ -268,7 +274,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
                 together = can_complete_together(len(self.train_dataset), steps)
                 how = "images together" if together else "each image alone"
                 return f"completed by the prior {prior} ({how})", partial(complete_together, network, steps=steps)
-            CONSOLE.print(f"The prior {prior} has no network that completes depth.")
+            CONSOLE.print(f"The prior {escape(prior)} has no network that completes depth.")
         return "interpolated", completion.alone(completion.by_membrane)
 
     def set_ray_wishes(

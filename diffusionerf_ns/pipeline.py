@@ -19,6 +19,11 @@ from diffusionerf_ns.optimizers import follow_run
 TCNN = "tcnn_encoding"  # in the names of tinycudann's parameters
 POSES = "camera_optimizer.pose_adjustment"
 NEW = ("camera_optimizer.", "field.mlp_pred_normals.")  # a run may begin to learn these when it is resumed
+LPIPS = "lpips."  # nerfacto's network for metrics, which is not learnt; the benchmark trains nerfacto without it
+OTHER_IMAGES = (
+    "Give --num-views, --train-ids and --test-ids as in the run, whose split.json names its images, or train anew "
+    "without --load-dir."
+)
 
 
 @dataclass
@@ -49,20 +54,21 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         """nerfstudio's, which takes a checkpoint of other modules and leaves what it lacks as it was drawn.
 
         Raises:
-            InputError: the checkpoint lacks parameters of the model, or its camera optimiser is of another number of
-                images or has no place in the training that it is to go on with.
+            InputError: the checkpoint lacks parameters of the model or has them in another shape, or its camera
+                optimiser is of another number of images or has no place in the training that it is to go on with.
         """
         held = {
             name.removeprefix("module.").removeprefix("_model.").removeprefix("module."): value
             for name, value in loaded_state.items()
         }
         wanted = dict(self.model.named_parameters())
-        lacking = [name for name in wanted if name not in held and not name.startswith(NEW)]
+        lacking = [name for name in wanted if name not in held and not name.startswith((*NEW, LPIPS))]
         if lacking:
             here, there = (any(TCNN in name for name in names) for names in (lacking, held))
             raise InputError(_other_modules(here, there, lacking))
         if POSES in held:
             self._check_poses(len(held[POSES]), len(wanted[POSES]) if POSES in wanted else None)
+        self._check_shapes(held)
         super().load_pipeline(loaded_state, step)
         model: Any = self.model
         if getattr(model.config, "metric_scale", None) is not None:  # given by hand, which wins when resumed too
@@ -78,8 +84,22 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         if here is not None and here != images:
             raise InputError(
                 f"the checkpoint's camera optimiser has the poses of {images} images, but here are {here} to train "
-                "on. Give --num-views, --train-ids and --test-ids as in the run, whose split.json names its images, "
-                "or train anew without --load-dir."
+                f"on. {OTHER_IMAGES}"
+            )
+
+    def _check_shapes(self, held: dict[str, Any]) -> None:
+        """``held`` is what the checkpoint has, by the model's own names."""
+        for name, value in self.model.state_dict().items():
+            if name not in held or held[name].shape == value.shape:
+                continue
+            if "embedding_appearance" in name:
+                raise InputError(
+                    f"the checkpoint has appearance embeddings of {len(held[name])} images, but here are {len(value)} "
+                    f"to train on. {OTHER_IMAGES}"
+                )
+            raise InputError(
+                f"{name} is {list(held[name].shape)} in the checkpoint and {list(value.shape)} here: the options are "
+                "not those of the run. Give them as in its config.yml, or train anew without --load-dir."
             )
 
     def get_training_callbacks(
@@ -109,7 +129,8 @@ class DiffusioNeRFPipeline(VanillaPipeline):
     ) -> dict[str, Any]:
         """Means over the test images; "per_image" beside them when asked outside of training (``step`` is None).
 
-        Depth is judged where there is true depth: its means are over the images that have some.
+        Depth is judged where there is true depth: its means are over the images that have some. Deviations of a single
+        image are 0.
         """
         model: Any = self.model
         model.image_metrics = []
@@ -123,8 +144,11 @@ class DiffusioNeRFPipeline(VanillaPipeline):
                 means[name] = float(known.mean())
                 if get_std:
                     means[f"{name}_std"] = float(known.std()) if len(known) > 1 else 0.0
+        dataset: Any = self.datamanager.eval_dataset
+        if len(dataset) == 1:  # torch's deviation of one number is NaN, which is no JSON
+            means |= {name: 0.0 for name in means if name.endswith("_std")}
         if step is None:  # in training the trainer's writers take scalars only
-            split = (getattr(self.datamanager.eval_dataset, "metadata", None) or {}).get("split")
+            split = (getattr(dataset, "metadata", None) or {}).get("split")
             images = split["test"] if split else [{} for _ in model.image_metrics]
             means["per_image"] = [image | values for image, values in zip(images, model.image_metrics)]
         model.image_metrics = []

@@ -74,6 +74,23 @@ def test_a_checkpoint_without_a_parameter_of_the_model_is_refused(folders, here,
     pipeline.load_pipeline({f"module.{key}": value for key, value in pipeline.state_dict().items()}, 7)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("field.embedding_appearance.embedding.weight", r"embeddings of 5 images, but here are 4 .*Give --num-views"),
+        ("field.mlp_base.2.layers.0.weight", r"is \[.*\] in the checkpoint and \[.*\] here: .*config\.yml"),
+    ],
+)
+def test_a_parameter_of_another_shape_is_refused_with_what_to_give(folders, name, words):
+    """torch would say it in its own words."""
+    pipeline = build(folders, use_appearance_embedding=True)
+    state = pipeline.state_dict()
+    value = state[f"_model.{name}"]
+    with pytest.raises(InputError, match=words):
+        pipeline.load_pipeline(state | {f"_model.{name}": torch.cat([value, value[:1]])}, 7)
+    pipeline.load_pipeline(state, 7)
+
+
 def test_poses_of_another_number_of_images_are_refused_with_both(folders):
     pipeline = build(folders, camera_optimizer=CameraOptimizerConfig(mode="SO3xR3"))
     state = pipeline.state_dict()

@@ -144,6 +144,19 @@ def test_test_images_without_true_depth_are_left_out_of_the_means_of_depth(folde
         assert not [name for name in second if name.startswith("depth")]
 
 
+def test_deviations_of_one_test_image_are_zero(folders, monkeypatch, tmp_path):
+    monkeypatch.setattr("diffusionerf_ns.lpips.LpipsNetworks.distance", lambda *a: None)  # not asked for here
+    folder = box_room.write_transforms(tmp_path / "box")
+    content = json.loads((folder / "transforms.json").read_text())
+    content["test_filenames"] = content["test_filenames"][:1]
+    (folder / "transforms.json").write_text(json.dumps(content))
+    means = build(folders, data=folder, metric_scale=1.0).get_average_eval_image_metrics(get_std=True)
+    deviations = {name: value for name, value in means.items() if name.endswith("_std")}
+    assert {"psnr_std", "ssim_std", "depth_abs_rel_std"} <= deviations.keys()
+    assert set(deviations.values()) == {0.0}
+    json.dumps(means, allow_nan=False)
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_metrics_with_fitted_exposure_are_given_where_they_are_asked_for(folders, monkeypatch, asked):
     monkeypatch.setattr("diffusionerf_ns.lpips.LpipsNetworks.distance", lambda *a: None)  # not asked for here
