@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from ddm_training.errors import InputError, ends_plainly
+from ddm_training.errors import InputError, ends_plainly, require_positive
+from ddm_training.files import make_folder
 from ddm_training.transforms import DISTORTION, MAX_MILLIMETRES, depth_millimetres, write_transforms
 
 if TYPE_CHECKING:
@@ -45,27 +46,37 @@ class ExportDepthConfig:
     """Divides the images' size."""
 
     def __post_init__(self) -> None:
-        if self.metres_per_unit is not None and not self.metres_per_unit > 0:
-            raise InputError(f"--metres-per-unit must be positive, found {self.metres_per_unit}.")
-        if not self.downscale > 0:
-            raise InputError(f"--downscale must be positive, found {self.downscale}.")
+        require_positive(self, "metres_per_unit", "downscale")
+        if not 0.0 <= self.min_accumulation <= 1.0:
+            raise InputError(f"--min-accumulation must be in [0, 1], found {self.min_accumulation}.")
 
     def main(self) -> None:
         """Render and write.
 
         Raises:
-            InputError: no such run, or nothing says how long a scene unit is.
+            InputError: no such run, nothing says how long a scene unit is, a folder that cannot be written to, or
+                cameras that are not perspective.
         """
+        check_run_config(self.load_config)
+        make_folder(self.output_dir, "--output-dir")
+
         from nerfstudio.utils.eval_utils import eval_setup  # imports all of nerfstudio
 
-        if not self.load_config.is_file():
-            raise InputError(f"{self.load_config} is not a file; expected the config.yml of a run.")
+        from diffusionerf_ns.visibility import are_perspective
+
         _, pipeline, checkpoint, _ = eval_setup(self.load_config, test_mode="inference")
         scale, source = metres_per_unit(pipeline, self.metres_per_unit)
         frames: list[dict[str, Any]] = []
         datamanager: Any = pipeline.datamanager
         datasets = {"train": datamanager.train_dataset, "test": datamanager.eval_dataset}
-        for split in self.split.split("+"):
+        splits = self.split.split("+")
+        for split in splits:
+            if not are_perspective(datasets[split].cameras):
+                raise InputError(
+                    f"the {split} images of this run are not all of perspective cameras (fisheye or panorama): there "
+                    "is no planar depth of them, and it is not exported."
+                )
+        for split in splits:
             known = {frame["file_path"] for frame in frames}  # captures of few images are tested on the same
             frames += self._export_split(pipeline, datasets[split], split, scale, known)
         world: Any = datamanager.train_dataparser_outputs
@@ -112,6 +123,26 @@ class ExportDepthConfig:
         return (z * (outputs["accumulation"] >= self.min_accumulation))[..., 0].cpu().numpy()
 
 
+def check_run_config(path: Path) -> None:
+    """Refuse a file that is not the config.yml of a run, which nerfstudio would meet with an assertion.
+
+    Raises:
+        InputError: no such file, not readable, or of something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; expected the config.yml of a run.")
+
+    import yaml
+    from nerfstudio.engine.trainer import TrainerConfig
+
+    try:
+        held = yaml.load(path.read_text(), Loader=yaml.Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected the config.yml of a run.") from error
+    if not isinstance(held, TrainerConfig):
+        raise InputError(f"{path} is not the configuration of a run; expected the config.yml that ns-train wrote.")
+
+
 def metres_per_unit(pipeline: Any, by_hand: float | None) -> tuple[float, str]:
     """Metres per scene unit, and who says so: "by hand", "capture" or "prior".
 
@@ -123,7 +154,7 @@ def metres_per_unit(pipeline: Any, by_hand: float | None) -> tuple[float, str]:
     known = pipeline.datamanager.train_dataset.metadata.get("scene_units_per_metre")
     if known is not None:
         return 1.0 / float(known), "capture"
-    scale = float(pipeline.model.metric_scale)
+    scale = float(getattr(pipeline.model, "metric_scale", np.nan))  # nerfacto of the benchmark has none
     if not np.isfinite(scale):
         raise InputError("nothing says how many metres a scene unit of this run is: give --metres-per-unit.")
     return scale, "prior"

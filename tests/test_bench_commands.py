@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_runs import ENVIRONMENT, fake_result, make_job, small_prior, wall_capture
+from bench_runs import ENVIRONMENT, fake_result, folder_of_results, make_job, small_prior, wall_capture
 from PIL import Image
+from torch import nn
 
-from diffusionerf_ns.bench import results
-from diffusionerf_ns.bench.job import git_revision
+from diffusionerf_ns import export
+from diffusionerf_ns.bench import cli, results
+from diffusionerf_ns.bench.job import git_revision, run
 from diffusionerf_ns.bench.jobs import configure, training_hash
 
 
@@ -146,6 +148,36 @@ def test_the_cluster_path_gives_the_same_results_with_submitits_local_executor(t
     assert done.returncode == 1, done.stdout + done.stderr
     assert (tmp_path / "out/wall/3-views/photometric/seed-0/result.json").is_file()
     assert "40" in json.loads((tmp_path / "out/wall/40-views/photometric/seed-0/failed.json").read_text())["message"]
+
+
+def test_a_run_of_nerfacto_opens_as_those_of_ours_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nerfstudio opens it with our data manager, and with an LPIPS network that it was trained without."""
+    monkeypatch.setattr("diffusionerf_ns.lpips.LpipsNetworks.distance", lambda *_: None)
+    wall_capture(tmp_path / "wall")
+    small = {"pipeline.datamanager.train_num_rays_per_batch": 16, "pipeline.model.log2_hashmap_size": 8}
+    job = make_job(tmp_path, variant="nerfacto", steps=2, overrides=small)
+    result = run(configure(job, tmp_path / "out"), tmp_path / "out", pictures=0)
+    monkeypatch.setattr("torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity", lambda **_: nn.Linear(1, 1))
+    config, output = tmp_path / "out" / result["config_file"], tmp_path / "depth"
+    export.main(["--load-config", str(config), "--output-dir", str(output), "--split", "test"])
+    frames = json.loads((output / "transforms.json").read_text())["frames"]
+    assert len(frames) == len(result["images"])
+
+
+@pytest.mark.parametrize("command", ["run", "table", "plot"])
+def test_a_file_in_the_place_of_an_output_folder_ends_with_a_message_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    if command == "run":
+        small_prior(tmp_path / "prior")
+        flags = ["--data", str(tmp_path / "wall"), "--override", f"pipeline.model.prior={tmp_path / 'prior'}"]
+    else:
+        flags = ["--results", str(folder_of_results(tmp_path / "out", [make_job(tmp_path)], lambda _: 20.0))]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, *flags, "--output", str(tmp_path / "file" / "folder")])
+    assert stop.value.code == 2
+    assert f"error: --output {tmp_path / 'file' / 'folder'} cannot be made" in capsys.readouterr().err
 
 
 def test_mistakes_on_the_command_line_end_with_a_message_and_status_2(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Jobs of a benchmark, their configurations, and the folder of its results."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from bench_runs import fake_result, make_job, small_prior
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench import results, variants, worker
 from diffusionerf_ns.bench.jobs import config_hash, configure, describe, make_jobs, read_jobs
-from diffusionerf_ns.bench.run import VariantName, parse_overrides
+from diffusionerf_ns.bench.run import RunConfig, VariantName, parse_overrides
 
 
 def test_the_job_list_is_all_scenes_times_views_times_variants_times_seeds(tmp_path: Path) -> None:
@@ -186,6 +187,42 @@ def test_variants_of_the_paper_have_no_term_of_ours(tmp_path: Path, variant: str
     model: Any = configure(make_job(tmp_path, variant=variant), tmp_path).pipeline.model
     ours = (model.chroma_weight, model.stereo_depth_weight, model.completed_depth_weight, model.refine_tau)
     assert ours == (0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "kind"),
+    [
+        ("scene", 1, "text"),
+        ("data", None, "folder"),
+        ("views", "3", 'whole number or "all"'),
+        ("views", True, "whole number"),
+        ("variant", ["full"], "text"),
+        ("seed", -1, "0 or more"),
+        ("seed", 0.5, "0 or more"),
+        ("method", None, "text"),
+        ("steps", "2", "whole number or null"),
+        ("downscale_factor", 1.5, "whole number or null"),
+        ("overrides", ["a=b"], "an object"),
+    ],
+)
+def test_an_entry_of_a_job_list_that_is_of_the_wrong_kind_is_named(
+    tmp_path: Path, entry: str, value: Any, kind: str
+) -> None:
+    (tmp_path / "jobs.json").write_text(json.dumps([make_job(tmp_path).to_dict() | {entry: value}]))
+    with pytest.raises(InputError, match=rf"'{entry}' is {re.escape(repr(value))}; expected .*{kind}"):
+        read_jobs(tmp_path / "jobs.json")
+
+
+def test_a_job_list_is_read_as_it_was_written(tmp_path: Path) -> None:
+    jobs = [make_job(tmp_path), make_job(tmp_path, views="all", steps=None, seed=1)]
+    (tmp_path / "jobs.json").write_text(json.dumps([job.to_dict() for job in jobs]))
+    assert read_jobs(tmp_path / "jobs.json") == jobs
+
+
+@pytest.mark.parametrize(("wrong", "flag"), [({"pictures": -1}, "--pictures"), ({"seeds": (0, -2)}, "--seeds")])
+def test_flags_that_would_fail_every_job_are_refused_at_once(tmp_path: Path, wrong: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InputError, match=rf"{flag} must be .*, found -"):
+        RunConfig(output=tmp_path, **wrong)
 
 
 def test_a_job_is_done_when_its_result_is_whole_and_of_its_hash(tmp_path: Path) -> None:

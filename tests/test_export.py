@@ -1,6 +1,7 @@
 """Depth export: metres that agree with the cameras beside them, and runs that open again after an upgrade."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.engine.trainer import TrainerConfig
 from PIL import Image
 
@@ -59,10 +60,12 @@ def pipeline(tests: str = "test", **metadata: float) -> SimpleNamespace:
 def run(tmp_path, monkeypatch):
     """Runs the command on a finished run of the exact model; gives the folder it wrote."""
     config = tmp_path / "config.yml"
-    config.write_text("")
+    shutil.copy(DATA / "run_config.yml", config)
 
-    def go(*arguments: str, tests: str = "test", **metadata: float) -> Path:
-        made = (None, pipeline(tests, **metadata), Path("step-000000007.ckpt"), 7)
+    def go(*arguments: str, tests: str = "test", kind: CameraType = CameraType.PERSPECTIVE, **metadata: float) -> Path:
+        opened = pipeline(tests, **metadata)
+        opened.datamanager.eval_dataset.cameras.camera_type[1] = kind.value
+        made = (None, opened, Path("step-000000007.ckpt"), 7)
         monkeypatch.setattr("nerfstudio.utils.eval_utils.eval_setup", lambda *_, **__: made)
         export.main(["--load-config", str(config), "--output-dir", str(tmp_path / "out"), *arguments])
         return tmp_path / "out"
@@ -155,8 +158,12 @@ def test_a_reduction_to_nothing_is_refused(run, capsys):
     assert "--downscale 80: images of 96 x 72 pixels" in capsys.readouterr().err
 
 
-def test_a_run_without_a_scale_asks_for_one(run, monkeypatch, capsys):
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_without_a_scale_asks_for_one(run, monkeypatch, capsys, known):
+    """nerfacto of the benchmark has not even an unknown one."""
     monkeypatch.setattr(ExactModel, "metric_scale", torch.tensor(float("nan")))
+    if not known:
+        monkeypatch.delattr(ExactModel, "metric_scale")
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 2
@@ -170,16 +177,57 @@ def test_a_config_that_is_not_there_is_named(tmp_path, capsys):
     assert "no.yml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{}", "a: [", "!!python/object:no.such.module.Config {}", "\0"])
+def test_a_file_that_is_no_runs_config_is_refused_before_anything_is_made(tmp_path, capsys, content):
+    (tmp_path / "transforms.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--load-config", str(tmp_path / "transforms.json"), "--output-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "transforms.json" in message
+    assert "expected the config.yml" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_file_in_the_place_of_the_output_is_refused_before_the_run_is_opened(tmp_path, monkeypatch, capsys, below):
+    monkeypatch.setattr("nerfstudio.utils.eval_utils.eval_setup", lambda *_, **__: pytest.fail("opened"))
+    (tmp_path / "file").write_text("")
+    config, output = str(DATA / "run_config.yml"), str(tmp_path / "file" / below)
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--load-config", config, "--output-dir", output])
+    assert stop.value.code == 2
+    assert f"--output-dir {output.rstrip('/')} cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [CameraType.FISHEYE, CameraType.EQUIRECTANGULAR])
+def test_cameras_without_planar_depth_are_refused(run, capsys, kind):
+    with pytest.raises(SystemExit) as stop:
+        run(kind=kind)
+    assert stop.value.code == 2
+    assert "the test images of this run are not all of perspective cameras" in capsys.readouterr().err
+    assert len(json.loads((run("--split", "train", kind=kind) / "transforms.json").read_text())["frames"]) == 3
+
+
 def test_pixels_too_far_for_the_png_are_counted_and_kept_in_the_npy(tmp_path):
     z = np.array([[1.0, 100.0, 0.0]], np.float32)
     assert export.write_depth(tmp_path, "a", z) == 1
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), z)
 
 
-def test_negative_sizes_and_scales_are_refused(tmp_path):
-    for wrong in ({"metres_per_unit": -1.0}, {"downscale": 0.0}):
-        with pytest.raises(InputError, match="positive"):
-            export.ExportDepthConfig(load_config=tmp_path, output_dir=tmp_path, **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"metres_per_unit": -1.0}, "--metres-per-unit must be positive"),
+        ({"metres_per_unit": float("inf")}, "--metres-per-unit must be positive and finite"),
+        ({"downscale": 0.0}, "--downscale must be positive"),
+        ({"min_accumulation": float("nan")}, r"--min-accumulation must be in \[0, 1\], found nan"),
+        ({"min_accumulation": 1.1}, "--min-accumulation must be in"),
+    ],
+)
+def test_sizes_scales_and_shares_that_cannot_be_are_refused(tmp_path, wrong, words):
+    with pytest.raises(InputError, match=words):
+        export.ExportDepthConfig(load_config=tmp_path, output_dir=tmp_path, **wrong)
 
 
 def test_a_stored_run_opens_again(tmp_path):

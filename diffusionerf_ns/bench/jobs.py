@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,8 +79,11 @@ class Job:
         """Read a job of a job list.
 
         Raises:
-            InputError: it has an unknown entry or lacks one.
+            InputError: it has an unknown entry, lacks one, or one is of the wrong kind.
         """
+        for name, (kind, fits) in _KINDS.items():
+            if name in content and not fits(content[name]):
+                raise InputError(f"job {dict(content)}: {name!r} is {content[name]!r}; expected {kind}.")
         try:
             job = cls(**content)
         except TypeError as error:
@@ -93,6 +96,32 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a job list."""
         return dataclasses.asdict(self)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "scene": ("text", _is_text),
+    "data": ("the path of a folder as text", _is_text),
+    "views": ('a whole number or "all"', lambda value: _is_number(value) or value == "all"),
+    "variant": ("text", _is_text),
+    "seed": ("a whole number of 0 or more", lambda value: _is_number(value) and value >= 0),
+    "method": ("text", _is_text),
+    "steps": ("a whole number or null", _is_number_or_none),
+    "downscale_factor": ("a whole number or null", _is_number_or_none),
+    "overrides": ('an object, e.g. {"pipeline.model.score_weight": 2.0}', lambda value: isinstance(value, Mapping)),
+}
+"""Entries of a job in a job list: what is expected, and whether a value is that."""
 
 
 def make_jobs(

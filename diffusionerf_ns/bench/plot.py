@@ -8,6 +8,7 @@ from typing import Any
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from ddm_training.errors import InputError
+from ddm_training.files import make_folder
 from diffusionerf_ns.bench.peers import PEER_SCENES, read_peers
 from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
 from diffusionerf_ns.bench.table import DATASETS, summarise_runs
@@ -27,7 +28,7 @@ class PlotConfig:
         """Do it.
 
         Raises:
-            InputError: no results folder, one of another version, or no job in it is done.
+            InputError: no results folder, one of another version, no job in it is done, or no place to write.
         """
         for path in draw_plots(self.results, self.output or self.results / "plots"):
             print(path)
@@ -37,13 +38,13 @@ def draw_plots(results: Path, output: Path) -> list[Path]:
     """Draw all; returns what was written.
 
     Raises:
-        InputError: no results folder, one of another version, or no job in it is done.
+        InputError: no results folder, one of another version, no job in it is done, or no place to write.
     """
     entries = read_entries(results)
     done = [(entry, result) for entry in entries if (result := entry.result()) is not None]
     if not done:
         raise InputError(f"{results}: none of its {len(entries)} jobs is done; `diffusionerf-bench run` does them.")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "--output")
     return [
         *_draw_psnr([result for _, result in done], output),
         *_draw_curves([result for _, result in done], output),

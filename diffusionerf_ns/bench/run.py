@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_at_least
+from ddm_training.files import make_folder
 from diffusionerf_ns.bench.engines import EngineConfig
 
 VariantName = Literal[
@@ -49,6 +50,11 @@ class RunConfig:
     """Print the job list and do nothing."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Where the jobs run."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, pictures=0)
+        if self.seeds and min(self.seeds) < 0:
+            raise InputError(f"--seeds must be 0 or more, found {min(self.seeds)}.")
 
     def main(self) -> None:
         """Do it.
@@ -115,6 +121,7 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
         InputError: see `RunConfig.main`.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from diffusionerf_ns.bench import results, worker
     from diffusionerf_ns.bench.jobs import config_hash, configure, training_hash
@@ -125,6 +132,7 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
         folder = output / job.name
         config = configure(job, folder)
         entries.append(results.Entry(job=job, hash=config_hash(config), folder=folder, training=training_hash(config)))
+    make_folder(output, "--output")
     with results.lock(output):
         results.merge_entries(output, entries)
         todo = [entry for entry in entries if entry.status() != "done"]
@@ -144,7 +152,7 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
         failed = _run_with_progress(todo, engine, output, console)
     for entry in failed:
         reason = json.loads((entry.folder / results.FAILED_FILE).read_text())["message"]
-        console.print(f"[red]failed:[/red] {entry.job.name}: ", end="")
+        console.print(f"[red]failed:[/red] {escape(entry.job.name)}: ", end="")
         console.print(reason, markup=False, highlight=False)
         console.print(f"        {os.path.relpath(entry.folder / results.LOG_FILE)}", markup=False, highlight=False)
     if failed:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ddm_training.errors import InputError
-from ddm_training.files import replacing, write_whole
+from ddm_training.files import make_folder, replacing, write_whole
 from diffusionerf_ns.bench.peers import PEER_SCENES, Peer, read_peers
 from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
 from diffusionerf_ns.bench.variants import VARIANTS
@@ -52,7 +52,7 @@ class TableConfig:
         """Do it.
 
         Raises:
-            InputError: no results folder, one of another version, or no job in it is done.
+            InputError: no results folder, one of another version, no job in it is done, or no place to write.
         """
         text = write_tables(self.results, self.output or self.results)
         print(text)
@@ -160,7 +160,7 @@ def write_tables(results: Path, output: Path) -> str:
     """Write `table.md`, `times.md`, `table.csv` and `jobs.csv`; returns the table.
 
     Raises:
-        InputError: no results folder, one of another version, or no job in it is done.
+        InputError: no results folder, one of another version, no job in it is done, or no place to write.
     """
     entries = read_entries(results)
     done = [(entry, result) for entry in entries if (result := entry.result()) is not None]
@@ -169,7 +169,7 @@ def write_tables(results: Path, output: Path) -> str:
     settings = summarise_runs([result for _, result in done])
     peers = read_peers()
     text = _markdown(settings, peers, entries, [result for _, result in done])
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "--output")
     write_whole(output / "table.md", text)
     write_whole(output / "times.md", _times([result for _, result in done]))
     _write_csv(output / "table.csv", _table_rows(settings, peers))
