@@ -7,7 +7,7 @@ from typing import Literal
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.models.nerfacto import NerfactoModelConfig
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_positive
 from diffusionerf_ns.bounds import StereoBounds
 
 NEAR_PLANE, FAR_PLANE = 0.05, 1000.0  # nerfacto's, scene units
@@ -185,6 +185,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     `proposal_update_every`. None: half of the run."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "metric_scale", "grid_margin", below="pipeline.model.")
         for name in ("completed_depth_margin", "confirmed_depth_margin"):
             margin = getattr(self, name)
             if not 0.0 <= margin < 1.0:

@@ -1,6 +1,7 @@
 """What a folder holds: photographs beside, above and below captures, and what is said of folders that hold neither."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataparsers.few_view import detect_layout, is_photographs
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig, detect_layout, is_photographs
 
 
 @pytest.fixture
@@ -95,3 +96,10 @@ def test_folders_of_images_with_unknown_cameras_are_told_of_the_search_for_poses
     with pytest.raises(InputError, match="holds no capture that is known") as refused:
         detect_layout(pictures.parent)
     assert "--output" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["scale_factor", "scene_scale"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_a_scale_that_is_not_positive_is_refused(name, value):
+    with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} must be positive and finite, found"):
+        FewViewDataParserConfig(**{name: value})

@@ -168,6 +168,13 @@ def test_an_error_factor_that_is_not_positive_is_refused(name, factor):
         DiffusioNeRFModelConfig(**{name: factor})
 
 
+@pytest.mark.parametrize("name", ["metric_scale", "grid_margin"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_that_is_not_positive_is_refused(name, value):
+    with pytest.raises(InputError, match=f"--pipeline.model.{name.replace('_', '-')} must be positive and finite"):
+        DiffusioNeRFModelConfig(**{name: value})
+
+
 @pytest.mark.parametrize("name", ["completed_depth_margin", "confirmed_depth_margin"])
 @pytest.mark.parametrize("margin", [-0.1, 1.0, math.nan])
 def test_a_margin_that_is_no_share_of_the_depth_is_refused(name, margin):

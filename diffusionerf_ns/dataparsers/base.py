@@ -18,7 +18,7 @@ from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserCo
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from ddm_training.errors import InputError
+from ddm_training.errors import InputError, require_positive
 from diffusionerf_ns.dataparsers import poses as scene_poses
 from diffusionerf_ns.dataparsers.images import check_readable, downscaled, same_shape
 from diffusionerf_ns.dataparsers.splits import Split, choose, split_table
@@ -58,6 +58,9 @@ class FewViewBaseConfig(DataParserConfig):
     """Scale camera centres by this after that."""
     scene_scale: float = 1.0
     """Half the side of the scene box."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "scale_factor", "scene_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
