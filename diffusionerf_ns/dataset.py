@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from diffusionerf_ns import cut_out
-from diffusionerf_ns.dataparsers.images import has_alpha, in_8_bits, same_shape
+from diffusionerf_ns.dataparsers.images import UNREADABLE, has_alpha, in_8_bits, same_shape
 
 
 class FewViewDataset(InputDataset):
@@ -164,16 +165,22 @@ def load_depth(path: Path, height: int, width: int, unit: float) -> Float[Tensor
         unit: metres per stored unit.
 
     Raises:
-        InputError: not readable, or its shape is not that of the image.
+        InputError: not readable, not numbers, or its shape is not that of the image.
     """
     try:
         if path.suffix == ".npy":
-            stored = np.load(path, allow_pickle=False).squeeze()
+            stored = np.load(path, allow_pickle=False)
         else:
             with Image.open(path) as file:
                 stored = np.array(file)
-    except (OSError, ValueError) as error:
+    except (*UNREADABLE, EOFError, BadZipFile) as error:
         raise InputError(f"depth {path} cannot be read: {error}.") from error
+    if not isinstance(stored, np.ndarray):
+        stored.close()
+        raise InputError(f"depth {path} is an archive of arrays (.npz) by its content; expected one array.")
+    if stored.dtype.kind not in "biuf":
+        raise InputError(f"depth {path} holds values of type {stored.dtype}; expected numbers.")
+    stored = stored.squeeze() if path.suffix == ".npy" else stored
     if stored.ndim != 2:
         raise InputError(f"depth {path} has shape {stored.shape}; expected one channel.")
     _check_shape("depth", path, (stored.shape[1], stored.shape[0]), height, width)

@@ -1,5 +1,7 @@
 """Images, masks and depth as the data set gives them: of all modes, and refused where they do not fit."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 from small_capture import make_capture, parse
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.dataset import FewViewDataset, load_mask
+from diffusionerf_ns.dataset import FewViewDataset, load_depth, load_mask
 
 
 def test_masks_and_depth_of_another_shape_are_refused(tmp_path):
@@ -78,3 +80,46 @@ def test_the_black_of_a_jpeg_is_black(tmp_path):
     noise = np.random.default_rng(0).integers(0, 3, (16, 16), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "mask.jpg", quality=100)
     assert not load_mask(tmp_path / "mask.jpg", 16, 16).any()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def archive(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), depth=np.ones((4, 4)))
+    path.with_suffix(".npz").rename(path)
+
+
+def cut_archive(path: Path) -> None:
+    archive(path)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def words(path: Path) -> None:
+    np.save(path, np.full((4, 4), "far"))
+
+
+def complex_numbers(path: Path) -> None:
+    np.save(path, np.full((4, 4), 1j))
+
+
+@pytest.mark.parametrize(
+    ("write", "why"),
+    [
+        (empty, "cannot be read"),
+        (cut_archive, "cannot be read"),
+        (archive, "is an archive of arrays"),
+        (words, "holds values of type <U3; expected numbers"),
+        (complex_numbers, "holds values of type complex128; expected numbers"),
+    ],
+)
+def test_a_depth_file_that_holds_no_depth_is_named(tmp_path, write, why):
+    write(tmp_path / "depth.npy")
+    with pytest.raises(InputError, match=rf"^depth .*depth\.npy {why}"):
+        load_depth(tmp_path / "depth.npy", 4, 4, 1.0)
+
+
+def test_depth_of_an_array_with_a_channel_is_read(tmp_path):
+    np.save(tmp_path / "depth.npy", np.full((4, 4, 1), 3, dtype=np.uint16))
+    assert torch.equal(load_depth(tmp_path / "depth.npy", 4, 4, 0.5), torch.full((4, 4, 1), 1.5))
