@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils import colormaps
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional
 
@@ -360,7 +361,7 @@ def depth_quantiles(depth: Float[Tensor, " rays"]) -> dict[str, Tensor]:
 def _say_once(line: str) -> None:
     if line not in _said:
         _said.add(line)
-        CONSOLE.print(f"[yellow]{line}")
+        CONSOLE.print(f"[yellow]{escape(line)}")
 
 
 def _grey_on_error(compute: Callable[[], Tensor], rgb: Float[Tensor, "h w 3"]) -> Callable[[], Tensor]:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,8 +109,8 @@ class ViewRefiner:
             prior = self._prior()
         except InputError as error:
             CONSOLE.print(
-                f"[yellow]Views are left as rendered, metrics too: {error} Give the prior back its place, or set "
-                "refine_tau to 0 in the run's config.yml."
+                f"[yellow]Views are left as rendered, metrics too: {escape(str(error))} Give the prior back its place, "
+                "or set refine_tau to 0 in the run's config.yml."
             )
             self._missing = True
             return rgb

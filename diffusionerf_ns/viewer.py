@@ -22,6 +22,7 @@ from nerfstudio.viewer.render_state_machine import RenderAction
 from nerfstudio.viewer.viewer import VISER_NERFSTUDIO_SCALE_RATIO, Viewer
 from nerfstudio.viewer.viewer_elements import ViewerControl
 from PIL import Image
+from rich.markup import escape
 from torch import Tensor
 
 from ddm_training import rgbd
@@ -194,7 +195,7 @@ class InspectionPanel(ViewerControl):
         try:
             attempt()
         except InputError as error:
-            CONSOLE.print(f"[yellow]Viewer: {error}")
+            CONSOLE.print(f"[yellow]Viewer: {escape(str(error))}")
             for client in self.viewer.viser_server.get_clients().values():
                 client.add_notification("Not possible", str(error), color="red")
             return True

@@ -80,9 +80,11 @@ def test_as_many_cameras_as_a_scan_has_make_no_scan_of_a_capture_of_another_name
 
 
 def test_masks_of_an_own_capture_are_used_when_asked(own, capsys):
-    data = own(6)
+    data = own(6, "my[red]statue")
     assert "mask" not in FewViewDataset(parse(data))[0]
-    assert "--masked-training" in capsys.readouterr().out
+    said = "".join(capsys.readouterr().out.split())
+    assert "--masked-training" in said
+    assert "my[red]statuearenotused" in said
     inside = FewViewDataset(parse(data, masked_training=True))[2]["mask"]
     assert 0.05 < inside.double().mean() < 0.95
     (data / "mask" / "003.png").unlink()

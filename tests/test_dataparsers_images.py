@@ -107,6 +107,11 @@ def test_images_beside_the_capture_are_reduced_into_the_cache_and_over_nothing(t
     assert len(check_readable(made)) == 2
 
 
+def test_the_folder_of_the_copies_is_named_as_it_is_called(tmp_path, capsys):
+    downscaled(make_images(tmp_path / "my [red] room", 1), 2, tmp_path / "my [red] room_2")
+    assert "my[red]room_2" in "".join(capsys.readouterr().out.split())
+
+
 def test_a_damaged_image_that_is_not_needed_is_left_out_until_it_is(tmp_path, capsys):
     paths = make_images(tmp_path / "images", 3)
     paths[1].write_bytes(paths[1].read_bytes()[:-200])

@@ -1,12 +1,14 @@
 """Splits: the protocol's table, its closed form, and what explicit ids do."""
 
+import io
 from fractions import Fraction
 
 import pytest
+from rich.console import Console
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers import dtu
-from diffusionerf_ns.dataparsers.splits import choose, hold_out, split_table, spread, take, without_lists
+from diffusionerf_ns.dataparsers.splits import Split, choose, hold_out, split_table, spread, take, without_lists
 
 # number of images and 0-based training ids for 3, 6 and 9 views, as published for the LLFF scenes
 LLFF = {
@@ -128,3 +130,10 @@ def test_a_capture_without_a_training_image_is_refused_with_the_reason(count, te
     train, test = (tuple(range(count)), ()) if test_ids else hold_out(count)
     with pytest.raises(InputError, match=why):
         choose(count, train, test, test_ids=test_ids)
+
+
+def test_square_brackets_in_names_are_shown_as_they_are():
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(split_table(Split(train=(0,), test=(1,)), ["a[red].png", "[/b].png"], "my [holiday]"))
+    shown = console.export_text()
+    assert all(name in shown for name in ("a[red].png", "[/b].png", "my [holiday]"))

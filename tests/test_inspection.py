@@ -281,6 +281,12 @@ def test_the_verdict_of_another_than_a_perspective_camera_is_refused():
         outputs["PriorScoreDepth"]
 
 
+def test_what_is_said_once_keeps_its_square_brackets(capsys):
+    for _ in range(2):
+        inspection._say_once("no prior 'my [red] prior'")
+    assert capsys.readouterr().out.count("'my [red] prior'") == 1
+
+
 class RenderThread(RenderStateMachine):
     """Runs a function where the viewer would render."""
 

@@ -157,8 +157,8 @@ class DTUFewViewParser(FewViewBaseParser):
         folder = find_masks(scan, self.config.mask_folder)
         if folder is None:
             CONSOLE.print(
-                f"[yellow]no masks were found for {scan.folder}: metrics will be over all pixels, which the DTU "
-                "protocol does not do (--mask-folder says where they are)"
+                f"[yellow]no masks were found for {escape(str(scan.folder))}: metrics will be over all pixels, which "
+                "the DTU protocol does not do (--mask-folder says where they are)"
             )
             return None
         paths = tuple(folder / f"{i:03d}.png" for i in range(VIEWS))

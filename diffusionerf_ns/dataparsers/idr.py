@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import (
@@ -72,7 +73,9 @@ class IDRFewViewParser(FewViewBaseParser):
             for i in {*split.train, *split.test}:
                 check_mask_size(masks[i], (width // factor, height // factor))
         elif (folder / "mask").is_dir():
-            CONSOLE.print(f"The masks of {folder} are not used; --masked-training True trains inside them only.")
+            CONSOLE.print(
+                f"The masks of {escape(str(folder))} are not used; --masked-training True trains inside them only."
+            )
         return Capture(
             source="idr",
             title=f"{absolute(folder).name} ({path.name})",

@@ -244,7 +244,7 @@ def _make(
     part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=place.parent))
     try:
         part.chmod(0o755)  # mkdtemp gives 0700; others who share the data may read the copies
-        CONSOLE.print(f"reducing {len(sources)} images by {factor} into {place} (once)")
+        CONSOLE.print(f"reducing {len(sources)} images by {factor} into {escape(str(place))} (once)")
         for source, name in zip(sources, names):
             (part / name).parent.mkdir(parents=True, exist_ok=True)
             try:

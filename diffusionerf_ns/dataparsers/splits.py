@@ -127,16 +127,17 @@ def _brief(ids: Sequence[int], most: int = 12) -> str:
 
 def split_table(split: Split, names: Sequence[str], title: str):
     """A `rich.table.Table` with a row for train and one for test: number of images, ids, names."""
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_lines=False)
+    table = Table(title=escape(title), title_justify="left", show_lines=False)
     for head in ("split", "images", "ids", "names"):
         table.add_column(head, overflow="fold")
     for row, ids in (("train", split.train), ("test", split.test)):
         shown = [names[i] for i in ids]
         if len(shown) > 9:
             shown = [*shown[:8], "...", shown[-1]]
-        table.add_row(row, str(len(ids)), " ".join(map(str, ids)), " ".join(shown))
+        table.add_row(row, str(len(ids)), " ".join(map(str, ids)), escape(" ".join(shown)))
     if split.test_is_train:
         table.caption = "no image is held out: test metrics are those of the training images"
     return table
