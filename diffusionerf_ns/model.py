@@ -186,18 +186,20 @@ class DiffusioNeRFModel(NerfactoModel):
         if self._lpips is None:
             self._lpips = LpipsNetworks(self.device)
         units_per_metre = self.metadata.get("scene_units_per_metre")
-        judged = "depth_image" in batch and units_per_metre is not None
+        z = None
+        if "depth_image" in batch and units_per_metre is not None:
+            z = self._planar_median(outputs) / units_per_metre
         values = judge_view(
             outputs,
             true,
-            self._planar_median(outputs) / units_per_metre if judged else None,
+            z,
             batch,
             self._lpips,
             protocol=self.protocol,
             colour_corrected=self.config.color_corrected_metrics,
         )
         self.image_metrics.append(dict(values))
-        if judged:  # nerfstudio wants the same names of every image; the pipeline takes their means
+        if z is not None:  # nerfstudio wants the same names of every image; the pipeline takes their means
             values = dict.fromkeys(metrics.DEPTH_METRICS, math.nan) | values
         images = {
             "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
