@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ddm_training.errors import InputError, require_at_least
-from ddm_training.files import replacing, write_whole
+from ddm_training.files import exclusive, replacing, write_whole
 from ddm_training.http_ranges import NotFoundError, RangeClient, RemoteError, RetryPolicy
 from ddm_training.hypersim_split import PublicScene, read_split_csv, select_scenes
-from ddm_training.manifest import Manifest, exclusive
+from ddm_training.manifest import Manifest
 from ddm_training.remote_zip import Member, RemoteArchive, file_crc, open_archive, save_member
 
 BASE_URL = "https://docs-assets.developer.apple.com/ml-research/datasets/hypersim/v1/scenes"  # apple/ml-hypersim
@@ -146,7 +146,7 @@ class Download:
             self._plan_all(scenes)
             self._print_plan()
         else:
-            with exclusive(config.output):
+            with exclusive(config.output, "download", "--output"):
                 try:
                     self._keep_split_csv()
                     self._plan_all(scenes)

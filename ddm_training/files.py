@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that can be written to."""
+"""Files that are written whole or not at all, and folders: that can be written to, by one process at a time."""
 
 import contextlib
 import os
@@ -70,3 +70,31 @@ def write_whole(path: Path, content: str | bytes) -> None:
             part.write_text(content)
         else:
             part.write_bytes(content)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, work: str, flag: str) -> Iterator[None]:
+    """Keep a second process that does the same out of a folder; the lock of a killed process is gone with it.
+
+    Args:
+        folder: made when absent.
+        work: what is done, e.g. "download"; the lock is the file ``.<work>.lock`` in the folder, spaces as "-".
+        flag: that names the folder, for messages.
+
+    Raises:
+        InputError: the lock is held, or the folder cannot be written.
+    """
+    make_folder(folder, flag)
+    with open(folder / f".{work.replace(' ', '-')}.lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.register_at_fork(after_in_child=file.close)  # a child that lives longer would hold the lock
+        except BlockingIOError as error:
+            raise InputError(
+                f"another {work} is writing into {folder}: wait for it to end, or give another {flag}."
+            ) from error
+        except (ImportError, OSError):
+            pass  # no such locks on this system or file system
+        yield

@@ -1,14 +1,11 @@
-"""Which files of a downloaded scene are whole, and who may write into a folder."""
+"""Which files of a downloaded scene are whole."""
 
 import errno
 import json
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from ddm_training.errors import InputError
 from ddm_training.remote_zip import Member
 
 MANIFEST = "manifest.jsonl"
@@ -43,27 +40,3 @@ class Manifest:
                 self._torn = False
                 os.fsync(file.fileno())
             self.entries[member.name] = (member.size, member.crc)
-
-
-@contextmanager
-def exclusive(folder: Path, work: str = "download") -> Iterator[None]:
-    """Keep a second run of the same ``work`` out of the folder; the lock of a killed process is gone with it.
-
-    Raises:
-        InputError: there is one, or the folder cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f".{work.replace(' ', '-')}.lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; give another --output.") from error
-    with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another {work} is writing into {folder}: wait for it, or use another one.") from error
-        except (ImportError, OSError):
-            pass  # no such locks on this system or file system
-        yield

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from ddm_training.errors import InputError
-from ddm_training.files import write_whole
+from ddm_training.files import exclusive, write_whole
 from ddm_training.frames import SceneInfo, SceneWriter, Split, names_digest, read_scene_info
 from ddm_training.jobs import EngineConfig, run_jobs
-from ddm_training.manifest import exclusive
 from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame, is_no_file
 from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
 from ddm_training.resize import resize_color, resize_depth, scale_intrinsics
@@ -144,7 +143,7 @@ def prepare(
         InputError: other options, another run at work, a damaged scene in the store, a store that cannot be written,
             a full disk, or scenes that failed.
     """
-    with exclusive(store, f"{command} preparation"):
+    with exclusive(store, f"{command} preparation", "--output"):
         return _prepare(store, command, options, jobs, work, engine, redo)
 
 

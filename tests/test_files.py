@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddm_training.errors import InputError
-from ddm_training.files import make_folder, replacing, write_whole
+from ddm_training.files import exclusive, make_folder, replacing, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -144,3 +144,23 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(InputError, match=r"--output .* cannot be written to: Read-only file system"):
         make_folder(tmp_path, "--output")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_that_lives_longer_does_not_hold_the_lock_of_its_parent(tmp_path):
+    end, begin = os.pipe()
+    with exclusive(tmp_path, "training", "--output-dir"):
+        with pytest.raises(InputError, match=r"another training is writing"), exclusive(tmp_path, "training", "--o"):
+            pass
+        child = os.fork()
+        if child == 0:
+            os.close(begin)
+            os.read(end, 1)  # until the parent says so, or is gone
+            os._exit(0)
+    try:
+        with exclusive(tmp_path, "training", "--output-dir"):
+            pass
+    finally:
+        os.close(begin)
+        os.close(end)
+        os.waitpid(child, 0)

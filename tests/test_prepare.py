@@ -21,10 +21,10 @@ from preparation import SCENES, config, files, forget_what_was_asked, report
 
 from ddm_training import frames, scene_jobs
 from ddm_training.errors import InputError
+from ddm_training.files import exclusive
 from ddm_training.frames import open_scene, open_store
 from ddm_training.hypersim import CAMERA_FILE, SPLIT_FILE
 from ddm_training.jobs import EngineConfig, run_jobs
-from ddm_training.manifest import exclusive
 from ddm_training.prepare import write_hypersim_scene
 
 tree = preparation.tree  # a fixture
@@ -289,12 +289,12 @@ def test_sigterm_is_as_it_was_when_all_jobs_are_done_or_given_up(tmp_path: Path)
 def test_a_second_run_into_the_same_store_is_refused_while_the_first_is_at_work(tree: Path) -> None:
     store = tree.parent / "store"
     with (
-        exclusive(store, "hypersim preparation"),
+        exclusive(store, "hypersim preparation", "--output"),
         pytest.raises(InputError, match=r"another hypersim preparation is writing into .*store"),
     ):
         config(tree).main()
     assert not list(store.glob("ai_*"))
-    with exclusive(store, "frames-office preparation"):  # of other scenes
+    with exclusive(store, "frames-office preparation", "--output"):  # of other scenes
         config(tree).main()
 
 
