@@ -131,7 +131,7 @@ def load_checkpoint(
 
     Args:
         path: of the checkpoint.
-        config: settings of the run, plain JSON values.
+        config: settings of the run, plain JSON values; "command" is what `ddm` calls the training.
         identity: those without which the saved weights mean nothing, with the value that runs had before there was
             such a setting. Where that is None, a missing one is let pass: the weights are checked after this.
 
@@ -151,8 +151,15 @@ def load_checkpoint(
             f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before, or give "
             "--resume-from-checkpoint another folder."
         ) from error
+    was, now = saved.get("command"), config.get("command")
+    if None not in (was, now) and was != now:
+        raise InputError(f"{path} is of `ddm {was}`, and this is `ddm {now}`: use another --output-dir.")
     saved = {key: value for key, value in identity.items() if value is not None} | saved
-    differing = {key: (saved.get(key), value) for key, value in config.items() if saved.get(key) != value}
+    differing = {
+        key: (saved.get(key), value)
+        for key, value in config.items()
+        if saved.get(key) != value and key != "command"  # older ones do not say it
+    }
     if wrong := [key for key in identity if key in differing and key in saved]:
         said = ", ".join(f"--{key.replace('_', '-')} {differing[key][0]} (now {differing[key][1]})" for key in wrong)
         raise InputError(

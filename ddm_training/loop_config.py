@@ -38,7 +38,7 @@ class LoopConfig:
     adam_weight_decay: float = 0.0
     """AdamW; none in the authors' code."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm; 0 for no clipping."""
     ema_decay: float = 0.999
     """Decay per step of the weights' moving average, reached by (1 + n) / (10 + n)."""
     mixed_precision: Literal["no", "bf16"] = "bf16"

@@ -26,12 +26,12 @@ def plot_training(path: Path, log: Path) -> None:
     left.set(
         xlabel="step", ylabel="training loss", yscale="log" if min(trained.values(), default=1.0) > 0 else "linear"
     )
-    steps = sorted(held_out)
-    for name in held_out[steps[-1]] if steps else ():
+    for name in dict.fromkeys(name for step in sorted(held_out) for name in held_out[step]):
         label = f"t = {name}" if name.isdigit() else name
+        steps = [step for step in sorted(held_out) if name in held_out[step]]  # a resumed run may have other stores
         right.plot(steps, [held_out[step][name]["depth"] for step in steps], "o-", markersize=3, label=label)
     right.set(xlabel="step", ylabel="held-out error of depth", yscale="log")
-    if steps:
+    if held_out:
         right.legend(fontsize="small", ncols=2)
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from ddm_training.files import write_whole
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ddm_training.loop import StopRequest
     from ddm_training.loop_config import LoopConfig
+    from ddm_training.stopping import StopRequest
 
 LOG_FILE = "log.jsonl"
 
@@ -87,7 +87,11 @@ class Journal:
 
     def say(self, text: str) -> None:
         """One line for people."""
-        print(text, file=sys.stderr, flush=True) if self._bar is None else self._bar.console.print(text, markup=False)
+        with suppress(OSError):  # of a terminal that hung up, whose SIGHUP ends the training, or a pipe without reader
+            if self._bar is None:
+                print(text, file=sys.stderr, flush=True)
+            else:
+                self._bar.console.print(text, markup=False)
 
     def _write(self, line: dict[str, Any]) -> None:
         with writing(self.path), self.path.open("a") as file:
@@ -142,7 +146,8 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Flush and end. What already ends the training is told, not what then goes wrong here as well."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):  # see `say`
+                self._bar.stop()
         try:
             with writing(self._events):
                 self._board.close()

@@ -104,6 +104,7 @@ def train(config: TrainConfig) -> None:
 class PatchTask:
     """The denoiser of patches, as `run_loop` trains it."""
 
+    command = "train"
     identity: Mapping[str, Any] = {"preset": None, "patch_size": None, "prediction_type": "epsilon"}
     unit = "patches"
 

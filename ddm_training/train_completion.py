@@ -61,6 +61,7 @@ class TrainCompletionConfig(LoopConfig):
 class CompletionTask:
     """The completing network, as `run_loop` trains it."""
 
+    command = "train-completion"
     identity: Mapping[str, Any] = {"widths": None}
     unit = "images"
 

@@ -10,7 +10,7 @@ import torch
 from ddm_training import patches, resampling, rgbd
 from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter, open_store
-from ddm_training.loop import StepBatches
+from ddm_training.loading import StepBatches
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, make_patches, open_sampler
 
 H, W, FX, FY = 96, 128, 140.0, 120.0

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import toy_training
-from toy_training import config, flags
+from toy_training import assert_same_weights, config, flags, state
 
 from ddm_training import checkpoints, loop
 from ddm_training.errors import InputError
+from ddm_training.files import exclusive
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.train import PatchTask, train
 from ddm_training.unet import Prediction, load_scheduler, load_unet, make_scheduler, make_unet, velocity_to_noise
@@ -36,17 +38,6 @@ def command(arguments: list[str], **options) -> subprocess.Popen:
     )
 
 
-def state(folder: Path, step: int) -> dict:
-    return torch.load(folder / f"checkpoint-{step}" / "state.pt", weights_only=True)
-
-
-def assert_same_weights(first: dict, second: dict) -> None:
-    for part in ("model", "ema"):
-        assert first[part].keys() == second[part].keys()
-        for key, value in first[part].items():
-            assert torch.equal(value, second[part][key]), key
-
-
 def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -58,7 +49,7 @@ def test_a_run_leaves_a_prior_folder_a_log_and_the_last_checkpoints(store, tmp_p
     train(config(store, tmp_path, num_validation_samples=2, validation_steps=3))
     assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [4, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoint-4", "checkpoint-6", "log.jsonl", "prior", "tensorboard",
+        ".training.lock", "checkpoint-4", "checkpoint-6", "log.jsonl", "prior", "tensorboard",
     ]  # fmt: skip
     prior = tmp_path / "prior"
     files = {str(p.relative_to(prior)) for p in prior.rglob("*") if p.is_file()}
@@ -160,6 +151,14 @@ def test_a_resumed_run_takes_the_settings_of_adam_that_it_is_given(store, tmp_pa
     assert "--adam-beta1 is 0.8, was 0.9" in capsys.readouterr().err
     groups = state(tmp_path, 2)["optimizer"]["param_groups"]
     assert [(tuple(group["betas"]), group["weight_decay"]) for group in groups] == [((0.8, 0.95), 0.1)]
+
+
+def test_a_largest_norm_of_zero_clips_nothing(store, tmp_path):
+    for name, largest in (("none", 0.0), ("large", 1e6), ("small", 1e-3)):
+        train(config(store, tmp_path / name, max_train_steps=2, lr_warmup_steps=0, max_grad_norm=largest))
+    assert_same_weights(state(tmp_path / "none", 2), state(tmp_path / "large", 2))
+    with pytest.raises(AssertionError):
+        assert_same_weights(state(tmp_path / "none", 2), state(tmp_path / "small", 2))
 
 
 @pytest.mark.slow
@@ -271,6 +270,53 @@ def test_gradient_accumulation_of_accelerate_is_refused(store, tmp_path, monkeyp
         train(config(store, tmp_path))
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     train(config(store, tmp_path, max_train_steps=1))
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_weights_spread_over_devices_by_accelerate_are_refused(store, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(InputError, match=rf"accelerate is configured for .*ACCELERATE_USE_{name}.*accelerate config"):
+        train(config(store, tmp_path))
+
+
+def test_kinds_of_devices_that_a_training_does_not_know_are_refused(store, tmp_path, monkeypatch):
+    from accelerate import DistributedType
+
+    found = SimpleNamespace(distributed_type=DistributedType.MULTI_XPU)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: found)
+    with pytest.raises(InputError, match="accelerate is configured for MULTI_XPU"):
+        train(config(store, tmp_path))
+
+
+def test_two_trainings_do_not_share_a_folder(store, tmp_path):
+    with (
+        exclusive(tmp_path, "training", "--output-dir"),
+        pytest.raises(InputError, match=r"another training is writing into .*give another --output-dir"),
+    ):
+        train(config(store, tmp_path, max_train_steps=1))
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_the_folder_of_another_command_is_named_as_such(store, tmp_path):
+    train(config(store, tmp_path, max_train_steps=1))
+    path = tmp_path / "checkpoint-1" / checkpoints.CONFIG_FILE
+    saved = json.loads(path.read_text())
+    assert saved["command"] == "train"
+    path.write_text(json.dumps({**saved, "command": "train-completion"}))
+    with pytest.raises(InputError, match="checkpoint-1 is of `ddm train-completion`, and this is `ddm train`"):
+        train(config(store, tmp_path))
+
+
+def test_checkpoints_that_do_not_name_their_command_are_resumed(store, tmp_path, capsys):
+    train(config(store, tmp_path, max_train_steps=1))
+    path = tmp_path / "checkpoint-1" / checkpoints.CONFIG_FILE
+    saved = json.loads(path.read_text())
+    del saved["command"]
+    path.write_text(json.dumps(saved))
+    train(config(store, tmp_path, max_train_steps=2))
+    said = capsys.readouterr().err
+    assert "resuming from checkpoint-1" in said
+    assert "--command" not in said
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(store, tmp_path):

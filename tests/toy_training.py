@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ddm_training.frames import SceneWriter
 from ddm_training.train import TrainConfig
@@ -50,3 +51,14 @@ def flags(store: Path, output: Path, **changed) -> list[str]:
     for key, value in {**SMALL, **changed}.items():
         words += [f"--{key.replace('_', '-')}", str(value)]
     return words
+
+
+def state(folder: Path, step: int) -> dict:
+    return torch.load(folder / f"checkpoint-{step}" / "state.pt", weights_only=True)
+
+
+def assert_same_weights(first: dict, second: dict) -> None:
+    for part in ("model", "ema"):
+        assert first[part].keys() == second[part].keys()
+        for key, value in first[part].items():
+            assert torch.equal(value, second[part][key]), key

@@ -1,0 +1,54 @@
+"""Batches that worker processes prepare, where one of those fails."""
+
+import os
+import signal
+
+import pytest
+import toy_training
+from toy_training import assert_same_weights, config, state
+
+from ddm_training.checkpoints import list_checkpoints
+from ddm_training.errors import InputError
+from ddm_training.train import PatchTask, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+store = toy_training.store  # a fixture
+
+
+@pytest.fixture
+def fails_at_step(monkeypatch):
+    """Lets a worker do something before it draws the samples of a step."""
+    draw, own = PatchTask.draw, os.getpid()
+
+    def prepare(step: int, act) -> None:
+        def drawn(self, **place):
+            if place["step"] == step and os.getpid() != own:
+                act()
+            return draw(self, **place)
+
+        monkeypatch.setattr(PatchTask, "draw", drawn)
+
+    return prepare
+
+
+def test_a_killed_worker_ends_a_training_with_a_checkpoint(store, tmp_path, fails_at_step):
+    small = {"max_train_steps": 4, "checkpointing_steps": 100}
+    train(config(store, tmp_path / "whole", **small))
+    before = signal.getsignal(signal.SIGCHLD)
+    fails_at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match=r"was killed, .*fewer --dataloader-num-workers, and run again"):
+        train(config(store, tmp_path / "killed", **small, dataloader_num_workers=1))
+    assert signal.getsignal(signal.SIGCHLD) == before
+    ((step, _),) = list_checkpoints(tmp_path / "killed")
+    assert step in (2, 3)  # with the worker may go a batch that it had made
+    train(config(store, tmp_path / "killed", **small))
+    assert_same_weights(state(tmp_path / "whole", 4), state(tmp_path / "killed", 4))
+
+
+def test_what_a_worker_finds_wrong_is_told_without_its_traceback(store, tmp_path, fails_at_step):
+    def refuse() -> None:
+        raise InputError("frame 7 is damaged")
+
+    fails_at_step(1, refuse)
+    with pytest.raises(InputError, match=r"^frame 7 is damaged$"):
+        train(config(store, tmp_path, dataloader_num_workers=1))
