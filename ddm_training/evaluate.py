@@ -15,6 +15,7 @@ from torch import Tensor
 from ddm_training.errors import InputError, require_at_least
 from ddm_training.files import make_folder, write_whole
 from ddm_training.frames import Split
+from ddm_training.loop_config import check_seed
 from ddm_training.unet import add_noise, predict_clean
 
 if TYPE_CHECKING:
@@ -98,7 +99,10 @@ class EvalConfig:
     """Seed of patches and noise."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, num_patches=1, num_inference_steps=1, batch_size=1)
+        require_at_least(self, num_patches=1, num_samples=0, num_inference_steps=1, batch_size=1)
+        if self.focal is not None and not 0 < self.focal < math.inf:
+            raise InputError(f"--focal must be positive, found {self.focal}.")
+        check_seed(self.seed)
         for name in ("prior", "data"):
             if not getattr(self, name):
                 raise InputError(f"--{name} needs at least one folder.")
@@ -120,7 +124,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from ddm_training.patches import PatchConfig, Stream, open_sampler
     from ddm_training.plots import plot_denoising, plot_histograms
     from ddm_training.rgbd import RgbdSpec
-    from ddm_training.sample import choose_device
+    from ddm_training.sample import check_steps, choose_device
     from ddm_training.sheets import save_picture
     from ddm_training.train import LEVELS
     from ddm_training.unet import Predictor, load_scheduler, load_unet
@@ -131,6 +135,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         found = ", ".join(f"{p}: {s.patch_size} px, near {s.near}" for p, s in zip(config.prior, specs))
         raise InputError(f"priors of different patch sizes or encodings cannot share one evaluation: {found}.")
     make_folder(config.output_dir, "--output-dir")
+    schedulers = [load_scheduler(folder) for folder in config.prior]
+    for scheduler in schedulers:
+        check_steps(config.num_inference_steps, scheduler)
     spec, device = specs[0], choose_device(config.device)
     focal = config.focal or spec.focal
     plain = PatchConfig(patch_size=spec.patch_size, focal_range=(focal, focal), depth_scale_jitter=1.0, augment=False)
@@ -145,9 +152,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "split": config.split, "focal": focal, "patches": config.num_patches, "seed": config.seed, "priors": {},
     }  # fmt: skip
     names = unique_names(config.prior)
-    for name, folder, its in zip(names, config.prior, specs):
+    for name, folder, its, scheduler in zip(names, config.prior, specs, schedulers):
         network = Predictor(load_unet(folder), bf16=config.mixed_precision == "bf16").to(device).eval()
-        scheduler = load_scheduler(folder)
         abar = scheduler.alphas_cumprod.to(device)
         stores = {}
         for store, batch in data.items():

@@ -1,6 +1,7 @@
 """Settings that every training has, whatever is trained."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,13 +71,39 @@ class LoopConfig:
     """Licence of the weights, written to the model card."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, train_batch_size=1, max_train_steps=1, checkpointing_steps=1,
-                         checkpoints_total_limit=1, validation_steps=1, logging_steps=1)  # fmt: skip
+        require_at_least(self, train_batch_size=1, max_train_steps=1, checkpointing_steps=1, checkpoints_total_limit=1,
+                         validation_steps=1, logging_steps=1, lr_warmup_steps=0, dataloader_num_workers=0)  # fmt: skip
+        check_seed(self.seed)
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise InputError(f"--learning-rate must be positive, found {self.learning_rate}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1), found {getattr(self, name)}.")
+        self.require_amounts("adam_weight_decay", "max_grad_norm")
+        if self.max_train_minutes is not None:
+            self.require_amounts("max_train_minutes")
 
+    def require_amounts(self, *names: str) -> None:
+        """Refuse settings that are negative, infinite or not a number.
+
+        Raises:
+            InputError: names the flag.
+        """
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be a number >= 0, found {getattr(self, name)}.")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that NumPy or PyTorch does not take.
+
+    Raises:
+        InputError: it is negative, or has more than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed must be at least 0 and less than 2^63, found {seed}.")
 
 def settings(config: LoopConfig) -> dict[str, Any]:
     """The config as plain JSON values."""

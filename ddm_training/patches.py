@@ -61,9 +61,9 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         low, high = self.focal_range
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise InputError(f"--focal-range must be two rising positive numbers, found {low} {high}.")
-        if not self.depth_scale_jitter >= 1:
+        if not 1 <= self.depth_scale_jitter < math.inf:
             raise InputError(f"--depth-scale-jitter must be at least 1 (no jitter), found {self.depth_scale_jitter}.")
         if not 0 < self.min_valid <= 1:
             raise InputError(f"--min-valid must lie in (0, 1], found {self.min_valid}.")
@@ -82,7 +82,9 @@ def check_weights(weights: Sequence[float] | None, stores: int) -> None:
     Raises:
         InputError: not one number >= 0 a store, or all 0.
     """
-    if weights is not None and (len(weights) != stores or min(weights) < 0 or sum(weights) <= 0):
+    if weights is not None and not (
+        len(weights) == stores and all(0 <= weight < math.inf for weight in weights) and sum(weights) > 0
+    ):
         raise InputError(f"--data-weights needs one number >= 0 per store ({stores}), found {list(weights)}.")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddm_training import rgbd
 from ddm_training.errors import InputError, require_at_least
 from ddm_training.files import make_folder
+from ddm_training.loop_config import check_seed
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -85,6 +86,16 @@ def sample_prior(
     return torch.cat(batches)
 
 
+def check_steps(steps: int, scheduler: "DDPMScheduler") -> None:
+    """Refuse more steps of sampling than the noise schedule has.
+
+    Raises:
+        InputError: names the flag.
+    """
+    if steps > (most := len(scheduler.alphas_cumprod)):
+        raise InputError(f"--num-inference-steps must be at most {most}, the timesteps of the prior, found {steps}.")
+
+
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """CUDA where there is one, unless told otherwise.
 
@@ -119,6 +130,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, num_samples=1, num_inference_steps=1, batch_size=1)
+        check_seed(self.seed)
 
     def main(self) -> None:
         """Load, draw, write."""
@@ -128,7 +140,9 @@ class SampleConfig:
         make_folder(self.output.parent, "--output: folder")
         spec = rgbd.RgbdSpec.load(self.prior)
         device = choose_device(self.device)
-        network, scheduler = load_unet(self.prior).to(device), load_scheduler(self.prior)
+        scheduler = load_scheduler(self.prior)
+        check_steps(self.num_inference_steps, scheduler)
+        network = load_unet(self.prior).to(device)
         samples = sample_prior(
             network,
             scheduler,
@@ -140,5 +154,8 @@ class SampleConfig:
             steps=self.num_inference_steps,
             sampler=self.sampler,
         )
-        save_picture(self.output, patch_sheet(samples, near=spec.near))
+        try:
+            save_picture(self.output, patch_sheet(samples, near=spec.near))
+        except OSError as error:
+            raise InputError(f"cannot write {self.output}: {error.strerror}; give another --output.") from error
         print(f"{self.num_samples} samples of {self.prior} -> {self.output}")

@@ -71,7 +71,8 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, validation_patches=1)
+        require_at_least(self, validation_patches=1, num_validation_samples=0)
+        self.require_amounts("depth_loss_weight")
         if not 0 <= self.timestep_bias <= 1:
             raise InputError(f"--timestep-bias must lie in [0, 1], found {self.timestep_bias}.")
         if not self.focal_range[0] <= self.focal <= self.focal_range[1]:

@@ -49,6 +49,7 @@ class TrainCompletionConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, validation_samples=1)
+        self.require_amounts("spread_weight")
         if any(side < completion.MULTIPLE or side % completion.MULTIPLE for side in self.size):
             raise InputError(f"--size must be positive multiples of {completion.MULTIPLE}, found {self.size}.")
         completion.check_widths(self.widths)

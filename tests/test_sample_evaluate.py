@@ -247,6 +247,49 @@ def test_samples_are_written_as_a_sheet_and_repeat_with_their_seed(tmp_path):
     assert not np.array_equal(pictures[0], pictures[2])
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_samples": -1}, "--num-samples must be at least 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"focal": float("nan")}, "--focal must be positive"),
+    ],
+)
+def test_settings_of_eval_out_of_range_name_their_flag(changed, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        evaluate.EvalConfig(prior=(tmp_path,), data=(tmp_path,), output_dir=tmp_path, **changed)
+
+
+def test_more_steps_of_sampling_than_timesteps_are_refused(tmp_path):
+    prior, store = write_prior(tmp_path / "prior"), write_store(tmp_path / "rooms")
+    message = "--num-inference-steps must be at most 1000, the timesteps of the prior, found 1001"
+    with pytest.raises(InputError, match=message):
+        SampleConfig(prior=prior, output=tmp_path / "a.png", num_inference_steps=1001, device="cpu").main()
+    config = evaluate.EvalConfig(
+        prior=(prior,), data=(store,), output_dir=tmp_path / "out", num_inference_steps=1001, device="cpu"
+    )
+    with pytest.raises(InputError, match=message):
+        evaluate.evaluate(config)
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    prior, store = write_prior(tmp_path / "prior"), write_store(tmp_path / "rooms")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("ddm_training.unet.load_unet", None)
+    with pytest.raises(InputError, match=r"--output: folder .*file cannot be made: .*Give another folder"):
+        SampleConfig(prior=prior, output=tmp_path / "file" / "a.png", device="cpu").main()
+    config = evaluate.EvalConfig(prior=(prior,), data=(store,), output_dir=tmp_path / "file" / "out", device="cpu")
+    with pytest.raises(InputError, match=r"--output-dir .*out cannot be made: .*Give another folder"):
+        evaluate.evaluate(config)
+
+
+def test_a_sheet_that_cannot_be_written_is_named(tmp_path):
+    prior = write_prior(tmp_path / "prior")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*taken: .*give another --output"):
+        SampleConfig(prior=prior, output=tmp_path / "taken", num_samples=1, num_inference_steps=1, device="cpu").main()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_asking_for_cuda_without_one_says_so(tmp_path):
     with pytest.raises(InputError, match="no CUDA device"):

@@ -344,6 +344,7 @@ def test_a_damaged_network_is_refused_by_name(damage, message, tmp_path) -> None
         ({"widths": (48, 60, 96)}, "--widths must be positive multiples of 8, the last one of 32, found 48 60 96"),
         ({"widths": (48, 64, 80)}, "--widths must be positive multiples of 8, the last one of 32, found 48 64 80"),
         ({"validation_samples": 0}, "--validation-samples must be at least 1"),
+        ({"spread_weight": -1.0}, "--spread-weight must be a number >= 0, found -1.0"),
         ({"train_batch_size": 0}, "--train-batch-size must be at least 1"),
     ],
 )
@@ -365,6 +366,8 @@ def plain_store(root: Path, *, valid: bool) -> Path:
 def test_bad_data_weights_and_frames_without_depth_are_refused(store, tmp_path) -> None:
     with pytest.raises(InputError, match="--data-weights needs one number"):
         CompletionSampler([open_store(store, "train")], (32, 24), weights=[0.5, 0.5])
+    with pytest.raises(InputError, match=r"--data-weights needs one number .* found \[nan\]"):
+        CompletionSampler([open_store(store, "train")], (32, 24), weights=[math.nan])
     sampler = CompletionSampler([open_store(plain_store(tmp_path, valid=False), "train")], (32, 24))
     with pytest.raises(InputError, match="have no valid depth"):
         sampler.batch(seed=0, stream=Stream.TRAIN, step=0, first=0, count=1)
