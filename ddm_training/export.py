@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 ExportDtype = Literal["fp16", "fp32"]
+# Licences that the hub knows by these names, of those that weights have: huggingface.co/docs/hub/repositories-licenses
+_HUB_LICENSES = {
+    "unknown", "other", "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-2.0", "unlicense",
+    "gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0", "agpl-3.0",
+    "openrail", "creativeml-openrail-m", "bigscience-openrail-m", "bigcode-openrail-m",
+    "cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nd-4.0",
+    "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0",
+    "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+}  # fmt: skip
+_SAMPLES = """, `samples.png` unconditional samples, colour and depth side by side
+(depth: red .3 m, blue 20 m)"""
 _PREDICTS = {"epsilon": "noise", "v_prediction": "velocity"}
 
 
@@ -93,14 +105,24 @@ def _write(
         save_picture(folder / "samples.png", sheet)
 
 
-def model_card(spec: RgbdSpec, *, config: dict[str, Any], parameters: int, measured: dict[str, Any]) -> str:
-    """The README.md of a prior folder; all figures come from ``spec``, ``config`` and ``measured``."""
+def model_card(
+    spec: RgbdSpec, *, config: dict[str, Any], parameters: int, measured: dict[str, Any], sheet: bool
+) -> str:
+    """The README.md of a prior folder; all figures come from ``spec``, ``config`` and ``measured``.
+
+    Args:
+        spec: of the prior.
+        config: settings of the training.
+        parameters: of the network.
+        measured: by `PatchValidation.run`.
+        sheet: samples are written beside it.
+    """
     rows = "\n".join(
         f"| {t} | {both['all']:.4f} | {both['depth']:.4f} |" for t, both in measured.get("val", {}).items()
     )
     quantiles = ", ".join(f"{q}: {v:.3f}" for q, v in spec.disparity_quantiles.items())
     return f"""---
-license: {spec.license.lower()}
+{card_license(spec.license)}
 library_name: diffusers
 tags: [diffusion, rgbd, nerf]
 ---
@@ -129,18 +151,55 @@ Squared error of the predicted noise on held-out patches (predicting zero gives 
 |---|---|---|
 {rows}
 
-`{CURVES_FILE}` shows the losses over the training, `samples.png` unconditional samples, colour and depth side by side
-(depth: red .3 m, blue 20 m).
+`{CURVES_FILE}` shows the losses over the training{_SAMPLES if sheet else ""}.
 """
 
 
-def push_prior(folder: Path, model_id: str, *, private: bool) -> None:
-    """Upload a prior folder to the Hugging Face hub, with the user's own login."""
+def card_license(text: str) -> str:
+    """The lines of a model card's head that name the licence: of the hub's list, or another by its name."""
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "unknown"
+    return f"license: {name}" if name in _HUB_LICENSES else f'license: other\nlicense_name: "{name}"'
+
+
+def open_repository(model_id: str, *, private: bool) -> None:
+    """Make the repository on the Hugging Face hub that a prior will be uploaded to, with the user's own login.
+
+    Raises:
+        InputError: there is no login, no right to write there, or no network.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(model_id, private=private, exist_ok=True)
-    api.upload_folder(folder_path=str(folder), repo_id=model_id, commit_message="Upload RGBD patch diffusion prior")
+    try:
+        api.whoami()
+        api.create_repo(model_id, private=private, exist_ok=True)
+    except Exception as error:  # the hub client raises many kinds, from no network to no such owner
+        raise InputError(
+            f"--push-to-hub: the Hugging Face hub does not let {model_id} be written ({_reason(error)}). Log in with "
+            "`hf auth login`, and check --hub-model-id and the network, or leave out --push-to-hub."
+        ) from error
+
+
+def push_prior(folder: Path, model_id: str) -> None:
+    """Upload a prior folder to the Hugging Face hub, with the user's own login; see `open_repository`.
+
+    Raises:
+        InputError: it cannot be uploaded.
+    """
+    from huggingface_hub import HfApi
+
+    message = "Upload RGBD patch diffusion prior"
+    try:
+        HfApi().upload_folder(folder_path=str(folder), repo_id=model_id, commit_message=message)
+    except Exception as error:  # as above
+        raise InputError(
+            f"{model_id} could not be uploaded ({_reason(error)}). The prior is whole in {folder}: run the same "
+            "command again to upload it."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def parameter_count(network: torch.nn.Module) -> int:

@@ -63,7 +63,7 @@ class TrainConfig(LoopConfig):
     num_validation_samples: int = 16
     """Unconditional samples on the sheet; 0 for none."""
     push_to_hub: bool = False
-    """Upload the prior folder at the end."""
+    """Upload the prior folder at the end; the repository is made at the start."""
     hub_model_id: str | None = None
     """Where to upload it, e.g. name/rgbd-prior."""
     hub_private: bool = False

@@ -228,13 +228,15 @@ def model_card(
     spec: CompletionSpec, config: TrainCompletionConfig, *, parameters: int, measured: dict[str, Any]
 ) -> str:
     """The README.md of a completion folder; all figures come from the arguments."""
+    from ddm_training.export import card_license
+
     widths = " / ".join(map(str, config.widths))
     rows = "\n".join(
         f"| {name} | {row['membrane']:.4f} | {row['depth']:.4f} | {row['expected']:.4f} |"
         for name, row in measured["val"].items()
     )
     return f"""---
-license: {spec.license.lower()}
+{card_license(spec.license)}
 library_name: diffusers
 tags: [depth-completion, rgbd, nerf]
 ---

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ddm_training.errors import InputError
-from ddm_training.export import export_prior, model_card, parameter_count, push_prior
+from ddm_training.export import export_prior, model_card, open_repository, parameter_count, push_prior
 from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
 from ddm_training.rgbd import RgbdSpec, pseudo_image
@@ -97,6 +97,9 @@ class PatchValidation:
 
     def __init__(self, config: "TrainConfig", sampler: PatchSampler, *, device: torch.device, world: int) -> None:
         self.config, self.device = config, device
+        if config.push_to_hub:
+            assert config.hub_model_id is not None
+            open_repository(config.hub_model_id, private=config.hub_private)
         data = held_out(config).patches(
             seed=config.seed, stream=Stream.VALIDATION, step=0, first=0, count=config.validation_patches
         )
@@ -149,7 +152,13 @@ class PatchValidation:
             "frames": self._frames,
             "global_batch": self._global_batch,
         }
-        card = model_card(spec, config=vars(self.config), parameters=parameter_count(average), measured=measured)
+        card = model_card(
+            spec,
+            config=vars(self.config),
+            parameters=parameter_count(average),
+            measured=measured,
+            sheet=sheet is not None,
+        )
         export_prior(
             self.folder,
             unet=average,
@@ -164,4 +173,4 @@ class PatchValidation:
     def push(self) -> None:
         """Upload the prior folder."""
         assert self.config.hub_model_id is not None
-        push_prior(self.folder, self.config.hub_model_id, private=self.config.hub_private)
+        push_prior(self.folder, self.config.hub_model_id)

@@ -41,7 +41,7 @@ def write_prior(folder: Path, *, patch_size: int = 16) -> Path:
         "preset": "prototype", "loss_type": "l2", "learning_rate": 1e-3, "mixed_precision": "no",
         "depth_loss_weight": 3.0, "timestep_bias": 0.5, "prediction_type": "epsilon",
     }  # fmt: skip
-    card = model_card(spec, config=settings, parameters=parameter_count(unet), measured={})
+    card = model_card(spec, config=settings, parameters=parameter_count(unet), measured={}, sheet=False)
     export_prior(folder, unet=unet, scheduler=make_scheduler(), spec=spec, card=card, sheet=None)
     return folder
 
