@@ -16,18 +16,13 @@ from ddm_training.errors import InputError, require_at_least
 from ddm_training.files import make_folder, write_whole
 from ddm_training.frames import Split
 from ddm_training.loop_config import check_seed
-from ddm_training.unet import add_noise, predict_clean
+from ddm_training.unet import add_noise, predict_clean, tau_to_timestep
 
 if TYPE_CHECKING:
     from ddm_training.rgbd import RgbdSpec
 
 DENOISING_LEVELS = (99, 49, 20, 3)
 TAUS = (0.1, 0.05, 0.01)
-
-
-def timestep_of_tau(tau: float) -> int:
-    """t = max(3, round(1000 tau) - 1): tau 0.1 -> 99, tau 0 -> 3 (authors' code: 250 of the 1000 timesteps)."""
-    return max(3, round(1000 * tau) - 1)
 
 
 @torch.no_grad()
@@ -126,9 +121,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from ddm_training.rgbd import RgbdSpec
     from ddm_training.sample import check_steps, choose_device
     from ddm_training.sheets import save_picture
-    from ddm_training.train import LEVELS
     from ddm_training.unet import Predictor, load_scheduler, load_unet
-    from ddm_training.validation import noise_losses
+    from ddm_training.validation import LEVELS, noise_losses
 
     specs = [RgbdSpec.load(folder) for folder in config.prior]
     if len({(spec.patch_size, spec.near) for spec in specs}) > 1:
@@ -158,7 +152,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         stores = {}
         for store, batch in data.items():
             given = (network, batch["x"], batch["mask"], batch["noise"])
-            taus = {tau: timestep_of_tau(tau) for tau in TAUS}
+            taus = {tau: tau_to_timestep(tau, len(abar)) for tau in TAUS}
             levels = tuple(dict.fromkeys((*DENOISING_LEVELS, *taus.values())))
             errors = depth_errors(*given, levels=levels, abar=abar, batch=config.batch_size)
             stores[store] = {

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ddm_training.patches import PatchConfig
     from ddm_training.validation import PatchValidation
 
-LEVELS = (3, 20, 49, 99, 250, 500, 900)  # timesteps of validation; a NeRF uses 3 ... 99
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):

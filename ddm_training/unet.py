@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ddm_training.authors_unet import CLASS_NAME, CONFIG_FILE, WEIGHTS_FILE, RgbdPatchUNet
 from ddm_training.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ def make_scheduler(prediction: Prediction = "epsilon") -> "DDPMScheduler":
     )
 
 
+def tau_to_timestep(tau: float, timesteps: int = TIMESTEPS) -> int:
+    """t = T tau - 1, at least 3: tau 0.1 -> 99, tau 0 -> 3, as in the authors' code (250 of 1,000 timesteps)."""
+    return min(max(round(timesteps * tau) - 1, 3), timesteps - 1)
+
+
 def velocity(
     x: Float[Tensor, "b c h w"], noise: Float[Tensor, "b c h w"], abar: Float[Tensor, " b"]
 ) -> Float[Tensor, "b c h w"]:
@@ -161,7 +167,7 @@ def load_weights(folder: Path, config: dict[str, Any]) -> "UNet2DModel":
     """A diffusers network and its weights, read strictly.
 
     Args:
-        folder: with `diffusion_pytorch_model.safetensors`.
+        folder: with the weights, a safetensors file.
         config: content of its `config.json`.
 
     Raises:
@@ -171,7 +177,7 @@ def load_weights(folder: Path, config: dict[str, Any]) -> "UNet2DModel":
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"{path} is missing: weights are read from safetensors only, never from pickled files.")
     try:
@@ -202,31 +208,30 @@ def _load_diffusers(folder: Path, config: dict[str, Any]) -> nn.Module:
     return read_input_precisely(load_weights(folder, config))
 
 
-def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_unet(folder: Path) -> nn.Module:
     """The network of a prior folder in evaluation mode, called as f(x [b, 4, h, w], t [b]) -> noise [b, 4, h, w].
+
+    Its weights are float32, whatever those of the file.
 
     Args:
         folder: a prior folder; its `unet/config.json` says which class the network is.
-        dtype: precision of the loaded weights, whatever that of the file.
 
     Raises:
         InputError: files are missing or damaged, the class is unknown, or the weights do not fit the config.
     """
     unet = folder / UNET_FOLDER
     try:
-        config = json.loads((unet / "config.json").read_text())
+        config = json.loads((unet / CONFIG_FILE).read_text())
         name = config.get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{unet}/config.json cannot be read ({error}): expected a prior folder.") from error
+        raise InputError(f"{unet / CONFIG_FILE} cannot be read ({error}): expected a prior folder.") from error
     if name == "UNet2DModel":
         network = _load_diffusers(unet, config)
-    elif name == "RgbdPatchUNet":
-        from ddm_training.authors_unet import RgbdPatchUNet  # pyright: ignore[reportMissingImports]
-
+    elif name == CLASS_NAME:
         network = RgbdPatchUNet.load(unet)
     else:
-        raise InputError(f"{unet}/config.json names network {name!r}; known are 'UNet2DModel' and 'RgbdPatchUNet'.")
-    nn.Module.to(network, dtype)  # diffusers' own `to` warns of what is not our case
+        raise InputError(f"{unet / CONFIG_FILE} names network {name!r}; known are 'UNet2DModel' and {CLASS_NAME!r}.")
+    nn.Module.to(network, torch.float32)  # diffusers' own `to` warns of what is not our case
     return NoisePredictor(network, load_scheduler(folder)).eval().requires_grad_(False)
 
 

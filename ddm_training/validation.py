@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ddm_training.train import TrainConfig
 
+LEVELS = (3, 20, 49, 99, 250, 500, 900)  # timesteps of validation; a NeRF uses 3 ... 99
 BATCH = 32
 SAMPLING_STEPS = 50
 
@@ -127,7 +128,6 @@ class PatchValidation:
     def run(self, average: "UNet2DModel", step: int) -> dict[str, Any]:
         """Validate the averaged weights and export them; returns losses and the sheet of samples."""
         from ddm_training.sheets import patch_sheet
-        from ddm_training.train import LEVELS
 
         bf16 = self.config.mixed_precision == "bf16"
         model = NoisePredictor(average, self.scheduler, bf16=bf16).to(self.device).eval()

@@ -19,14 +19,10 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 from ddm_training.rgbd import SPEC_FILE, RgbdSpec
+from ddm_training.unet import load_scheduler, load_unet, tau_to_timestep
 from diffusionerf_ns.cuda_graph import Graphed
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-
-def tau_to_timestep(tau: float, num_timesteps: int = 1000) -> int:
-    """t = T tau - 1, at least 3: tau 0.1 -> 99, tau 0 -> 3, as in the authors' code (250 of 1,000 timesteps)."""
-    return min(max(round(num_timesteps * tau) - 1, 3), num_timesteps - 1)
 
 
 class PatchPrior:
@@ -77,8 +73,6 @@ class PatchPrior:
         Raises:
             InputError: no such prior, no network for a hub id, or a folder that is not whole.
         """
-        from ddm_training.unet import load_scheduler, load_unet  # diffusers is slow to import
-
         folder = find_prior(str(source), revision)
         spec = RgbdSpec.load(folder)
         unet, scheduler = load_unet(folder), load_scheduler(folder)
@@ -94,14 +88,6 @@ class PatchPrior:
             any_size=config is not None,
             multiple=8 if config is None else 2 ** (len(config["block_out_channels"]) - 1),
         )
-
-    def to(self, device: torch.device | str) -> "PatchPrior":
-        """Move the network and the schedule, in place."""
-        if isinstance(self.denoiser, torch.nn.Module):
-            self.denoiser.to(device)
-        self.alphas_cumprod = self.alphas_cumprod.to(device)
-        self.graph.clear()
-        return self
 
     def sigma(self, tau: float) -> float:
         """sqrt(1 - abar_t), the standard deviation of the noise at tau."""

@@ -17,8 +17,8 @@ from torch import nn
 import diffusionerf_ns
 from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
-from ddm_training.unet import make_scheduler
-from diffusionerf_ns.prior import PatchPrior, builtin_priors, find_prior, tau_to_timestep
+from ddm_training.unet import make_scheduler, tau_to_timestep
+from diffusionerf_ns.prior import PatchPrior, builtin_priors, find_prior
 
 SIZE = 8
 
@@ -26,13 +26,6 @@ SIZE = 8
 @pytest.fixture(scope="module")
 def abar() -> torch.Tensor:
     return make_scheduler().alphas_cumprod
-
-
-@pytest.mark.parametrize(
-    ("tau", "t"), [(0.1, 99), (0.05, 49), (0.0, 3), (0.004, 3), (0.005, 4), (0.5, 499), (1.0, 999)]
-)
-def test_tau_becomes_the_timestep_of_the_authors_code(tau, t):
-    assert tau_to_timestep(tau) == t
 
 
 def test_the_noise_at_tau_is_that_of_the_cosine_schedule(abar):

@@ -112,10 +112,6 @@ def test_the_noisy_error_is_sigma_over_root_abar(batch):
     assert errors["99"]["noisy"] == pytest.approx(0.1695, rel=0.06)
 
 
-def test_tau_maps_to_the_timesteps_of_the_paper():
-    assert [evaluate.timestep_of_tau(tau) for tau in (0.1, 0.05, 0.01, 0.0)] == [99, 49, 9, 3]
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("ddpm", 200)])
 def test_sampling_follows_the_score_of_a_known_distribution(sampler, steps, prediction):

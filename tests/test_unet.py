@@ -10,7 +10,16 @@ from toy_training import config
 
 from ddm_training.errors import InputError
 from ddm_training.train import train
-from ddm_training.unet import Predictor, Preset, load_scheduler, load_unet, make_scheduler, make_unet, velocity_to_noise
+from ddm_training.unet import (
+    Predictor,
+    Preset,
+    load_scheduler,
+    load_unet,
+    make_scheduler,
+    make_unet,
+    tau_to_timestep,
+    velocity_to_noise,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 store = toy_training.store  # a fixture
@@ -70,6 +79,17 @@ def test_velocity_becomes_noise_by_the_schedule_of_its_own_folder(store, tmp_pat
         assert torch.equal(network(x, t), expected)
         wrong = velocity_to_noise(network.unet(x, t).sample, x, make_scheduler().alphas_cumprod[t])
     assert (wrong - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("tau", "t"), [(0.1, 99), (0.05, 49), (0.01, 9), (0.0, 3), (0.004, 3), (0.005, 4), (0.5, 499), (1.0, 999)]
+)
+def test_tau_becomes_the_timestep_of_the_authors_code(tau, t):
+    assert tau_to_timestep(tau) == t
+
+
+def test_tau_stays_within_a_shorter_schedule():
+    assert [tau_to_timestep(tau, 100) for tau in (0.0, 0.1, 1.0)] == [3, 9, 99]
 
 
 def test_weights_that_do_not_fit_are_named(damaged):
