@@ -105,6 +105,7 @@ def check_seed(seed: int) -> None:
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed must be at least 0 and less than 2^63, found {seed}.")
 
+
 def settings(config: LoopConfig) -> dict[str, Any]:
     """The config as plain JSON values."""
     return json.loads(json.dumps(asdict(config), default=str))
