@@ -150,7 +150,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
     def __init__(
         self,
-        config: DiffusioNeRFDataManagerConfig,
+        config: VanillaDataManagerConfig,
         device: torch.device | str = "cpu",
         test_mode: Literal["test", "val", "inference"] = "val",
         world_size: int = 1,
