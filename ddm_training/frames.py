@@ -5,7 +5,8 @@ Layout of a store::
     <root>/<scene>/color.npy    uint8    [n, h, w, 3]   sRGB
                    depth.npy    float16  [n, h, w]      planar depth in metres, 0 where invalid
                    mask.npy     bool     [n, h, w]      True where depth is valid
-                   scene.json   intrinsics [n][fx, fy, cx, cy] in pixels, frame names, split, source, rejections
+                   scene.json   intrinsics [n][fx, fy, cx, cy] in pixels, frame names, split, source, rejections,
+                                digest of the names of all frames that were asked for
 
 Arrays are memory-mapped when read, so a random crop touches only its own pages and a store may be far larger than
 memory. A map keeps no file open: a store may have many more scenes than a process may have open files.
