@@ -85,12 +85,15 @@ def exclusive(folder: Path, work: str, flag: str) -> Iterator[None]:
         InputError: the lock is held, or the folder cannot be written.
     """
     make_folder(folder, flag)
-    with open(folder / f".{work.replace(' ', '-')}.lock", "w") as file:
+    with contextlib.ExitStack() as held:
+        file = held.enter_context(open(folder / f".{work.replace(' ', '-')}.lock", "w"))
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.register_at_fork(after_in_child=file.close)  # a child that lives longer would hold the lock
+            # A child that lives longer would hold the lock: of a parent that was killed, and of one that has ended.
+            os.register_at_fork(after_in_child=file.close)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)
         except BlockingIOError as error:
             raise InputError(
                 f"another {work} is writing into {folder}: wait for it to end, or give another {flag}."

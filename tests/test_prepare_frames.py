@@ -171,7 +171,7 @@ def test_folders_without_pairs_or_with_too_few_frames_are_refused(folder: Path) 
 @pytest.mark.parametrize("output", ["taken", "taken/store"])
 def test_a_store_that_cannot_be_made_is_named(folder: Path, output: str) -> None:
     (folder / "taken").write_text("a file")
-    with pytest.raises(InputError, match=rf"{output}.*give another --output"):
+    with pytest.raises(InputError, match=rf"--output .*{output} cannot be made: .*Give another folder"):
         frames_config(folder, output=folder / output).main()
 
 

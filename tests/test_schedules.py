@@ -12,9 +12,9 @@ def test_tau_falls_from_a_tenth_to_zero_over_the_first_2500_of_10000_steps(step,
     assert schedules.tau(step, 10_000, start=0.1, end=0.0, until=0.25) == pytest.approx(expected, abs=1e-12)
 
 
-def test_tau_without_a_ramp_is_constant_or_at_its_end_from_the_second_step():
+def test_tau_without_a_ramp_is_constant_or_at_its_end_from_the_first_step():
     assert {schedules.tau(s, 100, start=0.1, end=0.1, until=0.5) for s in range(101)} == {0.1}
-    assert [schedules.tau(s, 100, start=0.1, end=0.0, until=0.0) for s in (0, 1, 99)] == [0.1, 0.0, 0.0]
+    assert [schedules.tau(s, 100, start=0.1, end=0.0, until=0.0) for s in (0, 1, 99)] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
