@@ -60,7 +60,12 @@ class Loader:
         self._child_signal = None
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             self._child_signal = signal.getsignal(signal.SIGCHLD)
-        self._batches: Iterator[Any] | None = make_loader(config, batches, start)
+        self._batches: Iterator[Any] | None = None
+        try:
+            self._batches = make_loader(config, batches, start)
+        except BaseException:
+            self.__exit__()
+            raise
         if self._child_signal is not None:
             # PyTorch's handler raises wherever the loop just is, in the middle of an optimiser's step say. Without it
             # the next batch that does not come tells of a dead worker.

@@ -283,7 +283,8 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
 
     Raises:
         InputError: bad stores, flags or settings of accelerate, a checkpoint that does not fit, another training in
-            the output folder, a full disk, a killed loader process, or a loss that is not finite.
+            the output folder (raised in the first process; torchrun and accelerate end the others), a full disk, a
+            killed loader process, or a loss that is not finite.
     """
     from ddm_training.checkpoints import remove_leftovers
     from ddm_training.progress import Journal, writing
@@ -318,6 +319,7 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
         if journal:
             ends_with.enter_context(journal)
         stop = StopRequest(config.max_train_minutes)
+        ends_with.callback(stop.restore)
         batches = StepBatches(
             task.draw,
             steps=config.max_train_steps,
@@ -325,7 +327,7 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
             rank=accelerator.process_index,
         )
         loader = ends_with.enter_context(Loader(config, batches, start))
-        ends_with.callback(stop.restore)
+        ends_with.callback(stop.restore)  # also before the loader ends: what it waits for may be interrupted
 
         step, saved, rate = start, start, 0.0
         pending: list[Tensor] = []

@@ -13,7 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
+from nerfstudio.data.datamanagers.base_datamanager import (
+    VanillaDataManager,
+    VanillaDataManagerConfig,
+    variable_res_collate,
+)
 from nerfstudio.data.pixel_samplers import PixelSampler
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -202,6 +206,10 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         data = super().create_eval_dataset()
         if self.test_mode != "val" and hasattr(self.config, "cut_out_flat_background"):
             data.show_on(self.train_dataset.background)
+        # nerfstudio looks at the sizes of training images alone.
+        cameras = (self.train_dataset.cameras, data.cameras)
+        if len(torch.cat([torch.cat([c.height, c.width], dim=-1) for c in cameras]).unique(dim=0)) > 1:
+            self.config.collate_fn = variable_res_collate
         return data
 
     def _warn_of_black_masks(self) -> None:

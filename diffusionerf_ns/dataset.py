@@ -61,7 +61,7 @@ class FewViewDataset(InputDataset):
                 self.background = torch.from_numpy(colour.astype(np.float32) / 255.0)
 
     def show_on(self, colour: Float[Tensor, "3"] | None) -> None:
-        """Give images as RGB from here on, where they have alpha on that colour, or the data parser's, or black."""
+        """Give images as RGB from here on: where they have alpha, on that colour; None: the data parser's, or black."""
         self.background = self._dataparser_outputs.alpha_color if colour is None else colour
         self._on_background = True
 

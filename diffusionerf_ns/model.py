@@ -71,7 +71,7 @@ class DiffusioNeRFModel(NerfactoModel):
             scale = first_metric_scale(near, far, self._stereo, self.prior_spec)
         self.register_buffer("metric_scale", torch.tensor(float(scale)))
         self._known_scale = float(self.metric_scale)
-        self.register_load_state_dict_post_hook(lambda *_: self.set_metric_scale(float(self.metric_scale)))
+        self.register_load_state_dict_post_hook(_take_metric_scale)
         self.last_patch: JudgedPatch | None = None
         self.views = ViewRenderer(self, facts)
         self.inspection_panel = InspectionPanel(self)
@@ -79,6 +79,11 @@ class DiffusioNeRFModel(NerfactoModel):
     def _shown_on(self, own: Float[Tensor, "3"] | None) -> Float[Tensor, "3"]:
         """The images' own background; else that which the configuration names, or black as of nerfacto."""
         return COLORS_DICT.get(self.config.background_color, COLORS_DICT["black"]) if own is None else own
+
+    @property
+    def photographs_on(self) -> Float[Tensor, "3"] | None:
+        """The colour that photographs with alpha are compared on; None where none is named: as their files say."""
+        return COLORS_DICT.get(self.config.background_color) if self.background is None else self.background
 
     def _adapt_backbone(self) -> None:
         """Changes to nerfacto's fields, see `backbone`, and to when its proposal networks are updated."""
@@ -360,5 +365,13 @@ class DiffusioNeRFModel(NerfactoModel):
             return
         if schedules.fraction(self.step, self.total_steps) >= self.config.metric_scale_warmup:
             disparity = float((1.0 / outputs["depth"].clamp_min(1e-6)).median())
-            self.set_metric_scale(metric_scale_from_disparity(disparity, self.prior_spec()))
+            scale = torch.tensor(metric_scale_from_disparity(disparity, self.prior_spec()), device=self.device)
+            if torch.distributed.is_initialized():  # each process has rays of its own
+                torch.distributed.broadcast(scale, src=0)
+            self.set_metric_scale(float(scale))
             CONSOLE.print(f"Metric scale: {self._known_scale:.4g} metres per scene unit, from rendered depth.")
+
+
+def _take_metric_scale(model: DiffusioNeRFModel, _: object) -> None:
+    """After a checkpoint was loaded."""
+    model.set_metric_scale(float(model.metric_scale))

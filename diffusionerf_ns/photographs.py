@@ -260,7 +260,7 @@ def one_size(folder: Path, names: Sequence[str]) -> tuple[tuple[int, int], tuple
         That size, and the names of those that were turned.
 
     Raises:
-        InputError: they are of different sizes, which training does not take.
+        InputError: they are of different sizes: cropped, or of several lenses, of which few photographs tell little.
     """
     sizes = {name: image_size(folder / name) for name in names}
     turned: tuple[str, ...] = ()

@@ -49,6 +49,10 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             named["completion_revision"] = getattr(model, "prior_revision", None)
             config = replace(config, datamanager=replace(manager, **named))
         super().__init__(config, *args, **kwargs)
+        built: Any = self.model
+        if self.test_mode != "val" and hasattr(built, "photographs_on"):  # not nerfacto
+            for data in (self.datamanager.train_dataset, self.datamanager.eval_dataset):
+                data.show_on(built.photographs_on)
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
         """nerfstudio's, which takes a checkpoint of other modules and leaves what it lacks as it was drawn.

@@ -1,11 +1,15 @@
 """Pixels of training images inside their masks, whatever the number of images and the size of the masks."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from nerfstudio.data.pixel_samplers import PixelSampler
 from torch import Tensor
 
 from ddm_training.errors import InputError
+
+ALL_BLACK = "the masks of all images are black; expected white where the scene is."
 
 
 class MaskedPixelSampler(PixelSampler):
@@ -43,9 +47,22 @@ class MaskedPixelSampler(PixelSampler):
             drawn[outside] = (torch.rand((len(outside), 3), device=device) * size).long()
         pixels = torch.nonzero(inside).to(device)
         if len(pixels) == 0:
-            raise InputError("the masks of all images are black; expected white where the scene is.")
+            raise InputError(ALL_BLACK)
         self._small = mask, pixels
         return self._any_of(pixels, batch_size)
+
+    def collate_image_dataset_batch_list(
+        self, batch: dict[str, Any], num_rays_per_batch: int, keep_full_image: bool = False
+    ) -> dict[str, Any]:
+        """nerfstudio's, of images of several sizes, without those whose mask is black."""
+        if "mask" in batch and not self.config.ignore_mask:
+            kept = [i for i, mask in enumerate(batch["mask"]) if bool(mask.any())]
+            if not kept:
+                raise InputError(ALL_BLACK)
+            per_image = ("image", "mask", "depth_image")
+            batch = batch | {key: [batch[key][i] for i in kept] for key in per_image if key in batch}
+            batch["image_idx"] = batch["image_idx"][kept]
+        return super().collate_image_dataset_batch_list(batch, num_rays_per_batch, keep_full_image)
 
     @staticmethod
     def _any_of(pixels: Int[Tensor, "n 3"], count: int) -> Int[Tensor, "{count} 3"]:

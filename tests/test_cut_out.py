@@ -139,6 +139,24 @@ def test_images_are_shown_on_their_background_where_nothing_is_trained(folders, 
     assert not manager.train_dataset.opaque(0)[:, :2].any()
 
 
+@pytest.mark.parametrize("named", ["white", "last_sample"])
+def test_photographs_have_the_same_colours_in_evaluation_beside_a_training_and_after_it(folders, capture, named):
+    config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+    config.datamanager.data, config.datamanager.stereo_rays_per_batch = capture, 0
+    config.model.background_color = named
+    seen = []
+    for mode in ("val", "test"):
+        pipeline = config.setup(device="cpu", test_mode=mode).eval()
+        camera, batch = next(iter(pipeline.datamanager.fixed_indices_eval_dataloader))
+        render = pipeline.model.get_outputs_for_camera(camera)
+        true = pipeline.model.renderer_rgb.blend_background(batch["image"])
+        empty = render["rgb_rendered"][0, 0] if mode == "val" else seen[0][1]
+        seen.append((true, empty))
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1.0 / 255, rtol=0)
+    flat = Image.open(capture / "images" / "000.png").mode == "RGB"
+    assert seen[1][0][0, 0].tolist() == [float(flat or named == "white")] * 3
+
+
 def test_a_flat_colour_can_be_left_as_a_wall(folders, white):
     config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline.datamanager)
     config.data, config.cut_out_flat_background, config.stereo_rays_per_batch = white, False, 0

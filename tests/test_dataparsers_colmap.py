@@ -27,7 +27,13 @@ def poses(count: int) -> np.ndarray:
 
 
 def write_model(
-    folder: Path, count: int, *, kind: str = "bin", model: str = "OPENCV", params: tuple[float, ...] | None = None
+    folder: Path,
+    count: int,
+    *,
+    kind: str = "bin",
+    model: str = "OPENCV",
+    params: tuple[float, ...] | None = None,
+    renamed: dict[str, str] | None = None,
 ) -> None:
     """A model of the images of `small_capture`, written by the module that nerfstudio has from COLMAP."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +47,7 @@ def write_model(
             qvec=colmap.rotmat2qvec(rotation),
             tvec=-rotation @ pose[:, 3],
             camera_id=3,
-            name=f"f{i:02d}.png",
+            name=(renamed or {}).get(f"f{i:02d}.png", f"f{i:02d}.png"),
             xys=np.zeros((1, 2)),
             point3D_ids=np.array([-1]),
         )
@@ -119,6 +125,32 @@ def test_reduced_copies_that_lie_beside_the_images_are_used(capture):
     assert {path.parent.name for path in outputs.image_filenames} == {"images_2"}
     assert float(outputs.cameras.fx[0]) == 18.0
     assert int(outputs.cameras.width[0]) == 20
+
+
+@pytest.mark.parametrize("kind", ["bin", "txt"])
+def test_names_with_spaces_and_images_in_folders(capture, kind):
+    (capture / "images" / "left").mkdir()
+    (capture / "images" / "f03.png").rename(capture / "images" / "left" / "IMG 3.png")
+    write_model(capture / "sparse" / "0", 10, kind=kind, renamed={"f03.png": "left/IMG 3.png"})
+    outputs = parse(capture)
+    assert "IMG 3" in names(outputs)
+    assert len(names(outputs)) == 8
+
+
+def test_a_camera_for_each_image(capture):
+    write_model(capture / "sparse" / "0", 10)
+    cameras = colmap.read_cameras_binary(capture / "sparse" / "0" / "cameras.bin")
+    images = colmap.read_images_binary(capture / "sparse" / "0" / "images.bin")
+    params = np.array((72.0, 70.0, 40.0, 25.0))
+    cameras[9] = colmap.Camera(id=9, model="PINHOLE", width=80, height=50, params=params)
+    images[3] = images[3]._replace(camera_id=9)
+    colmap.write_cameras_binary(cameras, capture / "sparse" / "0" / "cameras.bin")
+    colmap.write_images_binary(images, capture / "sparse" / "0" / "images.bin")
+    Image.new("RGB", (80, 50)).save(capture / "images" / images[3].name)
+    found = parse(capture)
+    other = names(found).index(Path(images[3].name).stem)
+    assert (int(found.cameras.width[other]), float(found.cameras.fx[other])) == (80, 72.0)
+    assert (int(found.cameras.width[other - 1]), float(found.cameras.fx[other - 1])) == (40, 36.0)
 
 
 def damage(path: Path) -> None:

@@ -372,6 +372,18 @@ def test_one_of_two_files_alone_is_refused(tmp_path):
 # Images of several sizes
 
 
+def test_sizes_are_read_off_the_images_where_the_file_gives_none(tmp_path):
+    content = make_capture(tmp_path, 6)
+    Image.new("RGB", (30, 40)).save(tmp_path / "images" / "f02.png")
+    frames = [{key: f[key] for key in ("file_path", "transform_matrix")} for f in content["frames"]]
+    write(tmp_path, {"camera_angle_x": 1.2, "frames": frames, "alpha_color": "white"})
+    outputs = parse(tmp_path)
+    other = names(outputs).index("f02")
+    assert float(outputs.cameras.fx[other]) == pytest.approx(0.5 * 30 / math.tan(0.6))
+    assert float(outputs.cameras.cy[other]) == 20.0
+    assert outputs.alpha_color is None
+
+
 def test_each_image_has_its_own_size_and_intrinsics(tmp_path):
     content = make_capture(tmp_path, 6)
     for frame in content["frames"]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ddm_training.files import replacing
 
@@ -165,7 +165,7 @@ def _draw(path: Path, caption: str, lines: list[tuple[str, list[Image.Image | No
         draw.text((MARGIN, top + 3), title, fill="black", font=font)
         for column, cell in enumerate(cells):
             if cell is not None:
-                resized = cell.resize((CELL_WIDTH, height), Image.Resampling.LANCZOS)
+                resized = ImageOps.pad(cell, (CELL_WIDTH, height), Image.Resampling.LANCZOS, color="white")
                 sheet.paste(resized, (MARGIN + column * (CELL_WIDTH + MARGIN), top + TEXT_HEIGHT))
     with replacing(path) as part:
         sheet.save(part, format="PNG")

@@ -87,18 +87,33 @@ def _read_model(model: Path) -> tuple[dict[int, Any], dict[int, Any]]:
     """
     from nerfstudio.data.utils import colmap_parsing_utils as colmap
 
-    parts = []
+    parts, path = [], Path()
     for name in ("cameras", "images"):
-        path = _file(model, name)
-        assert path is not None
+        path = _file(model, name) or path
         read = getattr(colmap, f"read_{name}_{'binary' if path.suffix == '.bin' else 'text'}")
         try:
             parts.append(read(path))
         except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}. Expected a model of COLMAP.") from error
-    if not parts[1]:
+    cameras, images = parts
+    if not images:
         raise InputError(f"{model} is a COLMAP model without images: nothing was placed.")
-    return parts[0], parts[1]
+    if path.suffix == ".txt":
+        names = _names(path)
+        images = {number: image._replace(name=names[number]) for number, image in images.items()}
+    return cameras, images
+
+
+def _names(path: Path) -> dict[int, str]:
+    """Names of a text model's images by their ids, with their spaces, where nerfstudio's reader ends them."""
+    lines = iter(path.read_text().splitlines())
+    names = {}
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            number, *_, name = line.strip().split(maxsplit=9)
+            names[int(number)] = name
+            next(lines, None)  # its points
+    return names
 
 
 def _frame(image: Any, cameras: dict[int, Any], folder: Path, model: Path) -> dict[str, Any]:

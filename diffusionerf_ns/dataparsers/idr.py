@@ -59,7 +59,10 @@ class IDRFewViewParser(FewViewBaseParser):
         pool, test = without_lists(len(images), test_named=self.config.test_ids is not None)
         split = self.choose(len(images), pool, test)
         intrinsics, opencv = decompose(np.stack([matrices[number] for number in numbers]))
-        width, height = size = image_size(images[split.train[0]])
+        width, height = image_size(images[split.train[0]])
+        sizes = np.tile(np.array((width, height), dtype=np.int64), (len(images), 1))
+        used = sorted({*split.train, *split.test})
+        sizes[used] = [image_size(images[i]) for i in used]
         x, y = intrinsics[:, 2:].mean(axis=0)
         if not all(OFF_CENTRE < place < 1.0 - OFF_CENTRE for place in (x / width, y / height)):
             raise InputError(
@@ -70,8 +73,8 @@ class IDRFewViewParser(FewViewBaseParser):
         masks = None
         if self.config.masked_training:
             masks = self._masks(path, numbers)
-            for i in {*split.train, *split.test}:
-                check_mask_size(masks[i], (width // factor, height // factor))
+            for i in used:
+                check_mask_size(masks[i], (int(sizes[i, 0]) // factor, int(sizes[i, 1]) // factor))
         elif (folder / "mask").is_dir():
             CONSOLE.print(
                 f"The masks of {escape(str(folder))} are not used; --masked-training True trains inside them only."
@@ -83,7 +86,7 @@ class IDRFewViewParser(FewViewBaseParser):
             images=images,
             poses=opengl_from_opencv(opencv),
             intrinsics=intrinsics,
-            sizes=np.tile(np.array(size, dtype=np.int64), (len(images), 1)),
+            sizes=sizes,
             split=split,
             factor=factor,
             cache=reduced_folder(folder, factor),

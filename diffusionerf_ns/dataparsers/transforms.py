@@ -188,6 +188,7 @@ def check_transforms(meta: Any, path: Path) -> dict[str, Any]:
         if not isinstance(frame, dict):
             raise InputError(f"{path}: frame {number} is {_short(frame)}; expected an object with its file_path.")
     meta = _checked(meta, path)
+    meta.pop("alpha_color", None)  # ours, see `read_split_transforms`; no file has it
     meta["frames"] = [_checked(frame, path) for frame in meta["frames"]]
     for key in LISTS.values():
         names = meta.get(key, [])
@@ -298,12 +299,12 @@ def _intrinsics(
 ) -> tuple[np.ndarray, np.ndarray]:
     """fx, fy, cx, cy [n, 4] and the width and height [n, 2] that they hold for; a frame's own values win."""
     rows, sizes = [], []
-    for frame in frames:
+    for frame, file in zip(frames, files):
         own = {**meta, **frame}
         if "w" in own and "h" in own:
             width, height = int(own["w"]), int(own["h"])
         else:
-            width, height = image_size(files[sample])
+            width, height = image_size(file if file.is_file() else files[sample])
         if "fl_x" in own:
             fx = own["fl_x"]
         elif "camera_angle_x" in own:
@@ -342,8 +343,8 @@ def _sized_images(files: list[Path], used: list[int], folder: Path, factor: int 
         factor = automatic_factor(*image_size(files[used[0]]))
     cache = folder / f"images_{factor}"
     if factor > 1 and cache.is_dir() and not (cache / CACHE_FILE).is_file():
-        ready = [cache / file.name for file in files]
-        names_differ = len({file.name for file in files}) == len(files)
-        if names_differ and all(ready[i].is_file() for i in used):
+        images = folder / "images"
+        ready = [cache / (file.relative_to(images) if file.is_relative_to(images) else file.name) for file in files]
+        if len(set(ready)) == len(files) and all(ready[i].is_file() for i in used):
             return ready, 1, cache
     return files, factor, cache
