@@ -13,6 +13,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from ddm_training.errors import InputError
 from diffusionerf_ns import metrics
 from diffusionerf_ns.datamanager import DiffusioNeRFDataManagerConfig
+from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.gradients import check_gradients, scale_small_gradients
 from diffusionerf_ns.optimizers import follow_run
 
@@ -50,8 +51,9 @@ class DiffusioNeRFPipeline(VanillaPipeline):
             config = replace(config, datamanager=replace(manager, **named))
         super().__init__(config, *args, **kwargs)
         built: Any = self.model
-        if self.test_mode != "val" and hasattr(built, "photographs_on"):  # not nerfacto
-            for data in (self.datamanager.train_dataset, self.datamanager.eval_dataset):
+        for data in (self.datamanager.train_dataset, self.datamanager.eval_dataset):
+            # Where nerfacto is evaluated, it blends photographs with alpha itself.
+            if self.test_mode != "val" and isinstance(data, FewViewDataset) and hasattr(built, "photographs_on"):
                 data.show_on(built.photographs_on)
 
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
