@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,54 +144,47 @@ def prepare(
             a full disk, or scenes that failed.
     """
     with exclusive(store, f"{command} preparation", "--output"):
-        return _prepare(store, command, options, jobs, work, engine, redo)
+        with _writing(store / f"{command}.options.json") as path:
+            _check_options(path, options)
+        todo = [job for job in jobs if redo or not job.is_whole()]
+        names = {job.name for job in todo}
+        results = [scene_result(store / job.name, skipped=True) for job in jobs if job.name not in names]
+        start = time.perf_counter()
+        with closing(run_jobs(work, todo, engine, store / f"{command}-submitit.part")) as outcomes:
+            made, failed, full = _take(_progress(outcomes, command, len(todo)))
+        results += made
+        report = make_report(command, results, failed, time.perf_counter() - start)
+        show_report(report, store)
+        if full is not None:
+            raise InputError(
+                f"the disk of {store} is full ({shutil.disk_usage(store).free / 1e9:.2f} GB free): free some space and "
+                f"run the same command again; the {len(results)} whole scenes are kept."
+            ) from full
+        with _writing(store / REPORT_FILE) as path:
+            write_whole(path, json.dumps(report, indent=2) + "\n")
+        if failed:
+            name, why = next(iter(failed.items()))
+            raise InputError(
+                f"{len(failed)} scenes failed, the first: {name}: {why}. All of them are in {store / REPORT_FILE}; the "
+                "others are whole. Mend the cause and run the same command again."
+            )
+        if report["frames"] == 0:
+            raise InputError(f"no frame was kept; rejected by reason: {report['rejected'] or 'none'}.")
+        return report
 
 
-def _prepare(
-    store: Path,
-    command: str,
-    options: dict[str, Any],
-    jobs: Sequence[SceneJob],
-    work: Callable[[Any], SceneResult],
-    engine: EngineConfig,
-    redo: bool,
-) -> dict[str, Any]:
-    with _writing(store / f"{command}.options.json") as path:
-        _check_options(path, options)
-    todo = [job for job in jobs if redo or not job.is_whole()]
-    names = {job.name for job in todo}
-    results = [scene_result(store / job.name, skipped=True) for job in jobs if job.name not in names]
-    failed: dict[str, str] = {}
-    full: OSError | None = None
-    start = time.perf_counter()
-    with closing(run_jobs(work, todo, engine, store / f"{command}-submitit.part")) as outcomes:
-        for outcome in _progress(outcomes, command, len(todo)):
-            if outcome.error is None:
-                results.append(outcome.result)
-                continue
-            first_line = (str(outcome.error).splitlines() or [""])[0]
-            failed[outcome.job.name] = f"{type(outcome.error).__name__}: {first_line}"
-            if _is_full(outcome.error):
-                full = outcome.error
-                break
-    report = make_report(command, results, failed, time.perf_counter() - start)
-    show_report(report, store)
-    if full is not None:
-        raise InputError(
-            f"the disk of {store} is full ({shutil.disk_usage(store).free / 1e9:.2f} GB free): free some space and run "
-            f"the same command again; the {len(results)} whole scenes are kept."
-        ) from full
-    with _writing(store / REPORT_FILE) as path:
-        write_whole(path, json.dumps(report, indent=2) + "\n")
-    if failed:
-        name, why = next(iter(failed.items()))
-        raise InputError(
-            f"{len(failed)} scenes failed, the first: {name}: {why}. All of them are in {store / REPORT_FILE}; the "
-            "others are whole. Mend the cause and run the same command again."
-        )
-    if report["frames"] == 0:
-        raise InputError(f"no frame was kept; rejected by reason: {report['rejected'] or 'none'}.")
-    return report
+def _take(outcomes: Iterable[Any]) -> tuple[list[SceneResult], dict[str, str], BaseException | None]:
+    """What was made, why scenes failed by their names, and the error of a full disk, which ends the work."""
+    made, failed = [], {}
+    for outcome in outcomes:
+        if outcome.error is None:
+            made.append(outcome.result)
+            continue
+        first_line = (str(outcome.error).splitlines() or [""])[0]
+        failed[outcome.job.name] = f"{type(outcome.error).__name__}: {first_line}"
+        if _is_full(outcome.error):
+            return made, failed, outcome.error
+    return made, failed, None
 
 
 def _same(begun: Any, now: Any) -> bool:

@@ -190,9 +190,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if flat is None:
             return data
         data.find_cut_outs(flat=flat)
-        if self.test_mode != "val":
-            data.show_on(data.background)
-        elif data.has_cut_outs and data.background is not None:
+        if self.test_mode == "val" and data.has_cut_outs and data.background is not None:
             colour = tuple((255.0 * data.background).round().int().tolist())
             CONSOLE.print(
                 f"The training images show objects cut out, before one flat colour, {colour}: it counts as empty "
@@ -205,7 +203,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         """nerfstudio's; beside a finished run, images are shown as its views are, for `ns-render` to write them."""
         data = super().create_eval_dataset()
         if self.test_mode != "val" and hasattr(self.config, "cut_out_flat_background"):
-            data.show_on(self.train_dataset.background)
+            for photographs in (self.train_dataset, data):
+                photographs.show_on(self.train_dataset.background)
         # nerfstudio looks at the sizes of training images alone.
         cameras = (self.train_dataset.cameras, data.cameras)
         if len(torch.cat([torch.cat([c.height, c.width], dim=-1) for c in cameras]).unique(dim=0)) > 1:

@@ -1,5 +1,6 @@
 """Pixels of training images inside their masks, whatever the number of images and the size of the masks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ class MaskedPixelSampler(PixelSampler):
 
     _small: tuple[Tensor, Tensor] | None = None
     """Masks of which few pixels are inside, and these: a step has the same masks as the one before."""
+    _kept: tuple[tuple[Tensor, ...], list[int]] = ((), [])
+    """Masks of images of several sizes, and which of them are not black."""
 
     def sample_method(
         self,
@@ -56,13 +59,19 @@ class MaskedPixelSampler(PixelSampler):
     ) -> dict[str, Any]:
         """nerfstudio's, of images of several sizes, without those whose mask is black."""
         if "mask" in batch and not self.config.ignore_mask:
-            kept = [i for i, mask in enumerate(batch["mask"]) if bool(mask.any())]
-            if not kept:
-                raise InputError(ALL_BLACK)
+            kept = self._with_pixels(batch["mask"])
             per_image = ("image", "mask", "depth_image")
             batch = batch | {key: [batch[key][i] for i in kept] for key in per_image if key in batch}
             batch["image_idx"] = batch["image_idx"][kept]
         return super().collate_image_dataset_batch_list(batch, num_rays_per_batch, keep_full_image)
+
+    def _with_pixels(self, masks: Sequence[Bool[Tensor, "_h _w 1"]]) -> list[int]:
+        """Those of the masks that have a pixel inside, looked for once: a step has the same masks as the one before."""
+        if list(map(id, self._kept[0])) != list(map(id, masks)):
+            self._kept = tuple(masks), [i for i, mask in enumerate(masks) if bool(mask.any())]
+        if not self._kept[1]:
+            raise InputError(ALL_BLACK)
+        return self._kept[1]
 
     @staticmethod
     def _any_of(pixels: Int[Tensor, "n 3"], count: int) -> Int[Tensor, "{count} 3"]:

@@ -85,7 +85,7 @@ def is_photographs(data: Path) -> bool:
     if any(_has_cameras(folder) and not is_made_here(folder) for folder in below):
         return False
     above = data.resolve().parent
-    of_colmap = data.resolve().name.startswith(("images", "input"))
+    of_colmap = data.resolve().name.startswith(colmap.IMAGES)
     return not _layout_above(data) and not _has_transforms(above) and not (of_colmap and _has_colmap(above))
 
 
