@@ -81,8 +81,8 @@ class Loader:
         assert self._batches is not None
         try:
             batch = next(self._batches)
-        except RuntimeError as error:
-            if not re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", str(error)):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _is_of_dead_worker(error):
                 raise
             raise WorkerKilledError(
                 "a process that prepares samples was killed, likely for want of memory, or of shared memory "
@@ -100,6 +100,18 @@ class Loader:
         end_workers()
         if self._child_signal is not None:
             signal.signal(signal.SIGCHLD, self._child_signal)
+
+
+def _is_of_dead_worker(error: Exception) -> bool:
+    """Whether a worker was found dead, by PyTorch or amid handing a batch over; not what it raised itself."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", str(error)))
+    if "in DataLoader worker process" in str(error):
+        return False
+    # Of its socket: reset, closed, or gone from the disk; a missing file of the user's has a name.
+    return isinstance(error, (ConnectionError, EOFError)) or (
+        isinstance(error, FileNotFoundError) and error.filename is None
+    )
 
 
 def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from toy_training import assert_same_weights, config, state
 
 from ddm_training.checkpoints import list_checkpoints
 from ddm_training.errors import InputError
+from ddm_training.loading import Loader, StepBatches, WorkerKilledError
 from ddm_training.train import PatchTask, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +44,30 @@ def test_a_killed_worker_ends_a_training_with_a_checkpoint(store, tmp_path, fail
     assert step in (2, 3)  # with the worker may go a batch that it had made
     train(config(store, tmp_path / "killed", **small))
     assert_same_weights(state(tmp_path / "whole", 4), state(tmp_path / "killed", 4))
+
+
+@pytest.mark.parametrize(
+    ("error", "dead"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), True),  # killed while it handed a batch over
+        (EOFError(), True),
+        (FileNotFoundError(2, "No such file or directory"), True),
+        (FileNotFoundError(2, "No such file or directory", "scene/depth.npy"), False),
+        (EOFError("Caught EOFError in DataLoader worker process 0."), False),
+        (OSError(28, "No space left on device"), False),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_what_tells_of_a_dead_worker(store, tmp_path, error, dead):
+    def raising():
+        raise error
+        yield
+
+    with Loader(config(store, tmp_path), StepBatches(dict, steps=1, batch_size=1), 0) as loader:
+        loader._batches = raising()
+        with pytest.raises(WorkerKilledError if dead else type(error)) as caught:
+            next(loader)
+    assert isinstance(caught.value, InputError) == dead
 
 
 def test_what_a_worker_finds_wrong_is_told_without_its_traceback(store, tmp_path, fails_at_step):
