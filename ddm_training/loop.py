@@ -1,236 +1,34 @@
 """The training loop, whatever is trained. Running the same command again goes on where the last run ended.
 
 The state of a training is tensors and one integer: samples, noise and learning rate are functions of the step alone.
-`train` (the denoiser of patches) and `train_completion` say what is trained: a `Task`.
+`train` (the denoiser of patches) and `train_completion` say what is trained: a `task.Task`.
 """
 
-import copy
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ddm_training.devices import emulates_bf16, make_accelerator
 from ddm_training.errors import InputError
 from ddm_training.files import exclusive
 from ddm_training.loading import Loader, StepBatches, WorkerKilledError
-from ddm_training.loop_config import LoopConfig, settings
+from ddm_training.loop_config import LoopConfig
 from ddm_training.objective import learning_rate, update_average
 from ddm_training.stopping import StopRequest
+from ddm_training.task import Task, Validation
+from ddm_training.weights import Weights, make_weights, resume, save
 
 if TYPE_CHECKING:
     from ddm_training.progress import Journal
 
 Config = TypeVar("Config", bound=LoopConfig)
-
-
-@runtime_checkable
-class Validation(Protocol):
-    """What is measured, and exported, of the averaged weights."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it exports to."""
-        ...
-
-    def run(self, average: Any, step: int) -> dict[str, Any]:
-        """Export; "val_loss", "val" (name -> measure -> value) and perhaps a picture "sheet"."""
-        ...
-
-
-@runtime_checkable
-class Task(Protocol):
-    """What is trained."""
-
-    command: str
-    """What `ddm` calls the training."""
-    identity: Mapping[str, Any]
-    """Settings without which saved weights mean nothing, see `checkpoints.load_checkpoint`."""
-    frames: int
-    """Frames of the training data."""
-    unit: str
-    """What a sample is called, in the plural."""
-
-    def make_network(self) -> nn.Module:
-        """Freshly initialised; called with the seed set."""
-        ...
-
-    def wrap(self, network: Any) -> nn.Module:
-        """The network as `loss` calls it, with its precision."""
-        ...
-
-    def draw(self, *, step: int, first: int, count: int) -> dict[str, Tensor]:
-        """Training samples ``first`` ... ``first + count - 1`` of a step: a pure function of these and the seed.
-
-        Called in the loader's processes.
-        """
-        ...
-
-    def prepare(self, batch: dict[str, Tensor], *, step: int, first: int) -> dict[str, Tensor]:
-        """What of the drawing is better done for a whole batch on the device of the model, as pure as `draw`."""
-        ...
-
-    def loss(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Of one batch, on the device of the model."""
-        ...
-
-    def validation(self, device: torch.device, world: int) -> Validation:
-        """Made once, by the process that validates."""
-        ...
-
-    def finish(self, validation: Any) -> None:
-        """After the last step, in the process that validates."""
-        ...
-
-
-def make_accelerator(config: LoopConfig) -> Any:
-    """The devices that the training was started on.
-
-    The loop has its own mixed precision, see `Task.wrap`, and one optimiser step a batch: what a saved configuration of
-    accelerate says of these must not change a training behind its flags.
-
-    Raises:
-        InputError: that configuration asks for gradient accumulation, or to spread the weights over devices.
-    """
-    from accelerate import Accelerator
-
-    for name, what in _SPREADING.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
-            raise InputError(
-                f"accelerate is configured for {what} ({name}), this training knows one device, or several with all "
-                "weights on each: choose that in its configuration (accelerate config), or unset the variable."
-            )
-    if (count := os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")) != "1":
-        raise InputError(
-            f"accelerate is configured for {count} gradient accumulation steps, this training makes 1: set that in its "
-            "configuration or by accelerate launch --gradient_accumulation_steps 1, and raise --train-batch-size."
-        )
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
-    if (kind := accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise InputError(
-            f"accelerate is configured for {kind}, this training knows NO, MULTI_CPU and MULTI_GPU: choose one of "
-            "those in its configuration (accelerate config)."
-        )
-    return accelerator
-
-
-_SPREADING = {  # variables by which accelerate's launcher asks for it
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
-}
-
-
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether bf16 is there but slow: on NVIDIA GPUs before Ampere."""
-    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a training changes, and its checkpoints hold."""
-
-    network: nn.Module
-    average: nn.Module
-    """Moving average of the network's weights."""
-    optimizer: torch.optim.Optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of all three."""
-        return {
-            "model": self.network.state_dict(),
-            "ema": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Of all three; the optimiser's settings become the saved ones.
-
-        Raises:
-            RuntimeError, ValueError, KeyError: it is of another network.
-        """
-        self.network.load_state_dict(state["model"])
-        self.average.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def adam_settings(config: LoopConfig) -> dict[str, Any]:
-    """Those of AdamW that a resumed training takes from its flags."""
-    return {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay}
-
-
-def make_weights(config: LoopConfig, task: Task, device: torch.device) -> Weights:
-    """Freshly initialised ones, by the seed."""
-    torch.manual_seed(config.seed)
-    network = task.make_network().to(device)
-    average = copy.deepcopy(network).requires_grad_(False)
-    adam = adam_settings(config)
-    return Weights(
-        network, average, torch.optim.AdamW(network.parameters(), lr=config.learning_rate, **adam, fused=True)
-    )
-
-
-def saved_settings(config: LoopConfig, task: Task) -> dict[str, Any]:
-    """What a checkpoint tells of the training, plain JSON values."""
-    return {"command": task.command, **settings(config)}
-
-
-def resume(config: LoopConfig, task: Task, weights: Weights, *, chief: bool) -> tuple[int, list[str]]:
-    """Load the checkpoint to go on from, if there is one; the chief process sets later ones aside.
-
-    Returns:
-        Its step, or 0, and what to tell of it.
-
-    Raises:
-        InputError: it does not fit, is damaged, or is not there although it was named.
-    """
-    from ddm_training.checkpoints import find_checkpoint, load_checkpoint, set_aside_later
-    from ddm_training.progress import LOG_FILE
-
-    found = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    if found is None:
-        return 0, []
-    state, differing = load_checkpoint(found, saved_settings(config, task), task.identity)
-    try:
-        weights.load_state_dict(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        newer = [f"--{k.replace('_', '-')}" for k in task.identity if differing.get(k, (True, None))[0] is None]
-        hint = f"give {', '.join(newer)}, which its settings lack, as it was made, or " if newer else ""
-        raise InputError(
-            f"{found} holds the weights of another network ({reason}): {hint}use another --output-dir."
-        ) from error
-    for group in weights.optimizer.param_groups:
-        group |= adam_settings(config)
-    start = int(state["step"])
-    notes = [f"resuming from {found.name}"]
-    notes += [f"--{k.replace('_', '-')} is {now}, was {was}" for k, (was, now) in sorted(differing.items())]
-    if chief and (aside := set_aside_later(config.output_dir, start, config.output_dir / LOG_FILE)):
-        notes.append(f"{', '.join(path.name for path in aside)} set aside, with the log so far: {aside[0].parent}")
-    return start, notes
-
-
-def save(config: LoopConfig, task: Task, weights: Weights, step: int, *, chief: bool) -> None:
-    """Write the checkpoint of a step, in the chief process.
-
-    Raises:
-        InputError: weights are not finite, or the disk is full.
-    """
-    from ddm_training.checkpoints import save_checkpoint
-
-    if not all(p.isfinite().all() for p in weights.network.parameters()):
-        raise InputError(f"weights are not finite after step {step}: training stopped, nothing was saved.")
-    if chief:
-        limit = config.checkpoints_total_limit
-        save_checkpoint(config.output_dir, step, weights.state_dict(), saved_settings(config, task), limit=limit)
 
 
 def validate(validation: Validation, journal: "Journal", average: nn.Module, step: int) -> None:

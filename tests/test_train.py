@@ -16,7 +16,7 @@ import torch
 import toy_training
 from toy_training import assert_same_weights, config, flags, state
 
-from ddm_training import checkpoints, loop
+from ddm_training import checkpoints, devices, loop
 from ddm_training.errors import InputError
 from ddm_training.files import exclusive
 from ddm_training.rgbd import RgbdSpec
@@ -247,8 +247,8 @@ def test_bf16_is_emulated_by_cuda_devices_that_have_no_own(monkeypatch, own):
         return including_emulation or own
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert loop.emulates_bf16(torch.device("cuda")) is not own
-    assert not loop.emulates_bf16(torch.device("cpu"))
+    assert devices.emulates_bf16(torch.device("cuda")) is not own
+    assert not devices.emulates_bf16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("emulated", [True, False])
