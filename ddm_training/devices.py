@@ -8,11 +8,18 @@ import torch
 from ddm_training.errors import InputError
 from ddm_training.loop_config import LoopConfig
 
+_SPREADING = {  # variables by which accelerate's launcher asks for it
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
+}
+
 
 def make_accelerator(config: LoopConfig) -> Any:
     """The devices that the training was started on.
 
-    The loop has its own mixed precision, see `Task.wrap`, and one optimiser step a batch: what a saved configuration of
+    The loop has its own mixed precision, see `task.Task.wrap`, and one optimiser step a batch: what a saved configuration of
     accelerate says of these must not change a training behind its flags.
 
     Raises:
@@ -38,14 +45,6 @@ def make_accelerator(config: LoopConfig) -> Any:
             "those in its configuration (accelerate config)."
         )
     return accelerator
-
-
-_SPREADING = {  # variables by which accelerate's launcher asks for it
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
-}
 
 
 def emulates_bf16(device: torch.device) -> bool:

@@ -99,8 +99,6 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
 
     with ExitStack() as ends_with:  # the last one first, and each of them whatever happens in another
         if chief:
-            with writing(config.output_dir):
-                config.output_dir.mkdir(parents=True, exist_ok=True)
             ends_with.enter_context(exclusive(config.output_dir, "training", "--output-dir"))
             with writing(config.output_dir):
                 remove_leftovers(config.output_dir)
