@@ -19,8 +19,8 @@ _SPREADING = {  # variables by which accelerate's launcher asks for it
 def make_accelerator(config: LoopConfig) -> Any:
     """The devices that the training was started on.
 
-    The loop has its own mixed precision, see `task.Task.wrap`, and one optimiser step a batch: what a saved configuration of
-    accelerate says of these must not change a training behind its flags.
+    The loop has its own mixed precision, see `task.Task.wrap`, and one optimiser step a batch: what a saved
+    configuration of accelerate says of these must not change a training behind its flags.
 
     Raises:
         InputError: that configuration asks for gradient accumulation, or to spread the weights over devices.

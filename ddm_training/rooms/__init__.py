@@ -1,8 +1,9 @@
-"""`ddm rooms`: procedural indoor scenes with exact depth and poses.
+"""`ddm rooms`: procedural scenes with exact depth and poses.
 
 shapes      scenes as arrays of primitives          textures    the texture bank
 render      cameras and visibility                  shading     light, and the finished picture
 furniture   materials and objects                   scene       a random room
+subjects    plants, figures, models, things         stills      a random still, one of them from close by
 cameras     where cameras stand                     store, hypersim_layout, capture    what is written
 """
 
@@ -18,9 +19,11 @@ from ddm_training.files import make_folder
 from ddm_training.frames import Split
 
 if TYPE_CHECKING:
+    from ddm_training.rooms.cameras import Kind
     from ddm_training.rooms.store import FrameSize
 
 Output = Literal["store", "hypersim", "capture"]
+Scenes = Literal["rooms", "stills"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class RoomsConfig:
     output: Output = "store"
     """store: a frame store for `ddm train`. hypersim: Hypersim's own files. capture: transforms.json, images and depth
     of one room, for a few-view NeRF."""
+    scenes: Scenes | None = None
+    """rooms: furnished rooms, the default. stills: plants, figures, models of houses and things, from close by, on a
+    table or outdoors (store, capture); what is said of rooms below goes for them."""
     seed: int = 0
     """Another seed gives other rooms."""
     first_room: int = 0
@@ -78,6 +84,10 @@ class RoomsConfig:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         {"store": self._store, "hypersim": self._hypersim, "capture": self._capture}[self.output]()
 
+    @property
+    def _kind(self) -> "Kind":
+        return "still" if self.scenes == "stills" else "room"
+
     def _frame_size(self, default_width: int, default_focal: float) -> "FrameSize":
         """What is asked for; the default focal length is that of the default width, and follows the width."""
         from ddm_training.rooms.store import FrameSize
@@ -97,12 +107,12 @@ class RoomsConfig:
     def _store(self) -> None:
         from ddm_training.rooms.store import StoreJob, write_store_room
 
-        size = self._frame_size(256, 175.0)
+        size, views = self._frame_size(256, 175.0), self.num_views or 4
         jobs = [
-            StoreJob(root=self.folder, seed=self.seed, index=i, split=s, views=self.num_views or 4, size=size)
+            StoreJob(root=self.folder, kind=self._kind, seed=self.seed, index=i, split=s, views=views, size=size)
             for i, s in self._rooms(400, 16)
         ]
-        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder)
+        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder, what=self.scenes or "rooms")
 
     def _hypersim(self) -> None:
         from ddm_training.rooms.hypersim_layout import HypersimRoomJob, write_hypersim_room, write_metadata
@@ -120,24 +130,27 @@ class RoomsConfig:
 
         job = CaptureJob(
             folder=self.folder,
+            kind=self._kind,
             seed=self.seed,
             index=self.first_room,
             num_train=9 if self.num_train is None else self.num_train,
             num_test=8 if self.num_test is None else self.num_test,
             size=self._frame_size(160, 175.0 * 160 / 256),
         )
-        run_rooms(write_capture, [job], workers=1, folder=self.folder)
+        run_rooms(write_capture, [job], workers=1, folder=self.folder, what=self.scenes or "rooms")
 
 
 _MEANINGLESS: dict[Output, tuple[str, ...]] = {
     "store": ("num_train", "num_test"),
-    "hypersim": ("num_train", "num_test"),
+    "hypersim": ("scenes", "num_train", "num_test"),
     "capture": ("num_rooms", "num_views", "val_every", "workers"),
 }
 """Settings of other outputs."""
 
 
-def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path) -> int:
+def run_rooms(
+    write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path, what: Scenes = "rooms"
+) -> int:
     """Do the jobs that are not whole yet in ``workers`` processes, with a progress bar; the number of frames written.
 
     Raises:
@@ -156,18 +169,18 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
     todo = [job for job in jobs if not job.is_whole()]
     start, frames, console = time.perf_counter(), 0, Console(file=sys.stderr)
     with closing(run_jobs(write, todo, EngineConfig(workers=workers), folder)) as outcomes:
-        for outcome in track(outcomes, description="rooms", total=len(todo), console=console, disable=not todo):
+        for outcome in track(outcomes, description=what, total=len(todo), console=console, disable=not todo):
             if isinstance(outcome.error, OSError):
                 raise InputError(
-                    f"room {outcome.job.index} could not be written: {outcome.error}. Whole rooms are kept; mend the "
-                    "cause and run the same command again."
+                    f"{what[:-1]} {outcome.job.index} could not be written: {outcome.error}. Whole {what} are kept; "
+                    "mend the cause and run the same command again."
                 ) from outcome.error
             if isinstance(outcome.error, NoView):
                 size = outcome.job.size
                 raise InputError(
                     f"{outcome.error}: with --focal {size.focal:g} and --width {size.width} a camera sees too little "
-                    f"or too much of a room. Expected a focal length of about {0.7 * size.width:.0f}; give another, or "
-                    "fewer views."
+                    f"or too much of a {what[:-1]}. Expected a focal length of about {0.7 * size.width:.0f}; give "
+                    "another, or fewer views."
                 ) from outcome.error
             if outcome.error is not None:
                 raise outcome.error
@@ -175,6 +188,6 @@ def run_rooms(write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int,
     seconds = time.perf_counter() - start
     rate = f", {frames / seconds:.1f} frames/s" if frames else ""
     kept = f"; {len(jobs) - len(todo)} were there" if len(todo) < len(jobs) else ""
-    said = f"{folder}: {len(todo)} rooms, {frames} frames in {seconds:.1f} s{rate}{kept}"
+    said = f"{folder}: {len(todo)} {what}, {frames} frames in {seconds:.1f} s{rate}{kept}"
     console.print(said, markup=False, highlight=False)
     return frames

@@ -1,10 +1,11 @@
-"""Where cameras stand in a room: free of furniture, at plausible heights, looking at something.
+"""Where cameras stand: in a room, free of furniture, at plausible heights, looking at something; around a still.
 
 A camera's quality is judged on a probe, the same view `PROBE` pixels wide, before the real one is rendered.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -13,30 +14,33 @@ from ddm_training.rooms.render import Camera, Hits, look_at, trace
 from ddm_training.rooms.scene import Room, make_room
 from ddm_training.rooms.shading import shade
 from ddm_training.rooms.shapes import rotation_z
+from ddm_training.rooms.stills import MIDDLE, Still, make_still
+from ddm_training.rooms.subjects import leaning
 
 PROBE = 48  # pixels
 CLEARANCE = 0.25  # metres from a camera to furniture
 BRIGHTNESS = 0.6  # linear, before gamma; see `exposure`
 T = TypeVar("T")
+Kind = Literal["room", "still"]
 
 
 class NoView(RuntimeError):
-    """A room in which no camera finds a view; `room_with_views` takes another."""
+    """A room or still in which no camera finds a view; `room_with_views` takes another."""
 
 
-def room_with_views(seed: int, index: int, find: Callable[[Room], T]) -> tuple[Room, T]:
-    """The first attempt at room ``index`` in which ``find`` succeeds, and what it found.
+def room_with_views(seed: int, index: int, find: Callable[[Room], T], kind: Kind = "room") -> tuple[Room, T]:
+    """The first attempt at room or still ``index`` in which ``find`` succeeds, and what it found.
 
     Raises:
         NoView: none of 20 attempts has a view.
     """
     for attempt in range(20):
-        room = make_room(seed, index, attempt)
+        room = KINDS[kind].make(seed, index, attempt)
         try:
             return room, find(room)
         except NoView:
             continue
-    raise NoView(f"no view in 20 attempts at room {index} of seed {seed}")
+    raise NoView(f"no view in 20 attempts at {kind} {index} of seed {seed}")
 
 
 def is_free(room: Room, position: Float[np.ndarray, " 3"]) -> bool:
@@ -93,37 +97,111 @@ def random_camera(room: Room, rng: np.random.Generator, *, focal: float, width: 
     raise NoView(f"room {room.seed} has no place for a camera after 60 tries")
 
 
-def room_with_random_cameras(
-    seed: int, index: int, count: int, *, focal: float, width: int, height: int
-) -> tuple[Room, list[Camera]]:
-    """Room ``index`` and ``count`` cameras in it, see `random_camera`.
+def is_beside(still: Still, position: Float[np.ndarray, " 3"]) -> bool:
+    """Whether a camera may stand there: not in the subject, nor lower than what that stands on."""
+    return bool(
+        position[2] > still.base + 0.1 * still.extent and np.hypot(*(position[:2] - MIDDLE)) > 0.5 * still.extent
+    )
+
+
+def shows_a_subject(still: Still, hits: Hits) -> bool:
+    """Nothing very close, not one surface, something before something else, and depth in half of the image."""
+    q = hits.inverse_depth
+    seen = q[q > 0]
+    if len(seen) < 0.5 * q.size:
+        return False
+    near, far = np.quantile(seen, [0.97, 0.03])
+    entities, counts = np.unique(still.scene.entity[hits.surface[hits.surface >= 0] // 6], return_counts=True)
+    return bool(
+        seen.max() < 1 / (0.3 * still.extent)
+        and near > 1.2 * far
+        and len(entities) >= 2
+        and counts.max() < 0.85 * q.size
+    )
+
+
+def random_still_camera(still: Still, rng: np.random.Generator, *, focal: float, width: int, height: int) -> Camera:
+    """A camera that looks at the subject, from any side and up to 57 degrees from above.
 
     Raises:
-        NoView: none of 20 attempts at the room has that many.
+        NoView: none was found.
+    """
+    for _ in range(60):
+        away, rise = still.extent * np.exp(rng.uniform(0.0, np.log(3.5))), rng.uniform(0.0, 1.0)
+        target = np.array([*MIDDLE, still.base + still.extent * rng.uniform(0.1, 0.7)])
+        target += 0.15 * still.extent * rng.normal(size=3)
+        position = target + away * leaning(rng.uniform(0, 2 * np.pi), rise)[:, 0]
+        if not is_beside(still, position):
+            continue
+        camera = look_at(position, target, focal=focal, width=width, height=height, roll=rng.normal(0, 0.06))
+        if shows_a_subject(still, probe(still, camera)[1]):
+            return camera
+    raise NoView(f"still {still.seed} has no place for a camera after 60 tries")
+
+
+@dataclass(frozen=True)
+class Views:
+    """How scenes of a kind are made and looked at."""
+
+    make: Callable[[int, int, int], Room]
+    """Of seed, number and attempt."""
+    camera: Callable[..., Camera]
+    """A random one, see `random_camera`."""
+    is_free: Callable[[Any, Any], bool]
+    """Whether a camera may stand at a position."""
+    shows_enough: Callable[[Any, Hits], bool]
+    """Whether a view is worth taking."""
+    reach: tuple[float, float]
+    """Least and most metres from the cameras of a capture to what they look at."""
+
+
+KINDS: dict[Kind, Views] = {
+    "room": Views(make_room, random_camera, is_free, shows_a_room, (1.6, 3.8)),
+    "still": Views(make_still, random_still_camera, is_beside, shows_a_subject, (0.6, 3.8)),
+}
+
+
+def room_with_random_cameras(
+    seed: int, index: int, count: int, *, focal: float, width: int, height: int, kind: Kind = "room"
+) -> tuple[Room, list[Camera]]:
+    """Room or still ``index`` and ``count`` cameras in it, see `random_camera` and `random_still_camera`.
+
+    Raises:
+        NoView: none of 20 attempts at it has that many.
     """
 
     def find(room: Room) -> list[Camera]:
         rng = room.rng(1)
-        return [random_camera(room, rng, focal=focal, width=width, height=height) for _ in range(count)]
+        return [KINDS[kind].camera(room, rng, focal=focal, width=width, height=height) for _ in range(count)]
 
-    return room_with_views(seed, index, find)
+    return room_with_views(seed, index, find, kind)
 
 
 def capture_cameras(
-    room: Room, rng: np.random.Generator, *, num_train: int, num_test: int, focal: float, width: int, height: int
+    room: Room,
+    rng: np.random.Generator,
+    *,
+    num_train: int,
+    num_test: int,
+    focal: float,
+    width: int,
+    height: int,
+    kind: Kind = "room",
 ) -> tuple[list[Camera], list[Camera]]:
     """Cameras of a few-view capture: on an arc around common content, the test cameras between and a little outside.
 
     Training cameras are in order along the arc, so that an evenly spaced choice of a few of them spreads over it. They
-    span 36 to 60 degrees at 1.5 to 4 m from what they look at; down to half of that angle where no wider arc is found.
+    span 36 to 60 degrees at 1.5 to 4 m from what they look at (.6 m and more of a still); down to half of that angle
+    where no wider arc is found.
 
     Raises:
         NoView: no arc was found whose cameras are all free and see common content.
     """
+    views = KINDS[kind]
     for attempt in range(40):
-        middle = random_camera(room, rng, focal=focal, width=width, height=height)
+        middle = views.camera(room, rng, focal=focal, width=width, height=height)
         _, hits = probe(room, middle)
-        reach = float(np.clip(1.0 / np.median(hits.inverse_depth), 1.6, 3.8))
+        reach = float(np.clip(1.0 / max(np.median(hits.inverse_depth), 1e-3), *views.reach))
         target = middle.position + reach * middle.rotation[2]
         angle = np.radians(rng.uniform(18, 30)) * (1 - attempt / 80)
         heights = 0.12 * np.where(np.arange(num_train) % 2, 1.0, -1.0) + rng.uniform(-0.06, 0.06, num_train)
@@ -137,15 +215,15 @@ def capture_cameras(
             position = target + arm + [0.0, 0.0, rise]
             aim = target + rng.uniform(-0.08, 0.08, 3)
             camera = look_at(position, aim, focal=focal, width=width, height=height, roll=rng.normal(0, 0.01))
-            if not is_free(room, position):
+            if not views.is_free(room, position):
                 break
             small, seen = probe(room, camera)
-            if not shows_a_room(room, seen) or overlap(room, small, seen, middle) < 0.4:
+            if not views.shows_enough(room, seen) or overlap(room, small, seen, middle) < 0.4:
                 break
             cameras.append(camera)
         else:
             return cameras[:num_train], cameras[num_train:]
-    raise NoView(f"room {room.seed} has no arc of {num_train} + {num_test} cameras after 40 tries")
+    raise NoView(f"{kind} {room.seed} has no arc of {num_train} + {num_test} cameras after 40 tries")
 
 
 def overlap(room: Room, small: Camera, seen: Hits, other: Camera) -> float:

@@ -1,4 +1,4 @@
-"""A room as a few-view capture, see `transforms`: z is up, and the sky has no depth."""
+"""A room or still as a few-view capture, see `transforms`: z is up, and the sky has no depth."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddm_training.errors import InputError
-from ddm_training.rooms.cameras import capture_cameras, exposure, room_with_views
+from ddm_training.rooms.cameras import Kind, capture_cameras, exposure, room_with_views
 from ddm_training.rooms.render import Camera
 from ddm_training.rooms.scene import Room
 from ddm_training.rooms.shading import render
@@ -23,6 +23,7 @@ class CaptureJob:
     """One capture, in a folder of its own."""
 
     folder: Path
+    kind: Kind = "room"
     seed: int
     index: int
     num_train: int
@@ -35,7 +36,7 @@ class CaptureJob:
         return {
             "generator": GENERATOR,
             "seed": self.seed,
-            "room": self.index,
+            self.kind: self.index,
             "num_train": self.num_train,
             "num_test": self.num_test,
             "w": self.size.width,
@@ -80,9 +81,10 @@ def write_capture(job: CaptureJob) -> int:
             focal=size.focal,
             width=size.width,
             height=size.height,
+            kind=job.kind,
         )
 
-    room, (train, test) = room_with_views(job.seed, job.index, find)
+    room, (train, test) = room_with_views(job.seed, job.index, find, job.kind)
     gain = exposure(room, train)
     for sub in ("images", "depth"):
         if (job.folder / sub).exists():

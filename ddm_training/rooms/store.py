@@ -1,4 +1,4 @@
-"""Rooms as scenes of a frame store (see `ddm_training.frames`): a room is a scene, a view is a frame."""
+"""Rooms and stills as scenes of a frame store (see `ddm_training.frames`): each is a scene, a view is a frame."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ from jaxtyping import Float, UInt8
 
 from ddm_training.errors import InputError
 from ddm_training.frames import SceneWriter, Split, open_scene
-from ddm_training.rooms.cameras import exposure, room_with_random_cameras
+from ddm_training.rooms.cameras import Kind, exposure, room_with_random_cameras
 from ddm_training.rooms.shading import render
 
 NOISE = 0.006  # standard deviation of sensor noise after gamma, at most
-SOURCE = "rooms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,10 @@ class FrameSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreJob:
-    """One room of a frame store."""
+    """One room or still of a frame store."""
 
     root: Path
+    kind: Kind = "room"
     seed: int
     index: int
     split: Split
@@ -38,10 +38,15 @@ class StoreJob:
 
     @property
     def name(self) -> str:
-        return f"room_{self.seed:03d}_{self.index:06d}"
+        return f"{self.kind}_{self.seed:03d}_{self.index:06d}"
+
+    @property
+    def source(self) -> str:
+        """Where frames are from, as the store tells it."""
+        return f"{self.kind}s"
 
     def is_whole(self) -> bool:
-        """Whether the store has this room.
+        """Whether the store has it.
 
         Raises:
             InputError: it has one of that name which is damaged or was made with other options.
@@ -51,7 +56,7 @@ class StoreJob:
             return False
         info = open_scene(folder).info
         size, found = self.size, (info.width, info.height, len(info.frames), info.split, info.source)
-        wanted = (size.width, size.height, self.views, self.split, SOURCE)
+        wanted = (size.width, size.height, self.views, self.split, self.source)
         if found != wanted or not math.isclose(info.intrinsics[0][0], size.focal):
             raise InputError(
                 f"{folder} was made with other options: (width, height, frames, split, source) {found} with f = "
@@ -71,14 +76,20 @@ def develop(
 
 
 def write_store_room(job: StoreJob) -> int:
-    """Write one room into a frame store; returns the number of frames."""
+    """Write one into a frame store; returns the number of frames."""
     size = job.size
     room, cameras = room_with_random_cameras(
-        job.seed, job.index, job.views, focal=size.focal, width=size.width, height=size.height
+        job.seed, job.index, job.views, focal=size.focal, width=size.width, height=size.height, kind=job.kind
     )
     gain, rng = exposure(room, cameras), room.rng(2)
     writer = SceneWriter(
-        job.root, job.name, split=job.split, source=SOURCE, max_frames=job.views, height=size.height, width=size.width
+        job.root,
+        job.name,
+        split=job.split,
+        source=job.source,
+        max_frames=job.views,
+        height=size.height,
+        width=size.width,
     )
     for number, camera in enumerate(cameras):
         linear, depth, _ = render(room.scene, room.shadows, camera)
