@@ -37,6 +37,8 @@ class TrainCompletionConfig(LoopConfig):
     """Width and height in pixels of what the network sees of an image, multiples of 8."""
     widths: tuple[int, int, int] = completion.WIDTHS
     """Channels of the network's levels, from fine to coarse: multiples of 8, the last one of 32."""
+    pretrained: Path | None = None
+    """Folder of a completion network to begin from (fine-tuning), in place of random weights. `--widths` must be its."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     ema_decay: float = 0.998
@@ -83,8 +85,20 @@ class CompletionTask:
         self._samples = 0
 
     def make_network(self) -> nn.Module:
-        """Of the widths asked for."""
-        return completion.make_network(self.config.widths)
+        """Of the widths asked for, or the one to begin from.
+
+        Raises:
+            InputError: that one cannot be read, or has other widths.
+        """
+        widths, folder = self.config.widths, self.config.pretrained
+        if folder is None:
+            return completion.make_network(widths)
+        network = completion.load_completer(folder).unet
+        if (found := tuple(network.config["block_out_channels"])) != widths:
+            raise InputError(
+                f"--pretrained {folder} has --widths {' '.join(map(str, found))}, wanted {' '.join(map(str, widths))}."
+            )
+        return network.train().requires_grad_(True)
 
     def wrap(self, network: Any) -> nn.Module:
         """As (rgb, known, base) -> depth and its spread."""
