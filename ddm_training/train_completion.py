@@ -38,7 +38,7 @@ class TrainCompletionConfig(LoopConfig):
     widths: tuple[int, int, int] = completion.WIDTHS
     """Channels of the network's levels, from fine to coarse: multiples of 8, the last one of 32."""
     pretrained: Path | None = None
-    """Folder of a completion network to begin from (fine-tuning), in place of random weights. `--widths` must be its."""
+    """Folder of a completion network of these widths to begin from (fine-tuning), in place of random weights."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     ema_decay: float = 0.998
