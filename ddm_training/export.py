@@ -141,7 +141,8 @@ A denoising diffusion model of {spec.patch_size} x {spec.patch_size} patches wit
 | trained on | {", ".join(spec.trained_on)} ({measured.get("frames", "?")} frames) |
 | disparity quantiles, 1/m | {quantiles} |
 | training | {spec.steps:,} steps of {measured.get("global_batch", "?")} patches, {config["loss_type"]} loss,\
- depth weight {config["depth_loss_weight"]:g}, learning rate {config["learning_rate"]:g}, {config["mixed_precision"]} |
+ depth weight {config["depth_loss_weight"]:g}, learning rate {config["learning_rate"]:g},\
+ {config["mixed_precision"]}{begun_from(config["pretrained"])} |
 | timesteps | {config["timestep_bias"]:.0%} log-uniform in [3, 199), the others uniform over all 1000 |
 | licence of the weights | {spec.license} |
 
@@ -153,6 +154,11 @@ Squared error of the predicted noise on held-out patches (predicting zero gives 
 
 `{CURVES_FILE}` shows the losses over the training{_SAMPLES if sheet else ""}.
 """
+
+
+def begun_from(pretrained: Path | None) -> str:
+    """What a model card's line about the training ends with."""
+    return "" if pretrained is None else f", begun from trained weights ({pretrained.name})"
 
 
 def card_license(text: str) -> str:

@@ -20,6 +20,9 @@ class LoopConfig:
     output_dir: Path
     """Checkpoints, log.jsonl, TensorBoard, and what is exported go here."""
 
+    pretrained: Path | None = None
+    """Begin with the weights of this folder (fine-tuning), in place of random ones: of a prior, or of its `completion`
+    where that is trained. The network must be the same."""
     train_batch_size: int = 32
     """Samples per step and process."""
     max_train_steps: int = 20_000

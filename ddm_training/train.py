@@ -17,6 +17,7 @@ from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.objective import LossType, masked_loss
 from ddm_training.unet import Prediction, Preset
+from ddm_training.weights import begin_from
 
 if TYPE_CHECKING:
     from ddm_training.patches import PatchConfig
@@ -117,10 +118,23 @@ class PatchTask:
         self._abar = make_scheduler().alphas_cumprod
 
     def make_network(self) -> nn.Module:
-        """Of the preset."""
-        from ddm_training.unet import make_unet
+        """Of the preset, with the weights to begin from, if there are any.
 
-        return make_unet(self.config.preset, patch_size=self.config.patch_size)
+        Raises:
+            InputError: those cannot be read, or are of another network.
+        """
+        from ddm_training.unet import load_scheduler, load_unet, make_unet
+
+        network, folder = make_unet(self.config.preset, patch_size=self.config.patch_size), self.config.pretrained
+        if folder is None:
+            return network
+        trained = load_unet(folder)
+        if (found := load_scheduler(folder).config["prediction_type"]) != self.config.prediction_type:
+            raise InputError(
+                f"--pretrained {folder} was trained with --prediction-type {found}: give that, now it is "
+                f"{self.config.prediction_type}."
+            )
+        return begin_from(network, trained.unet, folder, f"--preset {self.config.preset}")
 
     def wrap(self, network: Any) -> nn.Module:
         """As (x_t, t) -> noise or velocity."""

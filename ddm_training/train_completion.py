@@ -18,6 +18,7 @@ from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.patches import Stream
+from ddm_training.weights import begin_from
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -37,8 +38,6 @@ class TrainCompletionConfig(LoopConfig):
     """Width and height in pixels of what the network sees of an image, multiples of 8."""
     widths: tuple[int, int, int] = completion.WIDTHS
     """Channels of the network's levels, from fine to coarse: multiples of 8, the last one of 32."""
-    pretrained: Path | None = None
-    """Folder of a completion network of these widths to begin from (fine-tuning), in place of random weights."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     ema_decay: float = 0.998
@@ -76,29 +75,28 @@ class CompletionTask:
         stores = [open_store(root, "train") for root in config.data]
         self.sampler = CompletionSampler(stores, config.size, weights=config.data_weights)
         self.frames = len(self.sampler)
+        sources = {scene.info.source for scene in self.sampler.scenes}
+        if config.pretrained is not None:
+            sources |= set(completion.load_completer(config.pretrained).spec.trained_on)
         self.spec = CompletionSpec(
             size=config.size,
-            trained_on=tuple(sorted({scene.info.source for scene in self.sampler.scenes})),
+            trained_on=tuple(sorted(sources)),
             license=config.license,
         )
         self._unmatched = torch.zeros(())  # samples so far, on their device, that had next to no matches
         self._samples = 0
 
     def make_network(self) -> nn.Module:
-        """Of the widths asked for, or the one to begin from.
+        """Of the widths asked for, with the weights to begin from, if there are any.
 
         Raises:
-            InputError: that one cannot be read, or has other widths.
+            InputError: those cannot be read, or are of another network.
         """
-        widths, folder = self.config.widths, self.config.pretrained
+        network, folder = completion.make_network(self.config.widths), self.config.pretrained
         if folder is None:
-            return completion.make_network(widths)
-        network = completion.load_completer(folder).unet
-        if (found := tuple(network.config["block_out_channels"])) != widths:
-            raise InputError(
-                f"--pretrained {folder} has --widths {' '.join(map(str, found))}, wanted {' '.join(map(str, widths))}."
-            )
-        return network.train().requires_grad_(True)
+            return network
+        widths = " ".join(map(str, self.config.widths))
+        return begin_from(network, completion.load_completer(folder).unet, folder, f"--widths {widths}")
 
     def wrap(self, network: Any) -> nn.Module:
         """As (rgb, known, base) -> depth and its spread."""
@@ -242,7 +240,7 @@ def model_card(
     spec: CompletionSpec, config: TrainCompletionConfig, *, parameters: int, measured: dict[str, Any]
 ) -> str:
     """The README.md of a completion folder; all figures come from the arguments."""
-    from ddm_training.export import card_license
+    from ddm_training.export import begun_from, card_license
 
     widths = " / ".join(map(str, config.widths))
     rows = "\n".join(
@@ -264,7 +262,7 @@ Completes what stereo knows of an image's depth, made with `ddm train-completion
 | sees | images of {spec.size[0]} x {spec.size[1]} pixels: colours, known depth, and its membrane interpolation |
 | gives | a correction of the membrane's log depth, and the log of the error to expect |
 | trained on | {", ".join(spec.trained_on)}, with made-up matches |
-| training | {spec.steps:,} steps of {config.train_batch_size} images per process |
+| training | {spec.steps:,} steps of {config.train_batch_size} images per process{begun_from(config.pretrained)} |
 | licence of the weights | {spec.license} |
 
 Mean |log error| where no depth is given, on held-out frames with made-up matches:

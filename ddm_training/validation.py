@@ -109,6 +109,9 @@ class PatchValidation:
         self.abar = self.scheduler.alphas_cumprod.to(device)
         self._global_batch = config.train_batch_size * world
         self._frames = len(sampler)
+        sources = {scene.info.source for scene in sampler.scenes}
+        if config.pretrained is not None:
+            sources |= set(RgbdSpec.load(config.pretrained).trained_on)
         self._spec: dict[str, Any] = {
             "patch_size": config.patch_size,
             "focal": config.focal,
@@ -116,7 +119,7 @@ class PatchValidation:
             "image_size": pseudo_image(config.focal),
             "disparity_quantiles": disparity_quantiles(sampler, seed=config.seed),
             "depth_scale_jitter": config.depth_scale_jitter,
-            "trained_on": tuple(sorted({scene.info.source for scene in sampler.scenes})),
+            "trained_on": tuple(sorted(sources)),
             "license": config.license,
         }
 

@@ -237,6 +237,20 @@ def test_training_resumes_to_the_bit_and_exports(store, tmp_path) -> None:
     assert "toy, with made-up matches" in card
 
 
+def test_a_training_begins_with_the_weights_of_another(store, tmp_path) -> None:
+    config(store, tmp_path / "first").main()
+    first = tmp_path / "first" / completion.FOLDER
+    config(store, tmp_path / "second", pretrained=first, seed=5, learning_rate=1e-9, max_train_steps=1).main()
+    before, after = load_completer(first), load_completer(tmp_path / "second" / completion.FOLDER)
+    for name, value in before.unet.state_dict().items():
+        torch.testing.assert_close(after.unet.state_dict()[name], value, rtol=0, atol=1e-6)
+    assert "begun from trained weights (completion)" in (tmp_path / "second" / "completion" / "README.md").read_text()
+    with pytest.raises(InputError, match=r"--pretrained .* holds another network than --widths 16 32 32 asks for"):
+        config(store, tmp_path / "third", pretrained=first, widths=(16, 32, 32)).main()
+    with pytest.raises(InputError, match="is no completion network"):
+        config(store, tmp_path / "third", pretrained=tmp_path).main()
+
+
 def test_the_checkpoint_of_another_network_is_refused(store, tmp_path) -> None:
     state = {"model": {"weight": torch.ones(3)}, "ema": {}, "optimizer": {}}
     save_checkpoint(tmp_path, 2, state, {}, limit=1)
