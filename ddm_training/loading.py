@@ -102,10 +102,16 @@ class Loader:
             signal.signal(signal.SIGCHLD, self._child_signal)
 
 
+_DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)"
+    r"|Pin memory thread exited unexpectedly"  # PyTorch's own, which takes the batches where a GPU trains
+)
+
+
 def _is_of_dead_worker(error: Exception) -> bool:
     """Whether a worker was found dead, by PyTorch or amid handing a batch over; not what it raised itself."""
     if isinstance(error, RuntimeError):
-        return bool(re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", str(error)))
+        return _DEAD_WORKER.search(str(error)) is not None
     if "in DataLoader worker process" in str(error):
         return False
     # Of its socket: reset, closed, or gone from the disk; a missing file of the user's has a name.

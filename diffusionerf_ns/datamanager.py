@@ -257,7 +257,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             f"between them, in {seconds:.1f} s."
         )
         self.stereo_rays = StereoRays(
-            matched, matched.completed, cameras.to(self.device), self.config.stereo_rays_per_batch
+            matched, matched.completed, cameras, self.config.stereo_rays_per_batch, self.device
         )
         centre, radius = matched.content_cube(cameras)
         low, high = ([f"{c + sign * radius:.2f}" for c in centre] for sign in (-1.0, 1.0))
@@ -332,14 +332,15 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         batch["patches"] = PatchBatch(
             first_ray=sum(len(b) for b in bundles),
             size=request.spec.patch_size,
-            rgb=[p.rgb for p in drawn],
+            rgb=[None if p.rgb is None else p.rgb.to(self.device) for p in drawn],
             cameras=[p.camera for p in drawn],
-            poses=[p.pose for p in drawn],
+            poses=[p.pose.to(self.device) for p in drawn],
         )
         return patches.concatenate_rays([*bundles, *(p.rays.to(self.device) for p in drawn)]), batch
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
-        cameras = self.train_ray_generator.cameras
+        """On the CPU, where the images are: what is cut is little, and a GPU would be asked for many small numbers."""
+        cameras = self.train_dataset.cameras
         if torch.rand(()) < self.config.image_patch_share:
             return patches.sample_image_patch(cameras, self._train_images(request.spec), request.spec)
         return patches.sample_rendered_patch(
@@ -350,11 +351,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         )
 
     def _train_images(self, spec: RgbdSpec) -> list[Float[Tensor, "_h _w 3"]]:
-        """All training images in the order of the cameras, on the device; checked once that patches fit."""
+        """All training images in the order of the cameras; checked once that patches fit."""
         if self._images is None:
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
             # On black, as rays are rendered in training that meet nothing.
-            self._images = [
-                self.train_dataset.image_on(i, None).to(self.device) for i in range(len(self.train_dataset))
-            ]
+            self._images = [self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset))]
         return self._images

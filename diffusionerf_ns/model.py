@@ -239,6 +239,8 @@ class DiffusioNeRFModel(NerfactoModel):
     ) -> list[TrainingCallback]:
         """nerfacto's, and keeping the step and the length of the run."""
         self.in_training_run = True
+        # ns-train switches it on: views beside the training are of ever other sizes, and each would be timed anew.
+        torch.backends.cudnn.benchmark = False
         trainer = training_callback_attributes.trainer
         if trainer is not None:
             # A resumed run goes on for that many steps: it ends where the whole run would have, and so do schedules.

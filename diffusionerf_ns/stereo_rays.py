@@ -9,7 +9,10 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
 from diffusionerf_ns.completion import DepthMaps
+from diffusionerf_ns.patches import concatenate_rays
 from diffusionerf_ns.stereo import MatchedDepth
+
+RAYS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,31 @@ class StereoBatch:
 class StereoRays:
     """Draws rays through matched pixels, and looks up completed depth along pixel rays.
 
+    The rays through matched pixels are made once: a step takes some of them.
+
     Args:
         matched: pixels whose depth is known; at least one.
         completed: of all pixels.
-        cameras: of the training images, on the device of the rays.
+        cameras: of the training images.
         rays_per_batch: how many rays through matched pixels a step has, where it wants any.
+        device: of the rays.
     """
 
-    def __init__(self, matched: MatchedDepth, completed: DepthMaps, cameras: Cameras, rays_per_batch: int) -> None:
+    def __init__(
+        self,
+        matched: MatchedDepth,
+        completed: DepthMaps,
+        cameras: Cameras,
+        rays_per_batch: int,
+        device: torch.device | str,
+    ) -> None:
         self.matched = matched
-        self._cameras = cameras
-        self.completed = completed.to(cameras.device)
-        self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1)
+        self.completed = completed.to(device)
+        self._image_sizes = torch.cat([cameras.height, cameras.width], dim=-1).to(device)
         self._rays_per_batch = rays_per_batch
+        parts = [matched.rays(cameras, chosen) for chosen in torch.arange(len(matched)).split(RAYS_AT_ONCE)]
+        self._rays = concatenate_rays([rays for rays, _ in parts]).to(device)
+        self._distance = torch.cat([distance for _, distance in parts]).to(device)
 
     def draw(
         self, rays: RayBundle, indices: Int[Tensor, "pixel_rays 3"], *, matched_rays: bool
@@ -55,11 +70,11 @@ class StereoRays:
             indices: image, row and column of the pixel of each.
             matched_rays: whether rays through matched pixels are wanted.
         """
-        bundle, distance = None, torch.zeros(0, device=self._cameras.device)
+        bundle, distance = None, self._distance[:0]
         if matched_rays:
-            chosen = torch.randint(len(self.matched), (self._rays_per_batch,))
-            bundle, distance = self.matched.rays(self._cameras, chosen)
-        depth, confirmed, error = self.completed.at(indices.to(self._cameras.device), self._image_sizes)
+            chosen = torch.randint(len(self.matched), (self._rays_per_batch,)).to(distance.device)
+            bundle, distance = self._rays[chosen], self._distance[chosen]
+        depth, confirmed, error = self.completed.at(indices.to(distance.device), self._image_sizes)
         batch = StereoBatch(
             rays=slice(len(rays), len(rays) + len(distance)),
             distance=distance,

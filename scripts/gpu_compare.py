@@ -1,6 +1,7 @@
 """What `gpu_check` compares: a step's losses and gradients, tensors of two devices, times."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,10 +47,11 @@ def to_device(value: Any, device: str) -> Any:
 
 
 def relative_error(expected: Any, found: Any, floor: float = 0.0) -> float:
-    """|found - expected| / max(|expected|, floor), Euclidean norms in float64."""
+    """|found - expected| / max(|expected|, floor), Euclidean norms in float64; infinite where one is not finite."""
     expected, found = expected.double().cpu(), found.double().cpu()
     difference, size = float((found - expected).norm()), max(float(expected.norm()), floor)
-    return difference / size if size > 0 else difference
+    error = difference / size if size > 0 else difference
+    return error if math.isfinite(error) else math.inf
 
 
 def compare(expected: dict[str, Any], found: dict[str, Any], floor: float = 0.0) -> dict[str, float]:

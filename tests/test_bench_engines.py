@@ -1,10 +1,12 @@
 """How the jobs of a benchmark are run, with a worker that only pretends."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,10 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[i
         return entries
 
     return make
+
+
+def _say_gpus(folder: Path, _: Path) -> None:
+    (folder / "seen").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def test_a_failing_and_a_killed_job_are_recorded_and_the_others_go_on(
@@ -114,6 +120,25 @@ def test_each_gpu_gets_its_worker_and_all_workers_share_the_cores(monkeypatch: p
     assert names == ["2", "5", "2", "5"]
     assert worker_environments(None, gpus=[]) == [{"OMP_NUM_THREADS": "6"}]
     assert worker_environments(4, gpus=[]) == [{"OMP_NUM_THREADS": "1"}] * 4
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [([], ""), (["2", "5"], "2,5"), (["GPU-1f"], "GPU-1f")])
+def test_jobs_of_submitits_local_executor_see_the_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    pretend: Callable[[list[int]], list[results.Entry]],
+    gpus: list[str],
+    seen: str,
+) -> None:
+    """It hides them by itself, and jobs would train on the CPU."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(engines, "_visible_gpus", lambda: gpus)
+    monkeypatch.setattr(worker, "work", partial(_say_gpus, tmp_path))
+    entries = pretend([1])
+    assert [
+        e for e, _ in engines._run_submitit(entries, EngineConfig(engine="submitit-local"), tmp_path, int)
+    ] == entries
+    assert (tmp_path / "seen").read_text() == seen
 
 
 def test_running_again_does_only_what_is_missing(

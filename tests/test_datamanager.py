@@ -165,6 +165,22 @@ def test_wishes_are_asked_for_at_every_step(manager):
 # Depth from stereo
 
 
+def test_stereo_rays_are_those_of_the_cameras_through_matched_pixels(manager):
+    """They are made once, in pieces, and drawn from."""
+    matched, cameras = manager.stereo_rays.matched, manager.train_dataset.cameras
+    wish(manager, 0, stereo=ALL_OF_STEREO)
+    torch.manual_seed(3)
+    bundle, batch = manager.next_train(0)
+    torch.manual_seed(3)
+    DiffusioNeRFDataManager.__mro__[1].next_train(manager, 0)  # the pixel rays before them
+    expected, distance = matched.rays(cameras, torch.randint(len(matched), (24,)))
+    drawn = bundle[batch["stereo"].rays]
+    for name in ("origins", "directions", "pixel_area", "camera_indices"):
+        assert torch.equal(getattr(drawn, name), getattr(expected, name)), name
+    assert torch.equal(drawn.metadata["directions_norm"], expected.metadata["directions_norm"])
+    assert torch.equal(batch["stereo"].distance, distance)
+
+
 def test_stereo_rays_end_on_the_walls_of_the_scene(manager):
     wish(manager, 0, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)

@@ -1,5 +1,6 @@
 """The GPU check: what it says without CUDA, and that its comparison finds what differs (with the CPU on both sides)."""
 
+import math
 import re
 import subprocess
 import sys
@@ -80,3 +81,14 @@ def test_all_checks_run_with_the_cpu_in_place_of_the_gpu(gpu_check: ModuleType, 
     assert max(errors) < 1e-4
     assert "8 terms" in lines[0].what  # photometric, chroma, interlevel, frustum, foreground, stereo twice, the prior
     assert all(line.passed for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"), [(1.0, float("nan")), (float("inf"), float("inf")), (0.0, float("inf"))]
+)
+def test_gradients_that_are_not_finite_pass_no_limit(expected: float, found: float) -> None:
+    compare = load_script("gpu_compare")
+    both = {"a": torch.ones(2)}, {"a": torch.ones(2)}
+    both[0]["b"], both[1]["b"] = torch.tensor([expected]), torch.tensor([found])
+    assert compare.compare(*both) == {"a": 0.0, "b": math.inf}
+    assert max(compare.compare(*both).values()) == math.inf

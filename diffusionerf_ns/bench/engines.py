@@ -181,6 +181,8 @@ def _run_submitit(
             slurm_job_name="diffusionerf-bench",
             **({"slurm_partition": config.slurm_partition} if config.slurm_partition else {}),
         )
+    elif gpus := _visible_gpus():  # its local executor hides them, and jobs would train on the CPU
+        executor.update_parameters(local_setup=[f"export CUDA_VISIBLE_DEVICES={','.join(gpus)}"])
     # submitit's local executor starts all that it is given at once
     batch = len(entries) if on_slurm else config.workers or 1
     for start in range(0, len(entries), batch):
