@@ -128,7 +128,7 @@ class PatchTask:
         network, folder = make_unet(self.config.preset, patch_size=self.config.patch_size), self.config.pretrained
         if folder is None:
             return network
-        trained = load_unet(folder)
+        trained: Any = load_unet(folder)
         if (found := load_scheduler(folder).config["prediction_type"]) != self.config.prediction_type:
             raise InputError(
                 f"--pretrained {folder} was trained with --prediction-type {found}: give that, now it is "
