@@ -34,6 +34,23 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Tell plainly of a full disk, or whatever keeps a file from being written.
+
+    Args:
+        path: of the file or folder, for the message.
+        advice: what to do, and what is not lost: a sentence or two.
+
+    Raises:
+        InputError: it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error}). {advice}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write or replace a file in one step: a reader meets the old one, none, or the new one, also after a power cut.
 

@@ -4,11 +4,11 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddm_training import files
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
 
@@ -21,20 +21,9 @@ if TYPE_CHECKING:
 LOG_FILE = "log.jsonl"
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Tell plainly of a full disk, or whatever keeps a training from writing to ``path``.
-
-    Raises:
-        InputError: it could not be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error}). Checkpoints are untouched: make room and run the same command "
-            "again."
-        ) from error
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Tell plainly of what keeps a training from writing to ``path``; see `files.writing`."""
+    return files.writing(path, "Checkpoints are untouched: make room and run the same command again.")
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from ddm_training.errors import InputError
-from ddm_training.files import exclusive, write_whole
+from ddm_training.files import exclusive, write_whole, writing
 from ddm_training.frames import SceneInfo, SceneWriter, Split, names_digest, read_scene_info
 from ddm_training.jobs import EngineConfig, run_jobs
 from ddm_training.rejection import FrameRejected, RejectionLimits, check_frame, is_no_file
 from ddm_training.report import REPORT_FILE, SceneResult, make_report, scene_result, show_report
 from ddm_training.resize import resize_color, resize_depth, scale_intrinsics
 
+_ADVICE = "Mend that, or give another --output, and run the same command again; whole scenes are kept."
 ABSENT = "not on disk"  # a reason that a later download may take away
 Frame = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float, float]]
 """Colour uint8 [h, w, 3], planar depth float32 [h, w] in metres, validity bool [h, w], fx fy cx cy in pixels."""
@@ -144,7 +145,7 @@ def prepare(
             a full disk, or scenes that failed.
     """
     with exclusive(store, f"{command} preparation", "--output"):
-        with _writing(store / f"{command}.options.json") as path:
+        with writing(path := store / f"{command}.options.json", _ADVICE):
             _check_options(path, options)
         todo = [job for job in jobs if redo or not job.is_whole()]
         names = {job.name for job in todo}
@@ -160,7 +161,7 @@ def prepare(
                 f"the disk of {store} is full ({shutil.disk_usage(store).free / 1e9:.2f} GB free): free some space and "
                 f"run the same command again; the {len(results)} whole scenes are kept."
             ) from full
-        with _writing(store / REPORT_FILE) as path:
+        with writing(path := store / REPORT_FILE, _ADVICE):
             write_whole(path, json.dumps(report, indent=2) + "\n")
         if failed:
             name, why = next(iter(failed.items()))
@@ -191,17 +192,6 @@ def _same(begun: Any, now: Any) -> bool:
     """Whether two values of an option agree; older stores hold a path as it was typed."""
     typed = isinstance(begun, str) and begun and isinstance(now, str)
     return begun == now or bool(typed and str(Path(begun).resolve()) == now)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    try:
-        yield path
-    except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error}): mend that, or give another --output, and run the same command "
-            "again; whole scenes are kept."
-        ) from error
 
 
 def _is_full(error: BaseException) -> bool:

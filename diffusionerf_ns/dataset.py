@@ -17,6 +17,8 @@ from ddm_training.errors import InputError
 from diffusionerf_ns import cut_out
 from diffusionerf_ns.dataparsers.images import UNREADABLE, has_alpha, in_8_bits, same_shape
 
+MOST_KEPT = 12  # images of a capture that are kept decoded, 3 bytes a pixel
+
 
 class FewViewDataset(InputDataset):
     """nerfstudio's dataset, and in each item:
@@ -86,7 +88,7 @@ class FewViewDataset(InputDataset):
         """The image as uint8 [h, w, 3], of palettes, grey and 16 bits too; [h, w, 4] if any of the set has alpha."""
         if self._on_background and (self._opaque is not None or self._any_alpha):
             return (255.0 * self.image_on(image_idx, self.background)).round().to(torch.uint8).numpy()
-        return self._with_alpha(image_idx)
+        return self._with_alpha(image_idx).copy()
 
     def _with_alpha(self, image_idx: int) -> np.ndarray:
         pixels = self._read(image_idx)
@@ -95,6 +97,19 @@ class FewViewDataset(InputDataset):
         return np.dstack([pixels[..., :3], np.uint8(255) * self._opaque[image_idx]])
 
     def _read(self, image_idx: int) -> np.ndarray:
+        """The file's pixels, not to be written to: of few images they are kept, as much looks at them."""
+        if image_idx in self._kept:
+            return self._kept[image_idx]
+        pixels = self._decode(image_idx)
+        if len(self) <= MOST_KEPT:
+            self._kept[image_idx] = pixels
+        return pixels
+
+    @cached_property
+    def _kept(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _decode(self, image_idx: int) -> np.ndarray:
         with Image.open(self._dataparser_outputs.image_filenames[image_idx]) as image:
             try:
                 image = in_8_bits(image).convert("RGBA" if self._any_alpha else "RGB")

@@ -9,6 +9,7 @@ from PIL import Image
 from small_capture import make_capture, parse
 
 from ddm_training.errors import InputError
+from diffusionerf_ns import dataset as data_module
 from diffusionerf_ns.dataset import FewViewDataset, load_depth, load_mask
 
 
@@ -62,6 +63,23 @@ def test_one_image_with_alpha_gives_all_of_them_a_channel_for_it(tmp_path):
     assert dataset.get_numpy_image(1)[0, 0].tolist() == [10, 20, 30, 128]
     assert dataset.get_numpy_image(2)[..., 3].min() == 255
     torch.stack([dataset[i]["image"] for i in range(3)])
+
+
+@pytest.mark.parametrize(("count", "once"), [(3, True), (16, False)])
+def test_few_images_are_decoded_once_whoever_looks_at_them(tmp_path, monkeypatch, count, once):
+    make_capture(tmp_path, count=count)
+    decoded = []
+    monkeypatch.setattr(data_module, "in_8_bits", lambda image: decoded.append(image.filename) or image)
+    data = FewViewDataset(parse(tmp_path))
+    data.find_cut_outs(flat=True)
+    first = data.get_numpy_image(0)
+    first[:] = 0  # what is given away may be written to
+    assert data.image_on(0, None).max() > 0
+    assert (data.get_numpy_image(0) > 0).any()
+    for index in range(len(data)):
+        data.get_image_float32(index)
+    assert len(set(decoded)) == len(data)
+    assert (len(decoded) == len(data)) is once
 
 
 @pytest.mark.parametrize(

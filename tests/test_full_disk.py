@@ -60,7 +60,7 @@ def test_a_line_that_does_not_fit_into_the_log_ends_a_training_plainly(store, tm
 
 def test_a_folder_that_cannot_be_made_is_named(store, tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(InputError, match=r"taken/run could not be written"):
+    with pytest.raises(InputError, match=r"--output-dir .*taken/run cannot be made"):
         train(config(store, tmp_path / "taken" / "run"))
 
 
