@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,10 +51,6 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[i
         return entries
 
     return make
-
-
-def _say_gpus(folder: Path, _: Path) -> None:
-    (folder / "seen").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def test_a_failing_and_a_killed_job_are_recorded_and_the_others_go_on(
@@ -133,7 +128,7 @@ def test_jobs_of_submitits_local_executor_see_the_gpus(
     """It hides them by itself, and jobs would train on the CPU."""
     pytest.importorskip("submitit")
     monkeypatch.setattr(engines, "_visible_gpus", lambda: gpus)
-    monkeypatch.setattr(worker, "work", partial(_say_gpus, tmp_path))
+    monkeypatch.setattr(worker, "work", lambda _: (tmp_path / "seen").write_text(os.environ["CUDA_VISIBLE_DEVICES"]))
     entries = pretend([1])
     assert [
         e for e, _ in engines._run_submitit(entries, EngineConfig(engine="submitit-local"), tmp_path, int)
