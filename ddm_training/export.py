@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+    from ddm_training.pretrained import Origin
+
 ExportDtype = Literal["fp16", "fp32"]
 # Licences that the hub knows by these names, of those that weights have: huggingface.co/docs/hub/repositories-licenses
 _HUB_LICENSES = {
@@ -106,7 +108,13 @@ def _write(
 
 
 def model_card(
-    spec: RgbdSpec, *, config: dict[str, Any], parameters: int, measured: dict[str, Any], sheet: bool
+    spec: RgbdSpec,
+    *,
+    config: dict[str, Any],
+    parameters: int,
+    measured: dict[str, Any],
+    sheet: bool,
+    origin: "Origin | None" = None,
 ) -> str:
     """The README.md of a prior folder; all figures come from ``spec``, ``config`` and ``measured``.
 
@@ -116,6 +124,7 @@ def model_card(
         parameters: of the network.
         measured: by `PatchValidation.run`.
         sheet: samples are written beside it.
+        origin: what the training began with.
     """
     rows = "\n".join(
         f"| {t} | {both['all']:.4f} | {both['depth']:.4f} |" for t, both in measured.get("val", {}).items()
@@ -142,7 +151,7 @@ A denoising diffusion model of {spec.patch_size} x {spec.patch_size} patches wit
 | disparity quantiles, 1/m | {quantiles} |
 | training | {spec.steps:,} steps of {measured.get("global_batch", "?")} patches, {config["loss_type"]} loss,\
  depth weight {config["depth_loss_weight"]:g}, learning rate {config["learning_rate"]:g},\
- {config["mixed_precision"]}{begun_from(config["pretrained"])} |
+ {config["mixed_precision"]}{origin or ""} |
 | timesteps | {config["timestep_bias"]:.0%} log-uniform in [3, 199), the others uniform over all 1000 |
 | licence of the weights | {spec.license} |
 
@@ -154,11 +163,6 @@ Squared error of the predicted noise on held-out patches (predicting zero gives 
 
 `{CURVES_FILE}` shows the losses over the training{_SAMPLES if sheet else ""}.
 """
-
-
-def begun_from(pretrained: Path | None) -> str:
-    """What a model card's line about the training ends with."""
-    return "" if pretrained is None else f", begun from trained weights ({pretrained.name})"
 
 
 def card_license(text: str) -> str:

@@ -21,6 +21,7 @@ from ddm_training.files import exclusive
 from ddm_training.loading import Loader, StepBatches, WorkerKilledError
 from ddm_training.loop_config import LoopConfig
 from ddm_training.objective import learning_rate, update_average
+from ddm_training.pretrained import keep_origin
 from ddm_training.stopping import StopRequest
 from ddm_training.task import Task, Validation
 from ddm_training.weights import Weights, make_weights, resume, save
@@ -102,6 +103,7 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
             ends_with.enter_context(exclusive(config.output_dir, "training", "--output-dir"))
             with writing(config.output_dir):
                 remove_leftovers(config.output_dir)
+                keep_origin(config, task.origin)
         start, resumed = resume(config, task, weights, chief=chief)
         forward: Any = torch.compile(weights.network) if config.torch_compile else weights.network
         model = accelerator.prepare(task.wrap(forward))

@@ -21,8 +21,8 @@ class LoopConfig:
     """Checkpoints, log.jsonl, TensorBoard, and what is exported go here."""
 
     pretrained: Path | None = None
-    """Begin with the weights of this folder (fine-tuning), in place of random ones: of a prior, or of its `completion`
-    where that is trained. The network must be the same."""
+    """Begin with the weights of this prior folder (fine-tuning), in place of random ones. The network must be the
+    same, and where the training goes on they are not read again."""
     train_batch_size: int = 32
     """Samples per step and process."""
     max_train_steps: int = 20_000

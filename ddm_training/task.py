@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ddm_training.pretrained import Origin
+
 
 @runtime_checkable
 class Validation(Protocol):
@@ -34,9 +36,11 @@ class Task(Protocol):
     """Frames of the training data."""
     unit: str
     """What a sample is called, in the plural."""
+    origin: Origin | None
+    """Trained weights that it begins, or began, with."""
 
     def make_network(self) -> nn.Module:
-        """Freshly initialised; called with the seed set."""
+        """Freshly initialised, or with the trained weights to begin with; called with the seed set."""
         ...
 
     def wrap(self, network: Any) -> nn.Module:

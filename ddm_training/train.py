@@ -16,8 +16,8 @@ from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.objective import LossType, masked_loss
+from ddm_training.pretrained import begin_with, find_origin, goes_on
 from ddm_training.unet import Prediction, Preset
-from ddm_training.weights import begin_from
 
 if TYPE_CHECKING:
     from ddm_training.patches import PatchConfig
@@ -110,31 +110,35 @@ class PatchTask:
 
     def __init__(self, config: TrainConfig) -> None:
         from ddm_training.patches import open_sampler
+        from ddm_training.rgbd import RgbdSpec
         from ddm_training.unet import make_scheduler
 
         self.config = config
+        self.origin = find_origin(config, RgbdSpec.load)
         self.sampler = open_sampler(config.data, "train", config.patch_config(), weights=config.data_weights)
         self.frames = len(self.sampler)
         self._abar = make_scheduler().alphas_cumprod
 
     def make_network(self) -> nn.Module:
-        """Of the preset, with the weights to begin from, if there are any.
+        """Of the preset, with the weights to begin with, if there are any.
 
         Raises:
-            InputError: those cannot be read, or are of another network.
+            InputError: those cannot be read, or do not fit.
         """
+        from ddm_training.rgbd import RgbdSpec
         from ddm_training.unet import load_scheduler, load_unet, make_unet
 
         network, folder = make_unet(self.config.preset, patch_size=self.config.patch_size), self.config.pretrained
-        if folder is None:
+        if folder is None or goes_on(self.config):
             return network
         trained: Any = load_unet(folder)
-        if (found := load_scheduler(folder).config["prediction_type"]) != self.config.prediction_type:
+        found = RgbdSpec.load(folder).near, load_scheduler(folder).config["prediction_type"]
+        if found != (wanted := (RgbdSpec.near, self.config.prediction_type)):
             raise InputError(
-                f"--pretrained {folder} was trained with --prediction-type {found}: give that, now it is "
-                f"{self.config.prediction_type}."
+                f"--pretrained {folder} has (near, --prediction-type) {found}, wanted {wanted}: its weights mean "
+                "something else."
             )
-        return begin_from(network, trained.unet, folder, f"--preset {self.config.preset}")
+        return begin_with(network, trained.unet, folder, f"--preset {self.config.preset}")
 
     def wrap(self, network: Any) -> nn.Module:
         """As (x_t, t) -> noise or velocity."""
@@ -175,7 +179,7 @@ class PatchTask:
         """Losses per noise level, samples, and the prior folder."""
         from ddm_training.validation import PatchValidation
 
-        return PatchValidation(self.config, self.sampler, device=device, world=world)
+        return PatchValidation(self.config, self.sampler, self.origin, device=device, world=world)
 
     def finish(self, validation: "PatchValidation") -> None:
         """Upload, if so asked."""

@@ -18,7 +18,7 @@ from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.patches import Stream
-from ddm_training.weights import begin_from
+from ddm_training.pretrained import Origin, begin_with, find_origin, goes_on
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -76,8 +76,9 @@ class CompletionTask:
         self.sampler = CompletionSampler(stores, config.size, weights=config.data_weights)
         self.frames = len(self.sampler)
         sources = {scene.info.source for scene in self.sampler.scenes}
-        if config.pretrained is not None:
-            sources |= set(completion.load_completer(config.pretrained).spec.trained_on)
+        self.origin = find_origin(config, lambda folder: _load(folder).spec)
+        if self.origin is not None:
+            sources |= set(self.origin.trained_on)
         self.spec = CompletionSpec(
             size=config.size,
             trained_on=tuple(sorted(sources)),
@@ -87,16 +88,16 @@ class CompletionTask:
         self._samples = 0
 
     def make_network(self) -> nn.Module:
-        """Of the widths asked for, with the weights to begin from, if there are any.
+        """Of the widths asked for, with the weights to begin with, if there are any.
 
         Raises:
-            InputError: those cannot be read, or are of another network.
+            InputError: those cannot be read, or do not fit.
         """
         network, folder = completion.make_network(self.config.widths), self.config.pretrained
-        if folder is None:
+        if folder is None or goes_on(self.config):
             return network
         widths = " ".join(map(str, self.config.widths))
-        return begin_from(network, completion.load_completer(folder).unet, folder, f"--widths {widths}")
+        return begin_with(network, _load(folder).unet, folder, f"--widths {widths}")
 
     def wrap(self, network: Any) -> nn.Module:
         """As (rgb, known, base) -> depth and its spread."""
@@ -138,10 +139,16 @@ class CompletionTask:
 
     def validation(self, device: torch.device, world: int) -> "CompletionValidation":
         """Errors on held-out frames, and the exported network."""
-        return CompletionValidation(self.config, self.spec, device=device, unmatched=self.unmatched)
+        return CompletionValidation(self.config, self.spec, self.origin, device=device, unmatched=self.unmatched)
 
     def finish(self, validation: Any) -> None:
         """Nothing is left to do."""
+
+
+def _load(folder: Path) -> DepthCompleter:
+    """The network of a completion folder, or of that in a prior folder."""
+    inner = folder / FOLDER
+    return completion.load_completer(inner if inner.is_dir() else folder)
 
 
 class CompletionValidation:
@@ -150,6 +157,7 @@ class CompletionValidation:
     Args:
         config: of the training.
         spec: what the network is trained on.
+        origin: what it began with.
         device: of the network.
         unmatched: gives the share of training samples that had no weight, for the log.
 
@@ -161,11 +169,12 @@ class CompletionValidation:
         self,
         config: TrainCompletionConfig,
         spec: CompletionSpec,
+        origin: Origin | None = None,
         *,
         device: torch.device,
         unmatched: Callable[[], float],
     ) -> None:
-        self.config, self.spec, self.unmatched = config, spec, unmatched
+        self.config, self.spec, self.origin, self.unmatched = config, spec, origin, unmatched
         self.stores: dict[str, dict[str, Tensor]] = {}
         for root, batch in self._held_out(device):
             if not bool((batch["valid"] & (batch["known"] == 0)).any()):
@@ -227,7 +236,7 @@ class CompletionValidation:
         network = nn.Module.to(
             copy.deepcopy(average), torch.float16 if self.config.export_dtype == "fp16" else torch.float32
         )
-        card = model_card(spec, self.config, parameters=parameter_count(average), measured=measured)
+        card = model_card(spec, self.config, self.origin, parameters=parameter_count(average), measured=measured)
 
         def write(folder: Path) -> None:
             completion.save_completer(folder, network, spec)  # pyright: ignore[reportArgumentType]
@@ -237,10 +246,15 @@ class CompletionValidation:
 
 
 def model_card(
-    spec: CompletionSpec, config: TrainCompletionConfig, *, parameters: int, measured: dict[str, Any]
+    spec: CompletionSpec,
+    config: TrainCompletionConfig,
+    origin: Origin | None = None,
+    *,
+    parameters: int,
+    measured: dict[str, Any],
 ) -> str:
     """The README.md of a completion folder; all figures come from the arguments."""
-    from ddm_training.export import begun_from, card_license
+    from ddm_training.export import card_license
 
     widths = " / ".join(map(str, config.widths))
     rows = "\n".join(
@@ -262,7 +276,7 @@ Completes what stereo knows of an image's depth, made with `ddm train-completion
 | sees | images of {spec.size[0]} x {spec.size[1]} pixels: colours, known depth, and its membrane interpolation |
 | gives | a correction of the membrane's log depth, and the log of the error to expect |
 | trained on | {", ".join(spec.trained_on)}, with made-up matches |
-| training | {spec.steps:,} steps of {config.train_batch_size} images per process{begun_from(config.pretrained)} |
+| training | {spec.steps:,} steps of {config.train_batch_size} images per process{origin or ""} |
 | licence of the weights | {spec.license} |
 
 Mean |log error| where no depth is given, on held-out frames with made-up matches:

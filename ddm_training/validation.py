@@ -13,6 +13,7 @@ from ddm_training.errors import InputError
 from ddm_training.export import export_prior, model_card, open_repository, parameter_count, push_prior
 from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
+from ddm_training.pretrained import Origin
 from ddm_training.rgbd import RgbdSpec, pseudo_image
 from ddm_training.sample import sample_prior
 from ddm_training.unet import NoisePredictor, add_noise, make_scheduler
@@ -96,8 +97,16 @@ class PatchValidation:
     The pseudo image of the exported prior has the paper's field of view, whatever the focal length.
     """
 
-    def __init__(self, config: "TrainConfig", sampler: PatchSampler, *, device: torch.device, world: int) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        config: "TrainConfig",
+        sampler: PatchSampler,
+        origin: Origin | None = None,
+        *,
+        device: torch.device,
+        world: int,
+    ) -> None:
+        self.config, self.origin, self.device = config, origin, device
         if config.push_to_hub:
             assert config.hub_model_id is not None
             open_repository(config.hub_model_id, private=config.hub_private)
@@ -110,8 +119,8 @@ class PatchValidation:
         self._global_batch = config.train_batch_size * world
         self._frames = len(sampler)
         sources = {scene.info.source for scene in sampler.scenes}
-        if config.pretrained is not None:
-            sources |= set(RgbdSpec.load(config.pretrained).trained_on)
+        if origin is not None:
+            sources |= set(origin.trained_on)
         self._spec: dict[str, Any] = {
             "patch_size": config.patch_size,
             "focal": config.focal,
@@ -161,6 +170,7 @@ class PatchValidation:
             parameters=parameter_count(average),
             measured=measured,
             sheet=sheet is not None,
+            origin=self.origin,
         )
         export_prior(
             self.folder,

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,29 +46,6 @@ def adam_settings(config: LoopConfig) -> dict[str, Any]:
     return {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.adam_weight_decay}
 
 
-def begin_from(network: nn.Module, trained: nn.Module, folder: Path, flags: str) -> nn.Module:
-    """The network, with the weights of a trained one.
-
-    Args:
-        network: of what ``flags`` ask for.
-        trained: what ``folder`` holds.
-        folder: of `--pretrained`, for messages.
-        flags: that decide the network, for messages.
-
-    Raises:
-        InputError: the networks are not the same.
-    """
-    try:
-        network.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"--pretrained {folder} holds another network than {flags} asks for ({reason[:200]} ...): give that flag "
-            "as it was trained, or leave --pretrained out."
-        ) from error
-    return network
-
-
 def make_weights(config: LoopConfig, task: Task, device: torch.device) -> Weights:
     """Freshly initialised ones, by the seed."""
     torch.manual_seed(config.seed)
@@ -102,6 +78,9 @@ def resume(config: LoopConfig, task: Task, weights: Weights, *, chief: bool) -> 
     if found is None:
         return 0, []
     state, differing = load_checkpoint(found, saved_settings(config, task), task.identity)
+    if "pretrained" in differing:
+        was, now = (f"--pretrained {folder}" if folder else "random weights" for folder in differing["pretrained"])
+        raise InputError(f"{found} began with {was}, not with {now}: say so, or use another --output-dir.")
     try:
         weights.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError) as error:

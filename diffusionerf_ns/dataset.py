@@ -17,7 +17,7 @@ from ddm_training.errors import InputError
 from diffusionerf_ns import cut_out
 from diffusionerf_ns.dataparsers.images import UNREADABLE, has_alpha, in_8_bits, same_shape
 
-MOST_KEPT = 12  # images of a capture that are kept decoded, 3 bytes a pixel
+KEPT_BYTES = 1 << 28  # of decoded images
 
 
 class FewViewDataset(InputDataset):
@@ -97,11 +97,11 @@ class FewViewDataset(InputDataset):
         return np.dstack([pixels[..., :3], np.uint8(255) * self._opaque[image_idx]])
 
     def _read(self, image_idx: int) -> np.ndarray:
-        """The file's pixels, not to be written to: of few images they are kept, as much looks at them."""
+        """The file's pixels, not to be written to; kept while they are not too many, as much looks at them."""
         if image_idx in self._kept:
             return self._kept[image_idx]
         pixels = self._decode(image_idx)
-        if len(self) <= MOST_KEPT:
+        if sum(kept.nbytes for kept in self._kept.values()) + pixels.nbytes <= KEPT_BYTES:
             self._kept[image_idx] = pixels
         return pixels
 

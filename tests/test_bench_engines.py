@@ -117,23 +117,29 @@ def test_each_gpu_gets_its_worker_and_all_workers_share_the_cores(monkeypatch: p
     assert worker_environments(4, gpus=[]) == [{"OMP_NUM_THREADS": "1"}] * 4
 
 
-@pytest.mark.parametrize(("gpus", "seen"), [([], ""), (["2", "5"], "2,5"), (["GPU-1f"], "GPU-1f")])
-def test_jobs_of_submitits_local_executor_see_the_gpus(
+@pytest.mark.parametrize(("gpus", "given"), [([], [None] * 3), (["2", "GPU-1f"], ["2", "GPU-1f", "2"])])
+def test_jobs_of_submitits_local_executor_get_a_gpu_each(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     pretend: Callable[[list[int]], list[results.Entry]],
     gpus: list[str],
-    seen: str,
+    given: list[str | None],
 ) -> None:
     """It hides them by itself, and jobs would train on the CPU."""
     pytest.importorskip("submitit")
     monkeypatch.setattr(engines, "_visible_gpus", lambda: gpus)
-    monkeypatch.setattr(worker, "work", lambda _: (tmp_path / "seen").write_text(os.environ["CUDA_VISIBLE_DEVICES"]))
-    entries = pretend([1])
-    assert [
-        e for e, _ in engines._run_submitit(entries, EngineConfig(engine="submitit-local"), tmp_path, int)
-    ] == entries
-    assert (tmp_path / "seen").read_text() == seen
+    for name in ("work", "work_on"):  # a lambda goes to the job by value: it does not know this file
+        monkeypatch.setattr(worker, name, lambda folder, gpu=None: (folder / "gpu").write_text(str(gpu)))
+    entries, config = pretend([1, 2, 3]), EngineConfig(engine="submitit-local", workers=3)
+    done = [entry for entry, _ in engines._run_submitit(entries, config, tmp_path, int)]
+    assert {entry.folder for entry in done} == {entry.folder for entry in entries}
+    assert [(entry.folder / "gpu").read_text() for entry in entries] == [str(gpu) for gpu in given]
+
+
+def test_a_job_on_a_gpu_sees_that_one_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(worker, "work", lambda folder: folder == tmp_path and os.environ["CUDA_VISIBLE_DEVICES"] == "5")
+    assert worker.work_on(tmp_path, "5")
 
 
 def test_running_again_does_only_what_is_missing(

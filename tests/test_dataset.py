@@ -65,9 +65,10 @@ def test_one_image_with_alpha_gives_all_of_them_a_channel_for_it(tmp_path):
     torch.stack([dataset[i]["image"] for i in range(3)])
 
 
-@pytest.mark.parametrize(("count", "once"), [(3, True), (16, False)])
-def test_few_images_are_decoded_once_whoever_looks_at_them(tmp_path, monkeypatch, count, once):
-    make_capture(tmp_path, count=count)
+@pytest.mark.parametrize(("room", "once"), [(3 * 40 * 30 * 3, True), (1, False)])
+def test_few_images_are_decoded_once_whoever_looks_at_them(tmp_path, monkeypatch, room, once):
+    make_capture(tmp_path, count=3)
+    monkeypatch.setattr(data_module, "KEPT_BYTES", room)
     decoded = []
     monkeypatch.setattr(data_module, "in_8_bits", lambda image: decoded.append(image.filename) or image)
     data = FewViewDataset(parse(tmp_path))

@@ -145,7 +145,7 @@ def test_a_capture_of_a_still_is_kept_and_is_not_one_of_a_room(tmp_path):
 
 
 def test_stills_have_no_layout_of_hypersims(tmp_path):
-    with pytest.raises(InputError, match="--scenes has no meaning with --output hypersim"):
+    with pytest.raises(InputError, match="--scenes stills has no meaning with --output hypersim"):
         RoomsConfig(folder=tmp_path, output="hypersim", scenes="stills")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy_training import make_store
 
 from ddm_training import completion, membrane
 from ddm_training.checkpoints import save_checkpoint
@@ -238,17 +239,22 @@ def test_training_resumes_to_the_bit_and_exports(store, tmp_path) -> None:
 
 
 def test_a_training_begins_with_the_weights_of_another(store, tmp_path) -> None:
-    config(store, tmp_path / "first").main()
-    first = tmp_path / "first" / completion.FOLDER
-    config(store, tmp_path / "second", pretrained=first, seed=5, learning_rate=1e-9, max_train_steps=1).main()
-    before, after = load_completer(first), load_completer(tmp_path / "second" / completion.FOLDER)
-    for name, value in before.unet.state_dict().items():
-        torch.testing.assert_close(after.unet.state_dict()[name], value, rtol=0, atol=1e-6)
-    assert "begun from trained weights (completion)" in (tmp_path / "second" / "completion" / "README.md").read_text()
+    config(store, tmp_path / "prior").main()
+    first = tmp_path / "prior" / completion.FOLDER
+    other = make_store(tmp_path / "other", "garden")
+    for given in (first, first.parent):
+        out = tmp_path / f"from-{given.name}"
+        config(other, out, pretrained=given, seed=5, learning_rate=1e-9, max_train_steps=1).main()
+        before, after = load_completer(first), load_completer(out / completion.FOLDER)
+        for name, value in before.unet.state_dict().items():
+            torch.testing.assert_close(after.unet.state_dict()[name], value, rtol=0, atol=1e-6)
+        assert after.spec.trained_on == ("garden", "toy")
+        card = (out / completion.FOLDER / "README.md").read_text()
+        assert "begun with weights of an earlier training (toy, 6 steps, licence unknown)" in card
     with pytest.raises(InputError, match=r"--pretrained .* holds another network than --widths 16 32 32 asks for"):
         config(store, tmp_path / "third", pretrained=first, widths=(16, 32, 32)).main()
     with pytest.raises(InputError, match="is no completion network"):
-        config(store, tmp_path / "third", pretrained=tmp_path).main()
+        config(store, tmp_path / "third", pretrained=tmp_path / "other").main()
 
 
 def test_the_checkpoint_of_another_network_is_refused(store, tmp_path) -> None:

@@ -12,10 +12,13 @@ from ddm_training.train import TrainConfig
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("store")
+    return make_store(tmp_path_factory.mktemp("store"), "toy")
+
+
+def make_store(root: Path, source: str) -> Path:
     rng = np.random.default_rng(0)
     for name, split in (("a", "train"), ("b", "val")):
-        writer = SceneWriter(root, name, split=split, source="toy", max_frames=3, height=40, width=48)
+        writer = SceneWriter(root, name, split=split, source=source, max_frames=3, height=40, width=48)
         for index in range(3):
             depth = rng.uniform(1, 4, (40, 48)).astype(np.float32)
             color = rng.integers(0, 256, (40, 48, 3)).astype(np.uint8)

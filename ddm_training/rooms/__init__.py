@@ -38,8 +38,8 @@ class RoomsConfig:
     output: Output = "store"
     """store: a frame store for `ddm train`. hypersim: Hypersim's own files. capture: transforms.json, images and depth
     of one room, for a few-view NeRF."""
-    scenes: Scenes | None = None
-    """rooms: furnished rooms, the default. stills: plants, figures, models of houses and things, from close by, on a
+    scenes: Scenes = "rooms"
+    """rooms: furnished rooms. stills: plants, figures, models of houses and things, from close by, on a
     table or outdoors (store, capture); what is said of rooms below goes for them."""
     seed: int = 0
     """Another seed gives other rooms."""
@@ -70,6 +70,8 @@ class RoomsConfig:
             if getattr(self, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} has no meaning with --output {self.output}: leave it out.")
+        if self.scenes == "stills" and self.output == "hypersim":
+            raise InputError("--scenes stills has no meaning with --output hypersim: its scenes are rooms.")
         require_at_least(self, seed=0, first_room=0, num_train=1, num_test=0, width=16, height=16, focal=1,
                          num_rooms=1, num_views=1, val_every=1, workers=1)  # fmt: skip
 
@@ -112,7 +114,7 @@ class RoomsConfig:
             StoreJob(root=self.folder, kind=self._kind, seed=self.seed, index=i, split=s, views=views, size=size)
             for i, s in self._rooms(400, 16)
         ]
-        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder, what=self.scenes or "rooms")
+        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder, what=self.scenes)
 
     def _hypersim(self) -> None:
         from ddm_training.rooms.hypersim_layout import HypersimRoomJob, write_hypersim_room, write_metadata
@@ -137,12 +139,12 @@ class RoomsConfig:
             num_test=8 if self.num_test is None else self.num_test,
             size=self._frame_size(160, 175.0 * 160 / 256),
         )
-        run_rooms(write_capture, [job], workers=1, folder=self.folder, what=self.scenes or "rooms")
+        run_rooms(write_capture, [job], workers=1, folder=self.folder, what=self.scenes)
 
 
 _MEANINGLESS: dict[Output, tuple[str, ...]] = {
     "store": ("num_train", "num_test"),
-    "hypersim": ("scenes", "num_train", "num_test"),
+    "hypersim": ("num_train", "num_test"),
     "capture": ("num_rooms", "num_views", "val_every", "workers"),
 }
 """Settings of other outputs."""

@@ -45,7 +45,7 @@ class Room:
         """Random numbers for one purpose, independent of those for others.
 
         1: cameras of a store or of Hypersim's layout; 2: exposure and noise of a store; 3: cameras of a capture.
-        (0: the room itself, see `make_room`.)
+        (0: the room itself, see `make_room`; 4: a still itself, see `stills.make_still`.)
         """
         return np.random.default_rng([*self.seed, purpose])
 

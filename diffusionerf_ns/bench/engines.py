@@ -181,13 +181,17 @@ def _run_submitit(
             slurm_job_name="diffusionerf-bench",
             **({"slurm_partition": config.slurm_partition} if config.slurm_partition else {}),
         )
-    elif gpus := _visible_gpus():  # its local executor hides them, and jobs would train on the CPU
-        executor.update_parameters(local_setup=[f"export CUDA_VISIBLE_DEVICES={','.join(gpus)}"])
     # submitit's local executor starts all that it is given at once
     batch = len(entries) if on_slurm else config.workers or 1
     for start in range(0, len(entries), batch):
         chunk = entries[start : start + batch]
-        handles = executor.map_array(worker.work, [entry.folder for entry in chunk])
+        folders = [entry.folder for entry in chunk]
+        # Its local executor hides GPUs from jobs that do not ask, and would give each of them the first.
+        gpus = [] if on_slurm else _visible_gpus()
+        if gpus:
+            handles = executor.map_array(worker.work_on, folders, [gpus[i % len(gpus)] for i in range(len(chunk))])
+        else:
+            handles = executor.map_array(worker.work, folders)
         yield from _collect(dict(zip(handles, chunk)), tick)
 
 

@@ -50,6 +50,17 @@ def work(folder: Path) -> bool:
     return True
 
 
+def work_on(folder: Path, gpu: str) -> bool:
+    """`work`, on one GPU alone.
+
+    Args:
+        folder: of the job.
+        gpu: its name, as CUDA_VISIBLE_DEVICES has it.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA looks when it is first used
+    return work(folder)
+
+
 def write_failure(folder: Path, message: str, trace: str | None = None) -> None:
     """Record why a job failed."""
     write_json(folder / FAILED_FILE, {"message": message, "traceback": trace})
