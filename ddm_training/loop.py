@@ -93,7 +93,9 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
     notes = []
     if config.mixed_precision == "bf16" and emulates_bf16(device):
         config = replace(config, mixed_precision="no")
-        notes.append("this GPU has no bf16 of its own and would emulate it slowly: --mixed-precision no is used")
+        notes.append(
+            f"this {device.type.upper()} has no bf16 and would emulate it slowly: --mixed-precision no is used"
+        )
     task = open_task(config)
     validation = task.validation(device, world) if chief else None
     weights = make_weights(config, task, device)

@@ -46,8 +46,8 @@ class LoopConfig:
     ema_decay: float = 0.999
     """Decay per step of the weights' moving average, reached by (1 + n) / (10 + n)."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Precision inside the network; noise, target and data are always fp32. GPUs that would emulate bf16 (NVIDIA's
-    before Ampere) use no."""
+    """Precision inside the network; noise, target and data are always fp32. Devices that would emulate bf16 (most CPUs,
+    and NVIDIA's GPUs before Ampere) use no."""
     torch_compile: bool = False
     """Compile the network (a minute at the start)."""
     device: Literal["auto", "cpu"] = "auto"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ddm_training.rooms.render import Camera
+from ddm_training.rooms.render import Camera, trace
 from ddm_training.rooms.shapes import BOX, ELLIPSOID, Scene
 
 
@@ -37,6 +37,17 @@ def slow_cast(scene: Scene, camera: Camera, column: float, row: float) -> tuple[
             if 0 < t < best:
                 best, which = t, p
     return best, which
+
+
+def agreeing_rays(scene: Scene, camera: Camera, rng: np.random.Generator, count: int = 60) -> int:
+    """Of so many random pixels those where `trace` and `slow_cast` find the same primitive at the same depth."""
+    hits, agree = trace(scene, camera), 0
+    for _ in range(count):
+        row, column = rng.integers(camera.height), rng.integers(camera.width)
+        depth, primitive = slow_cast(scene, camera, column + 0.5, row + 0.5)
+        same = hits.surface[row, column] // 6 == primitive if primitive >= 0 else hits.surface[row, column] == -1
+        agree += bool(same and np.isclose(hits.inverse_depth[row, column], 1 / depth, rtol=2e-5))
+    return agree
 
 
 def reprojection(depth_a, pose_a, depth_b, pose_b, intrinsics, pixels) -> tuple[int, float, float]:

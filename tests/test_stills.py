@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scene_checks import reprojection, slow_cast
+from scene_checks import agreeing_rays, reprojection
 
 from ddm_training.errors import InputError
 from ddm_training.frames import open_store
@@ -62,14 +62,8 @@ def test_depth_of_a_still_equals_that_of_a_plain_ray_caster():
     still, cameras = room_with_random_cameras(3, 4, 2, **VIEW, kind="still")
     rng = np.random.default_rng(0)
     for camera in cameras:
-        hits = trace(still.scene, camera)
-        agree = 0
-        for _ in range(60):
-            row, column = rng.integers(camera.height), rng.integers(camera.width)
-            depth, primitive = slow_cast(still.scene, camera, column + 0.5, row + 0.5)
-            same = hits.surface[row, column] // 6 == primitive if primitive >= 0 else hits.surface[row, column] == -1
-            agree += bool(same and np.isclose(hits.inverse_depth[row, column], 1 / depth, rtol=2e-5))
-        assert agree >= 59
+        # A ray that meets an edge to the last bit may go either way.
+        assert agreeing_rays(still.scene, camera, rng) >= 59
 
 
 def test_cameras_stand_beside_the_subject_and_look_at_it():

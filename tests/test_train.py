@@ -248,7 +248,17 @@ def test_bf16_is_emulated_by_cuda_devices_that_have_no_own(monkeypatch, own):
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert devices.emulates_bf16(torch.device("cuda")) is not own
-    assert not devices.emulates_bf16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "emulated"),
+    [({"avx2": True, "avx512_bf16": False}, True), ({"avx512_bf16": True}, False), ({"amx_bf16": True}, False)],
+)
+def test_bf16_is_emulated_by_cpus_that_do_not_say_they_have_it(monkeypatch, capabilities, emulated):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert devices.emulates_bf16(torch.device("cpu")) is emulated
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert devices.emulates_bf16(torch.device("cpu"))  # an older torch
 
 
 @pytest.mark.parametrize("emulated", [True, False])

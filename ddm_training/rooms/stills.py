@@ -117,7 +117,7 @@ def _backdrop(builder: SceneBuilder, looks: Looks, size: Number) -> None:
             continue
         for _ in range(rng.integers(0, 3)):
             kind = FURNITURE[str(rng.choice(["shelf", "cupboard", "plant", "desk", "chair", "sofa"]))]
-            w, d, h = (rng.uniform(*side) for side in (kind.width, kind.depth, kind.height))
+            w, d, h = (rng.uniform(*limits) for limits in (kind.width, kind.depth, kind.height))
             if away - d > 1.8:
                 kind.make(wall.inner((rng.uniform(-2, 2), away - d / 2 - 0.05, 0)), looks, w, d, h)
         if rng.uniform() < 0.5:
@@ -163,8 +163,8 @@ def _surroundings(builder: SceneBuilder, looks: Looks) -> None:
                 radii = rng.uniform(0.1, 0.5) * rng.uniform([0.5, 0.3, 0.1], [1.2, 1.0, 0.6])
                 wall.ball(at, radii, skins[rng.integers(3)], axes=any_axes(rng))
         for _ in range(rng.integers(0, 3)):  # trunks and posts
-            base = (rng.uniform(-3, 3), away - rng.uniform(0, 1.5), 0)
-            wall.cylinder(base, rng.uniform(0.03, 0.25), rng.uniform(1, 5), looks.wood(), taper=-0.1)
+            foot = (rng.uniform(-3, 3), away - rng.uniform(0, 1.5), 0)
+            wall.cylinder(foot, rng.uniform(0.03, 0.25), rng.uniform(1, 5), looks.wood(), taper=-0.1)
 
 
 def _daylight(builder: SceneBuilder, looks: Looks, height: Number) -> None:
