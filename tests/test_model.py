@@ -30,6 +30,13 @@ folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
 # The score term
 
 
+def test_a_training_does_not_have_cudnn_time_each_size_of_a_view(folders, monkeypatch):
+    """ns-train switches that on, and a viewer beside it draws in ever other sizes."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    build(folders)
+    assert torch.backends.cudnn.benchmark is False
+
+
 @pytest.mark.parametrize("scaling", ["none", "variance"])
 def test_the_gradient_that_reaches_a_rendered_patch_is_the_weighted_score(folders, scaling):
     pipeline, known = with_known_prior(
