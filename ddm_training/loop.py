@@ -105,12 +105,13 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
             ends_with.enter_context(exclusive(config.output_dir, "training", "--output-dir"))
             with writing(config.output_dir):
                 remove_leftovers(config.output_dir)
-                keep_origin(config, task.origin)
         start, resumed = resume(config, task, weights, chief=chief)
         forward: Any = torch.compile(weights.network) if config.torch_compile else weights.network
         model = accelerator.prepare(task.wrap(forward))
         journal = None
         if chief:
+            with writing(config.output_dir):
+                keep_origin(config, task.origin)
             samples = config.train_batch_size * world
             journal = Journal(config, start=start, unit=task.unit, samples_per_step=samples)
             for note in (f"{task.frames:,} frames, {world} process(es) on {device.type}", *notes, *resumed):

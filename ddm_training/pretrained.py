@@ -5,7 +5,7 @@ without them, and tells the truth.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from ddm_training.checkpoints import list_checkpoints
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
+from ddm_training.frames import Scene
 from ddm_training.loop_config import LoopConfig
 
 ORIGIN_FILE = "origin.json"
@@ -66,6 +67,11 @@ def keep_origin(config: LoopConfig, origin: Origin | None) -> None:
     """
     if origin is not None:
         write_whole(config.output_dir / ORIGIN_FILE, json.dumps(asdict(origin), indent=2) + "\n")
+
+
+def data_names(scenes: Iterable[Scene], origin: Origin | None) -> tuple[str, ...]:
+    """Names of all data that the weights have seen: of these scenes, and of what they began with."""
+    return tuple(sorted({scene.info.source for scene in scenes}.union(origin.trained_on if origin else ())))
 
 
 def goes_on(config: LoopConfig) -> bool:

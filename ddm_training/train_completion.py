@@ -18,7 +18,7 @@ from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
 from ddm_training.patches import Stream
-from ddm_training.pretrained import Origin, begin_with, find_origin, goes_on
+from ddm_training.pretrained import Origin, begin_with, data_names, find_origin, goes_on
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -75,13 +75,10 @@ class CompletionTask:
         stores = [open_store(root, "train") for root in config.data]
         self.sampler = CompletionSampler(stores, config.size, weights=config.data_weights)
         self.frames = len(self.sampler)
-        sources = {scene.info.source for scene in self.sampler.scenes}
         self.origin = find_origin(config, lambda folder: _load(folder).spec)
-        if self.origin is not None:
-            sources |= set(self.origin.trained_on)
         self.spec = CompletionSpec(
             size=config.size,
-            trained_on=tuple(sorted(sources)),
+            trained_on=data_names(self.sampler.scenes, self.origin),
             license=config.license,
         )
         self._unmatched = torch.zeros(())  # samples so far, on their device, that had next to no matches

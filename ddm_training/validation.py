@@ -13,7 +13,7 @@ from ddm_training.errors import InputError
 from ddm_training.export import export_prior, model_card, open_repository, parameter_count, push_prior
 from ddm_training.frames import Scene, open_store
 from ddm_training.patches import PatchConfig, PatchSampler, Stream, disparity_quantiles
-from ddm_training.pretrained import Origin
+from ddm_training.pretrained import Origin, data_names
 from ddm_training.rgbd import RgbdSpec, pseudo_image
 from ddm_training.sample import sample_prior
 from ddm_training.unet import NoisePredictor, add_noise, make_scheduler
@@ -118,9 +118,6 @@ class PatchValidation:
         self.abar = self.scheduler.alphas_cumprod.to(device)
         self._global_batch = config.train_batch_size * world
         self._frames = len(sampler)
-        sources = {scene.info.source for scene in sampler.scenes}
-        if origin is not None:
-            sources |= set(origin.trained_on)
         self._spec: dict[str, Any] = {
             "patch_size": config.patch_size,
             "focal": config.focal,
@@ -128,7 +125,7 @@ class PatchValidation:
             "image_size": pseudo_image(config.focal),
             "disparity_quantiles": disparity_quantiles(sampler, seed=config.seed),
             "depth_scale_jitter": config.depth_scale_jitter,
-            "trained_on": tuple(sorted(sources)),
+            "trained_on": data_names(sampler.scenes, origin),
             "license": config.license,
         }
 

@@ -62,6 +62,7 @@ def test_what_a_training_began_with_cannot_be_changed(other, prior, tmp_path):
     config(other, tmp_path / "random", max_train_steps=2).main()
     with pytest.raises(InputError, match=r"checkpoint-2 began with random weights, not with --pretrained .*/prior"):
         config(other, tmp_path / "random", pretrained=prior).main()
+    assert not (tmp_path / "random" / "origin.json").exists()
     config(other, tmp_path / "random").main()
     assert RgbdSpec.load(tmp_path / "random" / "prior").trained_on == ("garden",)
     config(other, tmp_path / "tuned", pretrained=prior, max_train_steps=2).main()

@@ -181,13 +181,13 @@ def _run_submitit(
             slurm_job_name="diffusionerf-bench",
             **({"slurm_partition": config.slurm_partition} if config.slurm_partition else {}),
         )
+    # The local executor hides GPUs from jobs that do not ask, and would give each of them the first.
+    gpus = [] if on_slurm else _visible_gpus()
     # submitit's local executor starts all that it is given at once
     batch = len(entries) if on_slurm else config.workers or 1
     for start in range(0, len(entries), batch):
         chunk = entries[start : start + batch]
         folders = [entry.folder for entry in chunk]
-        # Its local executor hides GPUs from jobs that do not ask, and would give each of them the first.
-        gpus = [] if on_slurm else _visible_gpus()
         if gpus:
             handles = executor.map_array(worker.work_on, folders, [gpus[i % len(gpus)] for i in range(len(chunk))])
         else:
