@@ -87,11 +87,11 @@ diffusionerf_tiny = MethodSpecification(
                 # In runs of hundreds of steps the score costs more than it gives, images and time (docs/findings.md):
                 # here the prior completes depth and refines views. --pipeline.model.score-weight 1 is the paper's.
                 score_weight=0.0,
-                eval_num_rays_per_chunk=1 << 12,
+                eval_num_rays_per_chunk=1 << 10,  # more leave the caches of a CPU
             ),
         ),
         optimizers=_optimizers(),
-        viewer=_viewer(1 << 12),
+        viewer=_viewer(1 << 10),
     ),
     description="DiffusioNeRF with small tables and few samples: laptops, CI, a first look in minutes without a GPU.",
 )

@@ -31,18 +31,27 @@ def test_values_and_gradients_equal_those_of_nerfstudio(features: int) -> None:
     torch.testing.assert_close(grid.hash_table.grad, expected_gradient, atol=1e-5, rtol=1e-5)
 
 
-def test_points_are_encoded_in_parts_where_nothing_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_the_points_give_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     grid, x, sizes = make_grid(), torch.rand(5, 7, 3), []
-    whole = hash_grid.encode(grid, x)
-    features = hash_grid._features
-    monkeypatch.setattr(hash_grid, "POINTS", 16)
-    monkeypatch.setattr(hash_grid, "_features", lambda g, part: sizes.append(len(part)) or features(g, part))
-    with torch.no_grad():
-        assert torch.equal(hash_grid.encode(grid, x), whole)
-    assert sizes == [16, 16, 3]
-    sizes.clear()
-    hash_grid.encode(grid, x)
-    assert sizes == [35]
+    corners = hash_grid.corners
+
+    def encode_and_differentiate() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        grid.hash_table.grad = None
+        features = hash_grid.encode(grid, x)
+        features.square().sum().backward()
+        with torch.no_grad():
+            return features, hash_grid.encode(grid, x), grid.hash_table.grad
+
+    whole = encode_and_differentiate()
+    monkeypatch.setattr(hash_grid, "CPU_POINTS", 16)
+    monkeypatch.setattr(hash_grid, "corners", lambda part, *args: sizes.append(len(part)) or corners(part, *args))
+    parts = encode_and_differentiate()
+    assert sizes == 2 * [16, 16, 3]
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts))
+
+
+def test_no_points_have_no_features() -> None:
+    assert hash_grid.encode(make_grid(), torch.empty(0, 3)).shape == (0, 12)
 
 
 def test_corner_weights_sum_to_one_and_rows_stay_in_their_level() -> None:
