@@ -1,6 +1,6 @@
 """`make demo`: a capture of few images, trained without and with the prior; a table and a picture sheet.
 
-python -m diffusionerf_ns.demo [--data FOLDER] [--steps N] [--num-views 3]
+python -m diffusionerf_ns.demo [--data FOLDER] [--steps N] [--num-views 3] [--downscale-factor K]
 """
 
 import contextlib
@@ -43,6 +43,8 @@ class DemoConfig:
     """Length of each of the two runs; unset: as the method has it."""
     num_views: int | Literal["all"] = 3
     """Number of training images."""
+    downscale_factor: int | None = None
+    """Reduce images by this factor; unset: as the data parser chooses."""
     method: Literal["diffusionerf", "diffusionerf-tiny"] = "diffusionerf-tiny"
     """Preset."""
     output: Path = Path("demo")
@@ -75,6 +77,7 @@ class DemoConfig:
                 seed=self.seed,
                 method=self.method,
                 steps=self.steps,
+                downscale_factor=self.downscale_factor,
                 overrides={} if self.prior is None else {"pipeline.model.prior": self.prior},
             )
             folder = self.output / variant
