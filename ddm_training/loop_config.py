@@ -63,7 +63,7 @@ class LoopConfig:
     """Checkpoints kept; an old one goes only when the new one is whole."""
     resume_from_checkpoint: str = "latest"
     """latest (also right for a first run), none, or a checkpoint's name or path, to go back to it once: later ones are
-    set aside, and to go on from there after a stop, leave this flag away."""
+    set aside. To continue after a stop, run the command without this flag."""
     validation_steps: int = 1000
     """Steps between validations, each of which renews what is exported."""
     logging_steps: int = 50

@@ -112,15 +112,15 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     leaves stereo out, and with it completed depth and what stereo tells of the scene's bounds and scale. Not in the
     paper."""
     completion: Literal["prior", "membrane"] = "prior"
-    """How depth is completed between the pixels that stereo knows: by the prior's network, where it has one, or
-    interpolated along the image. Not in the paper."""
+    """How depth is completed between the pixels that stereo knows. prior: by the depth completion network of the prior;
+    a prior without one interpolates. membrane: interpolated along the image. Not in the paper."""
     completion_prior: str | None = None
-    """Prior whose network that is; None: the model's."""
+    """Prior whose depth completion network is used. None: that of --pipeline.model.prior."""
     completion_revision: str | None = None
-    """Revision of a hub id."""
+    """Branch, tag or commit of that prior, if it is a Hugging Face id."""
     completion_steps: int = 60
-    """Steps of training by which that network is brought to contradict itself less between the images of the capture,
-    see `agreement`; 0, or more than 12 images: each is completed alone. Not in the paper."""
+    """Steps in which the depth completion network is trained on the capture, so that its images' depths contradict one
+    another less (`agreement.py`). 0, or more than 12 images: each image is completed alone. Not in the paper."""
 
     cut_out_flat_background: bool = True
     """Where all training images show an object before one flat colour, that colour counts as empty, as transparent

@@ -24,7 +24,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     """nerfacto's options, and those of the prior and the geometric terms.
 
     A term whose weight is 0 is not computed. Weights are for means over rays; the paper sums over 1,024 rays, so its
-    weights are given multiplied by 1,024. Moments of schedules are fractions of the run.
+    weights are given multiplied by 1,024. Only the score is a sum over the pixels of a patch. Moments of schedules are
+    fractions of the run; `frustum_boost_steps` and `proposal_warmup` alone count steps.
     """
 
     _target: type = field(default_factory=_model_class)
@@ -33,10 +34,10 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     prior: str = "builtin"
     """RGBD prior: a built-in name, a prior folder, or a Hugging Face hub id."""
     prior_revision: str | None = None
-    """Revision of a hub id."""
+    """Branch, tag or commit of the prior, if it is a Hugging Face id."""
     score_weight: float = 1.0
-    """Overall factor of the score term; 0 switches it off, and no patch is rendered: so in the
-    laptop preset. See also `refine_tau`."""
+    """Factor of the prior's score in the loss, the paper's term. 0 switches the score off and renders no patches: so in
+    diffusionerf-tiny. The prior's other uses are `refine_tau` and the datamanager's `completion`."""
     score_scaling: Literal["variance", "none"] = "none"
     """"none" is the paper's: the score as it is, whose pull grows as the noise level falls. "variance" multiplies it by
     the variance of the noise level and divides by the pixels of a patch: the pull is then that of the mean squared
@@ -62,16 +63,19 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     patch_every: int = 1
     """Steps from one with patches to the next; the weight is multiplied by it. 1 in the paper."""
     patch_size: int | None = None
-    """Largest side of a patch in pixels, a multiple of 8; None takes the prior's. Half the side is a quarter of the
-    rays, and in the paper's ablation 24 is as good as 48."""
+    """Largest side of a patch in pixels, a multiple of 8. None: as large as the prior's own. Half the side needs a
+    quarter of the rays; in the paper's ablation 24 pixels are as good as 48."""
     tau_start: float = 0.1
-    """Noise level of the prior at the start. The paper's value."""
+    """Noise level tau of the prior at the start: a fraction of its noise schedule, 0 (hardly any noise) to 1 (pure
+    noise). The paper's value."""
     tau_end: float = 0.0
-    """Noise level of the prior at the end. The paper's value."""
+    """Noise level tau of the prior at the end: a fraction of its noise schedule, 0 (hardly any noise) to 1 (pure
+    noise). The paper's value."""
     tau_until: float = 0.25
     """Fraction of the run at which `tau_end` is reached. The paper: step 2,500 of 10,000."""
     tau_fixed: float | None = None
-    """Noise level of the prior throughout, instead of the schedule; the viewer's control sets it."""
+    """Noise level tau of the prior for the whole run, in place of the schedule: a fraction of its noise schedule, 0
+    (hardly any noise) to 1 (pure noise). The viewer's control sets it."""
     metric_scale: float | None = None
     """Metres per scene unit; None finds it from stereo, else from the capture's bounds, else from the depth of the
     first steps."""
@@ -80,27 +84,29 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     rendered depth."""
 
     refine_tau: float = 0.03
-    """Where a view has more fine detail than the photographs, which is grain, the prior's clean estimate of it takes
-    the place of its colours as far as needed, at this noise level or at a third or two of it if that is enough: one to
-    three passes of its network. 0 leaves views as rendered. Not in the paper."""
+    """Highest noise level tau at which the prior removes noise from rendered views: a fraction of its noise schedule, 0
+    to 1. Only views with more fine detail than the photographs are changed, and no more than needed: one and two
+    thirds of tau are tried as well (one to three passes of the network). 0 leaves views as rendered. Not in the
+    paper."""
 
     fill_unseen: bool = True
-    """Pixels of a view whose surface no training image shows, by the field's own depth, get the smoothest colours that
-    go on from those around; what the field has there is chance. Masks are not looked at. Not with more than 32 training
+    """Pixels of a rendered view whose surface no training image shows (by the rendered depth) get smooth colours that
+    continue those around them: nothing was learnt there. Masks are not considered. Off with more than 32 training
     images. Not in the paper."""
 
     # The geometric terms
     frustum_weight: float = 0.01
-    """Weight, in the first steps, of density that no training view sees on patch rays, and that fewer than
-    `frustum_views` see on pixel rays. The paper's 1e-5 x 1024."""
+    """Weight of density that no training view sees on patch rays, and that fewer than `frustum_views` see on pixel
+    rays. After `frustum_boost_steps` it is multiplied by `frustum_after`. The paper's 1e-5 x 1024."""
     frustum_views: int = 1
     """Training views that must see density on pixel rays. 1 asks nothing of them: their own view does, and without
     patches there is no frustum term. The paper's 2 moves what one view alone shows to where others look as well, which
     is before the scene (docs/findings.md, eleventh round)."""
     frustum_boost_steps: int = 100
-    """Steps with the full frustum weight. The authors' value."""
+    """Steps with the full frustum weight, before `frustum_after`. The authors' value."""
     frustum_after: float = 1.0
-    """Factor of the frustum weight after those steps; 0.01 in the authors' code, whose grid is bounded by a sphere."""
+    """Factor of the frustum weight after `frustum_boost_steps`; 1 keeps it for the whole run. 0.01 in the authors'
+    code, whose grid is bounded by a sphere."""
     foreground_weight: float = 0.01
     """Weight of rays that meet no surface; 1e-3 x 1024 in the paper. With that, and the paper's frustum schedule and
     distortion weight, fern loses 0.8 dB and 0.07 SSIM (252 x 189, 3 views, 400 steps) against these weights."""
@@ -128,22 +134,22 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     completed_depth_margin: float = 0.3
     """Relative error that costs nothing, as completed depth is rough; behind the surface, 1.5 times as much."""
     confirmed_depth_margin: float = 0.1
-    """In its place where the completed depth of another image says the same. Of .05, .1 and .2, see
-    docs/findings.md."""
+    """Relative error that costs nothing where the completed depth of another image agrees; there it replaces
+    `completed_depth_margin`. Why .1 and not .05 or .2: docs/findings.md."""
 
     completed_error_factor: float = 1.0
-    """Where the network that completes depth tells the error to expect, this times it costs nothing, if that is less
-    than the margins."""
+    """The network that completes depth also predicts its own error. This times the predicted error costs nothing, where
+    that is less than the margins. inf: the margins alone."""
     completed_sure_error: float = 0.05
-    """Where it tells a larger error than this, the term counts less, in proportion: what is sure is held, of what is
-    not the photographs decide."""
+    """Predicted relative error up to which completed depth counts in full. Where the network predicts a larger error,
+    the weight is this divided by it, so that the photographs decide. inf: full weight everywhere."""
 
     # Where the rays begin and end
     near_margin: float = 0.75
-    """Where the scene's near bound is known, rays begin at this times it, or at `stereo_near_margin` times the nearest
-    depth (2 % quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`, which is a
-    lower limit too if it is not nerfacto's .05. After training, views that are nearer to the scene than all training
-    images begin nearer in proportion (of up to 32 perspective training images)."""
+    """Rays begin at this times the capture's near bound, or at `stereo_near_margin` times the nearest depth (2 %
+    quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`. A `near_plane` other
+    than nerfacto's .05 is a lower limit too, where the capture has no near bound. After training, views that are nearer
+    to the scene than all training images begin nearer in proportion (with up to 32 perspective training images)."""
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25

@@ -8,7 +8,9 @@ Notation
     s      score of the prior, grad log p(x)                       as x
     z      planar depth in metres                                  [patches, P, P]
 
-Every term is a mean over rays (the paper sums over its 1,024), so weights do not change with the batch size.
+The geometric terms are means over rays (the paper sums over its 1,024), so their weights do not change with the number
+of rays. Two things differ: the score's loss is a sum over the pixels of a patch; and the frustum term, where only patch
+rays are asked, is their sum divided by all rays of the step.
 """
 
 import torch

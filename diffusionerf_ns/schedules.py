@@ -1,7 +1,7 @@
 """How tau and the weights of the loss terms change over training: pure functions of the step.
 
-Every schedule is written in fractions of the run, so that a preset of 1,500 steps and one of 10,000 have the same
-shape; the paper's own corner steps are given beside each config field.
+Schedules are written in fractions of the run, so that runs of 1,500 and of 10,000 steps have the same shape; only
+`boost` counts steps. The paper's own corner steps are given beside each config field.
 """
 
 
