@@ -173,7 +173,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
 
     eval_samples_factor: int = 2
     """After training, rays get this many times the samples of training: with a laptop's few samples, neighbouring
-    rays hit and miss thin surfaces, which is grain in the image. The viewer of a run that is under way does without."""
+    rays hit and miss thin surfaces, which is noise in the image. The viewer of a run that is under way does without."""
 
     color_corrected_metrics: bool = False
     """Evaluation gives cc_psnr, cc_ssim and cc_lpips as well: of renders whose colours are fitted to each test image's
