@@ -256,6 +256,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {escape(by)} "
             f"between them, in {seconds:.1f} s."
         )
+        if matched.share < stereo.CHANCE:
+            CONSOLE.print(
+                f"[yellow]These are {100 * matched.share:.1f} % of the pixels, no more than photographs of different "
+                "places have by chance: if views turn out wrong, check that the poses are right and that the training "
+                "images show the same things."
+            )
         self.stereo_rays = StereoRays(
             matched, matched.completed, cameras, self.config.stereo_rays_per_batch, self.device
         )

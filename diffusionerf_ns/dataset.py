@@ -52,15 +52,17 @@ class FewViewDataset(InputDataset):
         if self._any_alpha:
             opaque = [self._read(i)[..., 3] >= cut_out.OPAQUE for i in range(count)]
             if not all(mask.all() for mask in opaque):
-                self._opaque, self.background = opaque, alpha_color
-                self._dataparser_outputs = replace(self._dataparser_outputs, alpha_color=None)
-                return
+                return self._cut_out(opaque, alpha_color)
         if flat and not self._dataparser_outputs.mask_filenames:
             found = cut_out.flat_background(self._read(i)[..., :3] for i in range(count))
             if found is not None:
                 colour, empty = found
-                self._opaque = [~part for part in empty]
-                self.background = torch.from_numpy(colour.astype(np.float32) / 255.0)
+                self._cut_out([~part for part in empty], torch.from_numpy(colour.astype(np.float32) / 255.0))
+
+    def _cut_out(self, opaque: list[Bool[np.ndarray, "_h _w"]], background: Float[Tensor, "3"] | None) -> None:
+        self._opaque, self.background = opaque, background
+        # nerfstudio would lay images with alpha on that colour, and the alpha be lost
+        self._dataparser_outputs = replace(self._dataparser_outputs, alpha_color=None)
 
     def show_on(self, colour: Float[Tensor, "3"] | None) -> None:
         """Give images as RGB from here on: where they have alpha, on that colour; None: the data parser's, or black."""
@@ -101,7 +103,7 @@ class FewViewDataset(InputDataset):
         if image_idx in self._kept:
             return self._kept[image_idx]
         pixels = self._decode(image_idx)
-        if sum(kept.nbytes for kept in self._kept.values()) + pixels.nbytes <= KEPT_BYTES:
+        if sum(kept.nbytes for kept in list(self._kept.values())) + pixels.nbytes <= KEPT_BYTES:
             self._kept[image_idx] = pixels
         return pixels
 
@@ -153,16 +155,18 @@ class FewViewDataset(InputDataset):
 def load_mask(path: Path, height: int, width: int) -> Bool[Tensor, "{height} {width} 1"]:
     """A mask at image size: True where the area average of the file is at least one half.
 
-    White is True; in a file without a value of 128 or more, as segmentations of 0 and 1, all that is not 0 is (not so
-    in a JPEG, whose black is not quite 0).
+    White is True, or what is opaque where the file has transparent pixels; in a file without a value of 128 or more, as
+    segmentations of 0 and 1, all that is not 0 is (not so in a JPEG, whose black is not quite 0).
 
     Raises:
         InputError: not an image, or its shape is not that of the image.
     """
     try:
         with Image.open(path) as file:
-            mask, lossy = file.convert("L"), file.format == "JPEG"
-    except OSError as error:
+            alpha = file.convert("RGBA").getchannel("A") if has_alpha(file) else None
+            cut_out_by_alpha = alpha is not None and alpha.getextrema()[0] < 255
+            mask, lossy = alpha if cut_out_by_alpha else file.convert("L"), file.format == "JPEG"
+    except UNREADABLE as error:
         raise InputError(f"mask {path} cannot be read: {error}.") from error
     _check_shape("mask", path, mask.size, height, width)
     if not lossy and np.asarray(mask).max() < 128:

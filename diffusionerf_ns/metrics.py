@@ -119,13 +119,17 @@ def evaluate_view(
 ) -> dict[str, float]:
     """nerfstudio's own metrics by their plain names, and the protocol's as "llff-regnerf/psnr"; see `evaluate_image`.
 
-    The masked protocol is left out for an image without a mask. ``colour_corrected`` adds nerfstudio's metrics of
+    Where an image has a mask that is not black, and the protocol judges whole images, "masked_psnr" is that inside of
+    it: what is outside was not trained on. The masked protocol is left out for an image without a mask. ``colour_corrected`` adds nerfstudio's metrics of
     `colour_correct`'s render as "cc_psnr", "cc_ssim" and "cc_lpips", as its splatfacto calls them.
     """
     values = evaluate_image("nerfstudio", rgb_pred, rgb_true, lpips=lpips)
     if colour_corrected:
         corrected = evaluate_image("nerfstudio", colour_correct(rgb_pred, rgb_true), rgb_true, lpips=lpips)
         values |= {f"cc_{name}": value for name, value in corrected.items()}
+    if mask is not None and not PROTOCOLS[protocol].masked and bool(mask.any()):
+        pred, true = (rgb.detach().cpu().double().clamp(0.0, 1.0) for rgb in (rgb_pred, rgb_true))
+        values["masked_psnr"] = masked_psnr(pred, true, mask.detach().cpu())
     if protocol == "nerfstudio" or (PROTOCOLS[protocol].masked and mask is None):
         return values
     judged = evaluate_image(protocol, rgb_pred, rgb_true, mask, lpips)
@@ -172,6 +176,8 @@ def _unclipped(values: Tensor) -> Tensor:
 
 
 DEPTH_METRICS = tuple(f"depth_{name}{kind}" for kind in ("", "_aligned") for name in ("abs_rel", "rmse", "delta"))
+NOT_OF_ALL = (*DEPTH_METRICS, "masked_psnr")
+"""Metrics that only images have with something to judge by: true depth, a mask that is not black."""
 
 
 def has_known_depth(true: Float[Tensor, "h w"]) -> bool:

@@ -204,8 +204,9 @@ class DiffusioNeRFModel(NerfactoModel):
             colour_corrected=self.config.color_corrected_metrics,
         )
         self.image_metrics.append(dict(values))
-        if z is not None:  # nerfstudio wants the same names of every image; the pipeline takes their means
-            values = dict.fromkeys(metrics.DEPTH_METRICS, math.nan) | values
+        # nerfstudio wants the same names of every image; the pipeline takes their means
+        wanted = (*(metrics.DEPTH_METRICS if z is not None else ()), *(("masked_psnr",) if "mask" in batch else ()))
+        values = dict.fromkeys(wanted, math.nan) | values
         images = {
             "img": torch.cat([true, pred, outputs["MedianDepth"].to(pred)], dim=1),
             "accumulation": colormaps.apply_colormap(outputs["accumulation"]),

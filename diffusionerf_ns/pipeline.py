@@ -125,9 +125,9 @@ class DiffusioNeRFPipeline(VanillaPipeline):
         return callbacks
 
     def get_eval_image_metrics_and_images(self, step: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """nerfstudio's, without the depth metrics of an image that has no true depth."""
+        """nerfstudio's, without the metrics of an image that has nothing to judge them by: true depth, a mask."""
         values, images = super().get_eval_image_metrics_and_images(step)
-        unknown = {name for name in metrics.DEPTH_METRICS if math.isnan(values.get(name, 0.0))}
+        unknown = {name for name in metrics.NOT_OF_ALL if math.isnan(values.get(name, 0.0))}
         return {name: value for name, value in values.items() if name not in unknown}, images
 
     def get_average_eval_image_metrics(
@@ -135,13 +135,13 @@ class DiffusioNeRFPipeline(VanillaPipeline):
     ) -> dict[str, Any]:
         """Means over the test images; "per_image" beside them when asked outside of training (``step`` is None).
 
-        Depth is judged where there is true depth: its means are over the images that have some. Deviations of a single
-        image are 0.
+        Depth is judged where there is true depth, and within masks where there are any: the means are over the images
+        that have some. Deviations of a single image are 0.
         """
         model: Any = self.model
         model.image_metrics = []
         means: dict[str, Any] = super().get_average_eval_image_metrics(step, output_path, get_std)
-        for name in [name for name in metrics.DEPTH_METRICS if name in means]:
+        for name in [name for name in metrics.NOT_OF_ALL if name in means]:
             known = torch.tensor([image[name] for image in model.image_metrics if name in image])
             if len(known) == 0:
                 del means[name]

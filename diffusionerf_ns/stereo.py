@@ -33,7 +33,8 @@ COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one anothe
 ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
 CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less
 SCENE_QUANTILES = (0.03, 0.5, 0.97)  # of depth, between which the fine sweep looks, with some room around them
-MIN_MATCHES = 200  # pixels of all views: with less, chance agreement decides
+MIN_MATCHES = 200  # pixels of all views: nothing can be made of less
+CHANCE = 0.02  # of the pixels: unrelated photographs had up to .013 "matched", captures with sound poses .06 and more
 MIN_NCC = 0.7  # of the winning depth
 MARGIN = 0.1  # by which the winner's aggregated cost must be below that of all depths that are not its neighbours
 TOLERANCE = 0.03  # relative difference of depth up to which two views agree
@@ -54,6 +55,8 @@ class MatchedDepth:
     completed: completion.DepthMaps | None = None
     """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
     image contradicts it, together or each completed alone, outside masks, and in images of which nothing is matched."""
+    share: float = 0.0
+    """Of the pixels that were tried, inside masks, those that are matched."""
 
     @classmethod
     def nothing(cls) -> "MatchedDepth":
@@ -136,7 +139,7 @@ def match(
     distance = torch.cdist(centres, centres)
     if float(distance.max()) <= 0.0:
         return MatchedDepth.nothing()
-    scene = _locate_scene(cameras, images, distance, overlap.farthest_point_sampling(centres, COARSE_VIEWS))
+    scene = _locate_scene(cameras, images, masks, distance, overlap.farthest_point_sampling(centres, COARSE_VIEWS))
     if scene is None:
         return MatchedDepth.nothing()
     chosen = overlap.farthest_point_sampling(centres, FINE_VIEWS)
@@ -151,22 +154,27 @@ def match(
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    return MatchedDepth(view, pixel, z, _complete_and_check(matched, chosen, len(images), complete))
+    tried = sum(m.depth.numel() if m.mask is None else int(m.mask.sum()) for m in matched)
+    return MatchedDepth(view, pixel, z, _complete_and_check(matched, chosen, len(images), complete), len(z) / tried)
 
 
 def _locate_scene(
     cameras: Cameras,
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
+    masks: Sequence[Bool[Tensor, "_h _w"] | None],
     distance: Float[Tensor, "n n"],
     chosen: Sequence[int],
 ) -> _Scene | None:
-    """What the coarse sweep of the chosen images finds; None where that is next to nothing.
+    """What the coarse sweep of the chosen images finds, inside the masks if that is enough; None for next to nothing.
 
     Args:
         distance: of the cameras of all images.
     """
     views = [_view(cameras, i, images[i], COARSE_WIDTH) for i in chosen]
     depths = _coarse_depth(views, distance[chosen][:, chosen])
+    inside = [_inside(d, _small_mask(masks[i], d.shape)) for i, d in zip(chosen, depths)]
+    if sum(int((d > 0).sum()) for d in inside) >= MIN_MATCHES:
+        depths = inside
     found = torch.cat([d[d > 0] for d in depths])
     if len(found) < MIN_MATCHES:
         return None
@@ -196,8 +204,7 @@ def _match_fine(
     depths = agreed_depth(views, nearest, [(overlap.BEFORE * low, overlap.BEHIND * high) for low, high in ranges], STEP)
     matched = []
     for index, view, depth, others in zip(chosen, views, depths, nearest):
-        large = masks[index]
-        mask = None if large is None else _small_mask(large, depth.shape)
+        mask = _small_mask(masks[index], depth.shape)
         depth = completion.without_speckle(_inside(depth, mask))
         rgb = _small_rgb(images[index], depth.shape)
         matched.append(MatchedView(view=view, rgb=rgb, depth=depth, mask=mask, nearest=others))
@@ -246,7 +253,9 @@ def _share_known(depths: Sequence[Float[Tensor, "_h _w"]]) -> float:
     return sum(int((depth > 0).sum()) for depth in depths) / sum(depth.numel() for depth in depths)
 
 
-def _small_mask(mask: Bool[Tensor, "_h _w"], size: torch.Size) -> Bool[Tensor, "h w"]:
+def _small_mask(mask: Bool[Tensor, "_h _w"] | None, size: torch.Size) -> Bool[Tensor, "h w"] | None:
+    if mask is None:
+        return None
     return F.interpolate(mask[None, None].float(), size=size, mode="nearest")[0, 0] > 0
 
 

@@ -192,6 +192,15 @@ def test_other_parsers_may_name_a_colour_for_what_is_transparent(folders, transp
     assert dataset[0]["image"].shape[2] == 4, "the model blends in training"
 
 
+def test_a_flat_background_counts_where_the_parser_names_a_colour_too(folders, white):
+    """As ours does of `transforms_train.json`: nerfstudio would lay the alpha that is new on it, and it be lost."""
+    outputs = build(folders, data=white).datamanager.train_dataparser_outputs
+    dataset = FewViewDataset(dataclasses.replace(outputs, alpha_color=torch.ones(3)))
+    dataset.find_cut_outs(flat=True)
+    assert dataset.has_cut_outs
+    assert dataset[0]["image"].shape[2] == 4
+
+
 def test_an_alpha_channel_that_hides_nothing_is_no_cut_out(folders, tmp_path):
     folder = box_room.write_transforms(tmp_path / "box", depth=False)
     for path in (folder / "images").iterdir():

@@ -195,3 +195,27 @@ def test_a_model_where_nothing_was_placed_is_refused(capture):
     write_model(capture / "sparse" / "0", 0)
     with pytest.raises(InputError, match="without images"):
         parse(capture)
+
+
+@pytest.mark.parametrize("suffix", [".png.png", ".png"], ids=["as COLMAP names them", "by the image's stem"])
+def test_masks_beside_the_images_are_used(capture, capsys, suffix):
+    write_model(capture / "sparse" / "0", 10)
+    (capture / "masks").mkdir(exist_ok=True)
+    for i in range(10):
+        Image.new("L", (40, 30), 255).save(capture / "masks" / f"f{i:02d}{suffix}")
+    outputs = parse(capture, num_views=3)
+    assert [p.name for p in outputs.mask_filenames] == [f"{Path(name).stem}{suffix}" for name in names(outputs)]
+    assert "masks" in capsys.readouterr().out
+    (capture / "masks" / names(outputs)[1]).with_suffix(suffix).unlink()
+    with pytest.raises(InputError, match="have no mask_path"):
+        parse(capture, num_views=3)
+
+
+def test_a_camera_model_that_nerfstudio_does_not_know_is_told_to_be_undistorted(capture):
+    write_model(capture / "sparse" / "0", 10)
+    file = capture / "sparse" / "0" / "cameras.bin"
+    content = bytearray(file.read_bytes())
+    content[12:16] = (17).to_bytes(4, "little")  # after the number of cameras and the first one's
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"camera model .*17.*image_undistorter"):
+        parse(capture)

@@ -142,3 +142,20 @@ def test_a_depth_file_that_holds_no_depth_is_named(tmp_path, write, why):
 def test_depth_of_an_array_with_a_channel_is_read(tmp_path):
     np.save(tmp_path / "depth.npy", np.full((4, 4, 1), 3, dtype=np.uint16))
     assert torch.equal(load_depth(tmp_path / "depth.npy", 4, 4, 0.5), torch.full((4, 4, 1), 1.5))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_in_a_mask_is_outside(tmp_path, mode):
+    mask = Image.new(mode, (2, 1), "white")
+    mask.putalpha(Image.fromarray(np.uint8([[255, 0]])))
+    mask.save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png", 1, 2)[..., 0].tolist() == [[True, False]]
+
+
+def test_a_damaged_mask_is_named(tmp_path):
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    content = bytearray((tmp_path / "mask.png").read_bytes())
+    content[content.index(b"IDAT") - 4 : content.index(b"IDAT")] = b"\0\0\0\1"  # the chunk's length
+    (tmp_path / "mask.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"mask\.png cannot be read"):
+        load_mask(tmp_path / "mask.png", 64, 64)

@@ -146,7 +146,26 @@ def test_there_is_nothing_to_find_without_a_baseline() -> None:
 def test_unrelated_images_give_next_to_nothing() -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8) for _ in CENTRES]
-    assert len(match(make_cameras(CENTRES), images)) < 0.02 * 3 * HEIGHT * WIDTH
+    found = match(make_cameras(CENTRES), images)
+    assert len(found) < stereo.CHANCE * 3 * HEIGHT * WIDTH
+    assert found.share < stereo.CHANCE
+
+
+def test_a_small_object_within_masks_is_looked_for_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stereo, "MIN_MATCHES", 20)
+    images, masks = [], []
+    for centre in CENTRES:
+        far, _ = plane_view(centre, 6.0, 0.0)
+        near, z = plane_view(centre, 1.5, 0.0)
+        x = centre[0] + z * (np.arange(WIDTH) + 0.5 - WIDTH / 2) / FOCAL
+        y = centre[1] - z * (np.arange(HEIGHT) + 0.5 - HEIGHT / 2)[:, None] / FOCAL
+        mask = (np.abs(x) < 0.08) & (np.abs(y) < 0.08)
+        images.append(np.where(mask[..., None], near, far))
+        masks.append(torch.from_numpy(mask))
+    assert 0.01 < float(torch.stack(masks).double().mean()) < 0.03
+    found = stereo.match(make_cameras(CENTRES), images, masks)
+    assert float(found.depth.median()) == pytest.approx(1.5, rel=0.03)
+    assert found.share > 0.3, "of the pixels inside"
 
 
 def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None:

@@ -18,7 +18,9 @@ from diffusionerf_ns.dataparsers.transforms import (
 )
 
 IMAGES = ("images", "input")  # where COLMAP's users keep them
+MASKS = "masks"  # beside them: a.jpg has a.jpg.png, as COLMAP itself reads masks, or a.png
 SUFFIXES = (".bin", ".txt")
+UNDISTORT = "Undistort the images first (colmap image_undistorter)."
 
 
 @dataclass
@@ -45,7 +47,12 @@ class ColmapFewViewParser(TransformsFewViewParser):
             )
         read = [(path, _read_model(path)) for path in models]
         path, (cameras, images) = max(read, key=lambda model: len(model[1][1]))  # mapping may have begun anew
-        frames = [_frame(image, cameras, folder.relative_to(data), path) for image in images.values()]
+        frames = [
+            _frame(image, cameras, folder.relative_to(data), path) | _mask(data, image.name)
+            for image in images.values()
+        ]
+        if any("mask_path" in frame for frame in frames):
+            CONSOLE.print(f"Of the images only what is white in {escape(str(data / MASKS))} is trained on.")
         known = {image.name for image in images.values()}
         unknown = [file.name for file in list_images(folder, PHOTOGRAPH_SUFFIXES) if file.name not in known]
         if unknown:
@@ -93,7 +100,9 @@ def _read_model(model: Path) -> tuple[dict[int, Any], dict[int, Any]]:
         read = getattr(colmap, f"read_{name}_{'binary' if path.suffix == '.bin' else 'text'}")
         try:
             parts.append(read(path))
-        except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+        except KeyError as error:  # of its table of camera models
+            raise InputError(f"{path} has a camera model that is not supported, number {error}. {UNDISTORT}") from error
+        except (OSError, ValueError, IndexError, struct.error, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}. Expected a model of COLMAP.") from error
     cameras, images = parts
     if not images:
@@ -116,6 +125,13 @@ def _names(path: Path) -> dict[int, str]:
     return names
 
 
+def _mask(data: Path, name: str) -> dict[str, str]:
+    """The mask of an image as an entry of its frame; nothing where it has none."""
+    path = data / MASKS / name
+    found = next((p for p in (path.with_name(f"{path.name}.png"), path.with_suffix(".png")) if p.is_file()), None)
+    return {} if found is None else {"mask_path": str(found.relative_to(data))}
+
+
 def _frame(image: Any, cameras: dict[int, Any], folder: Path, model: Path) -> dict[str, Any]:
     """An image of a model, as a frame of `transforms.json`."""
     from nerfstudio.data.utils.colmap_parsing_utils import qvec2rotmat
@@ -126,10 +142,8 @@ def _frame(image: Any, cameras: dict[int, Any], folder: Path, model: Path) -> di
     try:
         intrinsics = parse_colmap_camera_params(cameras[image.camera_id])
     except NotImplementedError as error:
-        raise InputError(
-            f"{model}: camera model {cameras[image.camera_id].model} is not supported. Undistort the images first "
-            "(colmap image_undistorter)."
-        ) from error
+        found = cameras[image.camera_id].model
+        raise InputError(f"{model}: camera model {found} is not supported. {UNDISTORT}") from error
     rotation = qvec2rotmat(image.qvec)  # world to camera, y down and z ahead
     pose = np.concatenate([rotation.T, -rotation.T @ image.tvec[:, None]], axis=1)
     pose[:, 1:3] *= -1.0  # to OpenGL's axes

@@ -73,7 +73,11 @@ class TransformsFewViewParser(FewViewBaseParser):
         split = self._split(meta, files, folder, path)
         used = sorted({*split.train, *split.test})
         if missing := [names[i] for i in used if not files[i].is_file()]:
-            raise InputError(f"{path}: image files are missing: {', '.join(missing[:5])}. Looked in {folder}.")
+            there = [i for i, file in enumerate(files) if file.is_file()]
+            raise InputError(
+                f"{path}: image files are missing: {', '.join(missing[:5])}. Looked in {folder}. Copy them there, or "
+                f"choose among the others with both --train-ids and --test-ids; there are {there}."
+            )
         intrinsics, sizes = _intrinsics(meta, frames, files, used[0], path)
         images, factor, cache = _sized_images(files, used, folder, whole_factor(self.config.downscale_factor))
         depths = _optional(frames, "depth_file_path", folder)
@@ -143,7 +147,7 @@ def read_transforms(path: Path) -> dict[str, Any]:
             model that is not perspective.
     """
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows's tools write a mark first
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
