@@ -310,7 +310,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if pipeline is not None:
             model: Any = pipeline.model
             self.set_ray_wishes(model.patch_request, model.stereo_request)
-            if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
+            if model.config.score_weight != 0.0 and self._image_patch_share > 0.0:
                 # Now, not at the first patch of an image, which may come late.
                 patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
 
@@ -340,14 +340,19 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             size=request.spec.patch_size,
             rgb=[None if p.rgb is None else p.rgb.to(self.device) for p in drawn],
             cameras=[p.camera for p in drawn],
-            poses=[p.pose.to(self.device) for p in drawn],
+            poses=[p.pose for p in drawn],
         )
         return patches.concatenate_rays([*bundles, *(p.rays.to(self.device) for p in drawn)]), batch
+
+    @property
+    def _image_patch_share(self) -> float:
+        """Images of other than perspective cameras have no patches as the prior knows them."""
+        return self.config.image_patch_share if are_perspective(self.train_dataset.cameras) else 0.0
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
         """On the CPU, where the images are: what is cut is little, and a GPU would be asked for many small numbers."""
         cameras = self.train_dataset.cameras
-        if torch.rand(()) < self.config.image_patch_share:
+        if torch.rand(()) < self._image_patch_share:
             return patches.sample_image_patch(cameras, self._train_images(request.spec), request.spec)
         return patches.sample_rendered_patch(
             cameras,
@@ -357,9 +362,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         )
 
     def _train_images(self, spec: RgbdSpec) -> list[Float[Tensor, "_h _w 3"]]:
-        """All training images in the order of the cameras; checked once that patches fit."""
+        """All training images in the order of the cameras, no finer than patches; checked once that patches fit."""
         if self._images is None:
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
             # On black, as rays are rendered in training that meet nothing.
-            self._images = [self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset))]
+            images = (self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset)))
+            cameras = self.train_dataset.cameras
+            self._images = [patches.at_patch_scale(cameras, image, i, spec) for i, image in enumerate(images)]
         return self._images

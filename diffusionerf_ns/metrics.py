@@ -120,8 +120,9 @@ def evaluate_view(
     """nerfstudio's own metrics by their plain names, and the protocol's as "llff-regnerf/psnr"; see `evaluate_image`.
 
     Where an image has a mask that is not black, and the protocol judges whole images, "masked_psnr" is that inside of
-    it: what is outside was not trained on. The masked protocol is left out for an image without a mask. ``colour_corrected`` adds nerfstudio's metrics of
-    `colour_correct`'s render as "cc_psnr", "cc_ssim" and "cc_lpips", as its splatfacto calls them.
+    it: what is outside was not trained on. The masked protocol is left out for an image without a mask.
+    ``colour_corrected`` adds nerfstudio's metrics of `colour_correct`'s render as "cc_psnr", "cc_ssim" and "cc_lpips",
+    as its splatfacto calls them.
     """
     values = evaluate_image("nerfstudio", rgb_pred, rgb_true, lpips=lpips)
     if colour_corrected:

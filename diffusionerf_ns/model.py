@@ -36,7 +36,7 @@ from diffusionerf_ns.score_loss import JudgedPatch, score_loss
 from diffusionerf_ns.stereo_rays import StereoBatch
 from diffusionerf_ns.view_renderer import ViewRenderer
 from diffusionerf_ns.viewer import InspectionPanel, draw_small_on_cpu
-from diffusionerf_ns.visibility import TrainingFrusta
+from diffusionerf_ns.visibility import TrainingFrusta, are_perspective
 
 
 class DiffusioNeRFModel(NerfactoModel):
@@ -63,7 +63,7 @@ class DiffusioNeRFModel(NerfactoModel):
         near, far = self.metadata.get("near"), self.metadata.get("far")
         self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
         cameras = None if facts is None else facts.cameras
-        self.frusta = None if cameras is None else TrainingFrusta(cameras)
+        self.frusta = TrainingFrusta(cameras) if cameras is not None and are_perspective(cameras) else None
         self.total_steps = 1
         self.in_training_run = False
         scale = self.config.metric_scale

@@ -1,6 +1,5 @@
 """All options of the model, in one place; `model` reads them at every step, so the viewer may change them."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -192,6 +191,12 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
 
     def __post_init__(self) -> None:
         require_positive(self, "metric_scale", "grid_margin", below="pipeline.model.")
+        if self.patch_size is not None and (self.patch_size < 8 or self.patch_size % 8):
+            raise InputError(f"--pipeline.model.patch-size must be a multiple of 8, found {self.patch_size}.")
+        if not 1 <= self.view_degrees <= 4:
+            raise InputError(f"--pipeline.model.view-degrees must be 1, 2, 3 or 4, found {self.view_degrees}.")
+        if self.patch_every < 1:
+            raise InputError(f"--pipeline.model.patch-every must be at least 1, found {self.patch_every}.")
         for name in ("completed_depth_margin", "confirmed_depth_margin"):
             margin = getattr(self, name)
             if not 0.0 <= margin < 1.0:
@@ -219,14 +224,14 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
         Raises:
             InputError: rays would end before they begin.
         """
-        end = self.far_plane if far is None else self.far_margin * far
+        end = self.far_margin * far if far is not None else self.far_plane
         if far is None and found is not None:
-            limit = math.inf if self.far_plane == FAR_PLANE else self.far_plane
-            end = min(limit, self.stereo_far_margin * found.far)
+            end = self.stereo_far_margin * found.far
         begin = self.near_plane if near is None else self.near_margin * near
         if found is not None and found.near < end:
-            least = 0.0 if near is None and self.near_plane == NEAR_PLANE else begin
-            begin = max(least, self.stereo_near_margin * found.near)
+            begin = max(0.0 if near is None else begin, self.stereo_near_margin * found.near)
+        begin = begin if self.near_plane == NEAR_PLANE else max(begin, self.near_plane)
+        end = end if self.far_plane == FAR_PLANE else min(end, self.far_plane)
         if begin >= end:
             raise InputError(
                 f"rays would begin at {begin:g} and end at {end:g} scene units; expected near before far. Correct the "

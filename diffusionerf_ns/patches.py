@@ -148,6 +148,24 @@ def _window_side(cameras: Cameras, index: int, spec: RgbdSpec) -> tuple[float, f
     return spec.patch_size * fx / focal, spec.patch_size * fy / focal
 
 
+def at_patch_scale(
+    cameras: Cameras, image: Float[Tensor, "h w 3"], camera: int, spec: RgbdSpec
+) -> Float[Tensor, "_h _w 3"]:
+    """An image whose pixels are as large as a patch's, where its own are smaller: the prior's data too are averaged
+    over areas, and what is cut from finer pixels has detail that no patch of its training had."""
+    side = _window_side(cameras, camera, spec)
+    height, width = (
+        round(count * min(spec.patch_size / length, 1.0)) for count, length in zip(image.shape, reversed(side))
+    )
+    if (height, width) == image.shape[:2]:
+        return image
+    x = image.permute(2, 0, 1)[None]
+    small = torch.nn.functional.interpolate(
+        x, size=(height, width), mode="bilinear", antialias=True, align_corners=False
+    )
+    return small[0].permute(1, 2, 0)
+
+
 def sample_image_patch(
     cameras: Cameras,
     images: Float[Tensor, "n h w 3"] | list[Float[Tensor, "_h _w 3"]],
@@ -159,7 +177,7 @@ def sample_image_patch(
 
     Args:
         cameras: training cameras, in the order of ``images``.
-        images: colours in [0, 1], each of its camera's size.
+        images: colours in [0, 1], see `at_patch_scale`.
         spec: the prior's.
         generator: on the CPU; torch's global one if None.
     """
@@ -173,7 +191,7 @@ def sample_image_patch(
 def cut_image_patch(
     cameras: Cameras, image: Float[Tensor, "h w 3"], camera: int, spec: RgbdSpec, corner: tuple[float, float]
 ) -> Patch:
-    """The patch of an image whose upper left corner lies at ``corner`` (u, v in the image's pixels)."""
+    """The patch of an image whose upper left corner lies at ``corner`` (u, v in the camera's pixels)."""
     size = spec.patch_size
     side = _window_side(cameras, camera, spec)
     steps = (torch.arange(size, dtype=torch.float32) + 0.5) / size
@@ -183,7 +201,7 @@ def cut_image_patch(
         coords=torch.stack([v, u], dim=-1).reshape(-1, 2).to(cameras.device),
     )
     rays.metadata = {"directions_norm": rays.metadata["directions_norm"]}
-    height, width = image.shape[:2]
+    width, height = float(cameras.width[camera]), float(cameras.height[camera])
     grid = torch.stack([2.0 * u / width - 1.0, 2.0 * v / height - 1.0], dim=-1)
     rgb = torch.nn.functional.grid_sample(
         image.permute(2, 0, 1)[None], grid[None].to(image), mode="bilinear", padding_mode="border", align_corners=False

@@ -9,6 +9,7 @@ import box_room
 import numpy as np
 import pytest
 import torch
+from nerfstudio.cameras.cameras import CameraType
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from PIL import Image
@@ -95,6 +96,15 @@ def test_stereo_rays_and_patches_follow_the_pixel_rays_in_one_bundle(manager):
         assert torch.equal(rays.origins[first : first + P * P], pose[:, 3].expand(P * P, 3))
         assert rays.camera_indices[first : first + P * P].unique().tolist() == [camera]
         assert 0 <= camera < len(manager.train_dataset)
+
+
+def test_images_that_are_not_perspective_give_no_patches(make, monkeypatch):
+    fisheye = make(stereo_rays_per_batch=0, image_patch_share=1.0)
+    wish(fisheye, 1)
+    assert fisheye.next_train(0)[1]["patches"].rgb[0] is not None
+    cameras = fisheye.train_dataset.cameras
+    cameras.camera_type = torch.full_like(cameras.camera_type, CameraType.FISHEYE.value)
+    assert fisheye.next_train(1)[1]["patches"].rgb[0] is None
 
 
 def test_every_ray_is_a_unit_vector_whose_norm_gives_its_cosine(manager):

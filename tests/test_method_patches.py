@@ -177,6 +177,22 @@ def test_colours_and_rays_of_an_image_patch_belong_to_the_same_points_at_every_s
     assert (u[15] - u[0]).item() == pytest.approx(15 * step, abs=1e-2)
 
 
+def test_patches_of_finer_images_are_averages_of_areas_at_the_same_places():
+    pose = random_pose(6)
+    cameras = camera(pose, fx=4 * SPEC.focal, fy=2 * SPEC.focal, cx=80.0, cy=40.0, width=160, height=80)
+    v, u = torch.meshgrid(torch.arange(80) + 0.5, torch.arange(160) + 0.5, indexing="ij")
+    checkers = ((u.floor() + v.floor()) % 2.0)[..., None].expand(-1, -1, 3)
+    linear = torch.stack([u / 160, v / 80, (u + v) / 240], dim=-1)
+    image = patches.at_patch_scale(cameras, 0.5 * linear + 0.5 * checkers, 0, SPEC)
+    assert image.shape == (40, 40, 3)
+    patch = patches.cut_image_patch(cameras, image, 0, SPEC, (40.0, 20.0))
+    assert patch.rgb is not None
+    u, v = pixel_coordinates(patch.rays, pose, cameras)
+    expected = 0.5 * torch.stack([u / 160, v / 80, (u + v) / 240], dim=-1) + 0.25
+    torch.testing.assert_close(patch.rgb.reshape(-1, 3), expected, atol=0.02, rtol=0.0)
+    assert patches.at_patch_scale(camera(pose), image, 0, SPEC) is image, "no finer than a patch"
+
+
 @pytest.mark.parametrize("focal", [20.0, 40.0, 70.0])
 def test_image_patches_lie_wholly_inside_their_image_and_reach_its_edges(focal):
     pose, draw = random_pose(7), generator(7)

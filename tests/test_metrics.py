@@ -129,6 +129,18 @@ def test_colour_correction_is_an_addition_and_takes_any_render():
     )
 
 
+def test_psnr_within_a_mask_is_an_addition():
+    true = photograph()
+    mask = torch.zeros(true.shape[:2], dtype=torch.bool)
+    mask[10:20, 10:20] = True
+    pred = torch.where(mask[..., None], true + 0.1, torch.zeros_like(true))
+    values = evaluate_view("nerfstudio", pred, true, mask)
+    assert values["masked_psnr"] > values["psnr"]
+    clipped = (pred.clamp(0, 1) - true)[mask].double().square().mean()
+    assert values["masked_psnr"] == pytest.approx(-10 * math.log10(float(clipped)), abs=1e-3)
+    assert "masked_psnr" not in evaluate_view("nerfstudio", pred, true, torch.zeros_like(mask))
+
+
 def test_colour_correction_is_nerfstudios_where_that_has_one():
     from nerfstudio.model_components.lib_bilagrid import color_correct
 

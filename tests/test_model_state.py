@@ -131,8 +131,17 @@ def test_rays_of_a_scene_in_any_unit_hold_what_stereo_found(unit):
     assert config.ray_bounds(None, None, None) == (0.05, 1000.0)
     by_hand = dataclasses.replace(config, near_plane=1.5 * unit, far_plane=8.0 * unit)
     assert by_hand.ray_bounds(None, None, found) == pytest.approx((1.5 * unit, 8.0 * unit))
+    assert by_hand.ray_bounds(0.5 * unit, 20.0 * unit, found) == pytest.approx((1.5 * unit, 8.0 * unit))
+    assert by_hand.ray_bounds(4.0 * unit, 5.0 * unit, None) == pytest.approx((3.0 * unit, 6.25 * unit))
     with pytest.raises(InputError, match=r"begin at .* and end at"):
         config.ray_bounds(9.0 * unit, 1.0 * unit, None)
+
+
+@pytest.mark.parametrize(("name", "value"), [("patch_size", 20), ("view_degrees", 7), ("patch_every", 0)])
+def test_options_that_no_step_could_use_are_refused_before_the_first(name, value):
+    config = all_methods["diffusionerf-tiny"].pipeline.model
+    with pytest.raises(InputError, match=f"--pipeline.model.{name.replace('_', '-')} must be .*found {value}"):
+        dataclasses.replace(config, **{name: value})
 
 
 @pytest.mark.parametrize(

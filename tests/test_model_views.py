@@ -18,6 +18,7 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline
 from PIL import Image
 
 from diffusionerf_ns import inspection, surfaces, unseen
+from diffusionerf_ns import model as model_module
 from diffusionerf_ns.datamanager import FACTS
 from diffusionerf_ns.refine import ViewRefiner
 
@@ -292,6 +293,13 @@ def test_what_the_training_views_show_is_found_once_until_the_field_changes(fold
     assert second is not first
     pipeline.load_pipeline(state, 3)
     assert model.views.surfaces.get() is not second
+
+
+def test_frusta_are_of_perspective_cameras_alone(folders, monkeypatch):
+    """Fisheye and panorama cameras see more than a pinhole's frustum, and would be told that nothing is seen there."""
+    assert build(folders).model.frusta is not None
+    monkeypatch.setattr(model_module, "are_perspective", lambda cameras: False)
+    assert build(folders).model.frusta is None
 
 
 @pytest.mark.parametrize("reason", ["switched off", "many views", "other cameras", "a viewer beside a training"])
