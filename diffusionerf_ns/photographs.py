@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,9 @@ from diffusionerf_ns.dataparsers.images import (
     decoded,
     has_alpha,
     image_size,
+    in_8_bits,
     list_images,
+    same_shape,
 )
 
 JPEG = (".jpg", ".jpeg", ".jfif")
@@ -161,7 +164,7 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
         Name of each copy -> EXIF's focal length in millimetres as on 35 mm film, None where it says none.
 
     Raises:
-        InputError: two would have the same name, one cannot be read, or is gray with more than 8 bits.
+        InputError: two would have the same name, one cannot be read, or its pixels are floating point numbers.
         OSError: ``folder`` cannot be written.
     """
     _read_heic()
@@ -174,14 +177,14 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
             with _reading(source):
                 exif = image.getexif()
                 focal = _focal_of(exif)
-                if image.mode[0] in "IF":
-                    raise InputError(
-                        f"{source} has more than 8 bits a colour ({image.mode}); save it as JPEG or 8-bit PNG."
-                    )
                 mode = "RGBA" if _is_transparent(image) else "RGB"
                 kept = image.mode == mode and image.format in COPIED.get(source.suffix.lower(), ())
                 as_it_is = kept and exif.get(ORIENTATION, 1) not in range(2, 9)
-                copy = source.read_bytes() if as_it_is else ImageOps.exif_transpose(image).convert(mode)
+                copy = (
+                    source.read_bytes()
+                    if as_it_is
+                    else _in_8_bits(source, ImageOps.exif_transpose(image)).convert(mode)
+                )
             name = source.name if kept else f"{source.stem}.png"
             if name in focals:
                 raise InputError(f"two photographs would be written as {name}, {source.name} is one: rename it.")
@@ -207,6 +210,13 @@ def _reading(source: Path) -> Iterator[None]:
         raise
     except (*UNREADABLE, TypeError) as error:
         raise InputError(f"{source} cannot be read: {error}. Save it as JPEG anew, or take it out.") from error
+
+
+def _in_8_bits(source: Path, image: Image.Image) -> Image.Image:
+    try:
+        return in_8_bits(image)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def _is_transparent(image: Image.Image) -> bool:
@@ -254,25 +264,34 @@ def one_focal(focals: dict[str, float | None]) -> float | None:
 
 
 def one_size(folder: Path, names: Sequence[str]) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """Width and height of all images; where some lie and some are upright, the latter are turned to the left.
+    """Width and height of all images, once they have one: of some that lie and some that are upright the latter are
+    turned to the left, and of one lens with 12 and 24 megapixels the larger ones are reduced.
 
     Returns:
         That size, and the names of those that were turned.
 
     Raises:
-        InputError: they are of different sizes: cropped, or of several lenses, of which few photographs tell little.
+        InputError: they are of different shapes: cropped, or of several lenses, of which few photographs tell little.
     """
     sizes = {name: image_size(folder / name) for name in names}
-    turned: tuple[str, ...] = ()
-    if len(set(sizes.values())) > 1:
-        turned = tuple(name for name, (width, height) in sizes.items() if height > width)
-        lying = {(max(size), min(size)) for size in sizes.values()}
-        if len(lying) > 1:
-            found = ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes.items())
-            raise InputError(f"the photographs are of different sizes ({found}); expected one: do not crop them.")
-        for name in turned:
-            with Image.open(folder / name) as image:
-                _save(image.transpose(Image.Transpose.ROTATE_90), folder / name, image.getexif())
+    if len(set(sizes.values())) == 1:
+        return next(iter(sizes.values())), ()
+    mixed = len({height > width for width, height in sizes.values()}) > 1
+    turned = tuple(name for name, (width, height) in sizes.items() if mixed and height > width)
+    stand = {name: size[::-1] if name in turned else size for name, size in sizes.items()}
+    least = min(stand.values(), key=math.prod)
+    if not all(same_shape(size, least) for size in stand.values()):
+        found = ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes.items())
+        raise InputError(f"the photographs are of different shapes ({found}); expected one: do not crop them.")
+    reduced = [name for name, size in stand.items() if size != least]
+    for name in {*turned, *reduced}:
+        with Image.open(folder / name) as image:
+            changed = image.transpose(Image.Transpose.ROTATE_90) if name in turned else image
+            if name in reduced:
+                changed = changed.resize(least, Image.Resampling.LANCZOS)
+            _save(changed, folder / name, image.getexif())
+    if turned:
         CONSOLE.print(f"Turned to lie as the others: {escape(', '.join(turned))}.")
-        return lying.pop(), turned
-    return next(iter(sizes.values())), turned
+    if reduced:
+        CONSOLE.print(f"Reduced to {least[0]} x {least[1]} as the smallest: {escape(', '.join(reduced))}.")
+    return least, turned

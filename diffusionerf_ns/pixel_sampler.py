@@ -10,14 +10,16 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 
+MOST_KEPT = 64  # masks
 ALL_BLACK = "the masks of all images are black; expected white where the scene is."
 
 
 class MaskedPixelSampler(PixelSampler):
     """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn."""
 
-    _small: tuple[Tensor, Tensor] | None = None
-    """Masks of which few pixels are inside, and these: a step has the same masks as the one before."""
+    _small: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] | None = None
+    """Masks of which few pixels are inside, and these, by where they lie in memory: a step has the same masks as the one
+    before, and images of several sizes bring theirs one by one."""
     _kept: tuple[tuple[Tensor, ...], list[int]] = ((), [])
     """Masks of images of several sizes, and which of them are not black."""
 
@@ -37,8 +39,9 @@ class MaskedPixelSampler(PixelSampler):
         """
         if mask is None or self.config.ignore_mask:
             return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
-        if self._small is not None and self._small[0] is mask:
-            return self._any_of(self._small[1], batch_size)
+        place = mask.data_ptr(), mask.shape
+        if self._small is not None and place in self._small:
+            return self._any_of(self._small[place][1], batch_size)
         inside = mask[..., 0]
         size = torch.tensor(inside.shape, device=device)
         drawn = (torch.rand((batch_size, 3), device=device) * size).long()
@@ -51,7 +54,9 @@ class MaskedPixelSampler(PixelSampler):
         pixels = torch.nonzero(inside).to(device)
         if len(pixels) == 0:
             raise InputError(ALL_BLACK)
-        self._small = mask, pixels
+        if self._small is None or len(self._small) >= MOST_KEPT:
+            self._small = {}
+        self._small[place] = mask, pixels  # held, so that nothing else comes to lie there
         return self._any_of(pixels, batch_size)
 
     def collate_image_dataset_batch_list(

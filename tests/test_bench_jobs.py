@@ -225,6 +225,23 @@ def test_flags_that_would_fail_every_job_are_refused_at_once(tmp_path: Path, wro
         RunConfig(output=tmp_path, **wrong)
 
 
+def test_a_job_list_excludes_the_flags_that_make_one(tmp_path: Path) -> None:
+    config = RunConfig(output=tmp_path, jobs=tmp_path / "jobs.json", steps=5, override=("nonsense",))
+    with pytest.raises(InputError, match="--jobs and --steps, --override exclude each other"):
+        config._jobs()
+
+
+@pytest.mark.parametrize("lacks", ["jobs", "hash"])
+def test_a_results_folder_whose_list_lacks_something_is_refused(tmp_path: Path, lacks: str) -> None:
+    results.merge_entries(tmp_path, [results.Entry(job=make_job(tmp_path), hash="0", folder=tmp_path)])
+    path = tmp_path / results.JOBS_FILE
+    content = json.loads(path.read_text())
+    del (content if lacks == "jobs" else content["jobs"][0])[lacks]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"is damaged \(it lacks '{lacks}'\)"):
+        results.read_entries(tmp_path)
+
+
 def test_a_job_is_done_when_its_result_is_whole_and_of_its_hash(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     entry = results.Entry(job=job, hash="h", folder=tmp_path / "job")

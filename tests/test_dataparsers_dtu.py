@@ -244,8 +244,10 @@ def test_masks_of_another_size_or_missing_are_named(linked):
     with pytest.raises(InputError, match=r"009\.png is 300 x 200, the images are 400 x 300"):
         parse(data, "test", num_views=3)
     Image.new("L", (200, 150)).save(data / "mask" / "009.png")  # smaller than the images
-    with pytest.raises(InputError, match="whole multiple"):
+    with pytest.raises(InputError, match="or larger ones of that shape"):
         parse(data, "test", num_views=3)
+    Image.new("L", (1000, 750), 255).save(data / "mask" / "009.png")  # no whole multiple
+    assert bool(FewViewDataset(parse(data, "test", num_views=3, test_ids=(9,)))[0]["mask"].all())
 
 
 def test_a_truncated_image_is_named(linked):

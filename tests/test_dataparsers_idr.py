@@ -85,6 +85,8 @@ def test_masks_of_an_own_capture_are_used_when_asked(own, capsys):
     said = "".join(capsys.readouterr().out.split())
     assert "--masked-training" in said
     assert "my[red]statuearenotused" in said
+    with pytest.raises(InputError, match=r"--mask-folder .* would not be used.*--masked-training"):
+        parse(data, mask_folder=data / "mask")
     inside = FewViewDataset(parse(data, masked_training=True))[2]["mask"]
     assert 0.05 < inside.double().mean() < 0.95
     (data / "mask" / "003.png").unlink()

@@ -132,10 +132,28 @@ def test_two_photographs_of_one_name_are_refused(tmp_path):
         photographs.write_images([tmp_path / "a.png", tmp_path / "a.tif"], tmp_path / "images")
 
 
-def test_photographs_of_16_bits_are_refused(tmp_path):
-    Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png has more than 8 bits a colour \(I;16\)"):
-        photographs.write_images([tmp_path / "a.png"], tmp_path / "images")
+def test_photographs_of_16_bits_are_read_and_those_of_floating_point_refused(tmp_path):
+    Image.fromarray(np.full((30, 40), 128 * 257, dtype=np.uint16)).save(tmp_path / "a.png")
+    photographs.write_images([tmp_path / "a.png"], tmp_path / "images")
+    assert Image.open(tmp_path / "images" / "a.png").convert("RGB").getpixel((20, 15)) == (128, 128, 128)
+    Image.fromarray(np.full((30, 40), 0.5, dtype=np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(InputError, match=r"b\.tif: .*floating point"):
+        photographs.write_images([tmp_path / "b.tif"], tmp_path / "more")
+
+
+def test_photographs_of_one_lens_with_more_and_fewer_pixels_become_of_one_size(tmp_path, capsys):
+    sizes = {"a.png": (120, 90), "b.png": (80, 60), "c.png": (90, 120)}
+    for name, size in sizes.items():
+        half = Image.new("RGB", size, "blue")
+        half.paste("red", (0, 0, size[0], size[1] // 2))
+        half.save(tmp_path / name)
+    assert photographs.one_size(tmp_path, tuple(sizes)) == ((80, 60), ("c.png",))
+    pixels = {name: np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in sizes}
+    assert all(p.shape == (60, 80, 3) for p in pixels.values())
+    assert (pixels["a.png"][:25, :, 0] > 200).all()
+    assert (pixels["c.png"][:, :35, 0] > 200).all(), "upright and turned to the left: its top is at the left"
+    said = "".join(capsys.readouterr().out.split())
+    assert "Reducedto80x60asthesmallest:a.png,c.png." in said
 
 
 @pytest.mark.parametrize(

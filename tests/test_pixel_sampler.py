@@ -40,6 +40,21 @@ def test_a_mask_of_fewer_pixels_than_are_drawn_gives_them_several_times():
     assert len(draws.sample_method(64, 3, H, W, mask=other).unique(dim=0)) > 30
 
 
+def test_small_masks_of_images_of_several_sizes_are_looked_through_once(monkeypatch):
+    """nerfstudio gives each of them as a new view of the mask that it keeps."""
+    masks = [torch.zeros(H + i, W, 1, dtype=torch.bool) for i in range(3)]
+    for i, mask in enumerate(masks):
+        mask[4, i] = True
+    looked, nonzero = [], torch.nonzero
+    monkeypatch.setattr(torch, "nonzero", lambda x: looked.append(x.ndim) or nonzero(x))
+    draws = sampler()
+    for _ in range(2):
+        for i, mask in enumerate(masks):
+            drawn = draws.sample_method(16, 1, H + i, W, mask=mask.unsqueeze(0))
+            assert drawn.unique(dim=0).tolist() == [[0, 4, i]]
+    assert looked.count(3) == 3
+
+
 def test_masks_without_a_pixel_are_refused():
     with pytest.raises(InputError, match="masks of all images are black"):
         sampler().sample_method(64, 1, H, W, mask=torch.zeros(1, H, W, 1, dtype=torch.bool))

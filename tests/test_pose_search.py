@@ -195,11 +195,11 @@ def test_photographs_taken_by_turning_on_the_spot_are_refused_with_that_reason(t
         find_poses(tmp_path, tmp_path / "capture", focal_35mm=FOCAL_35)
 
 
-def test_photographs_of_different_sizes_are_refused(taken, tmp_path):
+def test_photographs_of_different_shapes_are_refused(taken, tmp_path):
     sizes = tmp_path / "sizes"
     shutil.copytree(taken[0], sizes)
-    Image.open(sizes / "1.png").resize((360, 270)).save(sizes / "1.png")
-    with pytest.raises(InputError, match=r"different sizes \(0\.png 480 x 360, 1\.png 360 x 270, 2\.png 480 x 360\)"):
+    Image.open(sizes / "1.png").resize((360, 240)).save(sizes / "1.png")
+    with pytest.raises(InputError, match=r"different shapes \(0\.png 480 x 360, 1\.png 360 x 240, 2\.png 480 x 360\)"):
         find_poses(sizes, tmp_path / "capture")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sizes"]
 

@@ -11,7 +11,7 @@ from ddm_training.errors import InputError
 from ddm_training.files import make_folder
 from diffusionerf_ns.bench.peers import PEER_SCENES, read_peers
 from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
-from diffusionerf_ns.bench.table import DATASETS, summarise_runs
+from diffusionerf_ns.bench.table import DATASETS, rank_of, summarise_runs, title_of
 from diffusionerf_ns.bench.variants import VARIANTS
 
 
@@ -135,13 +135,11 @@ def _draw_sheets(done: Sequence[tuple[Entry, dict[str, Any]]], output: Path) -> 
     """Ground truth, and render, depth and error of each variant: a sheet per scene, views and seed."""
     from diffusionerf_ns.bench.pictures import SheetRow, contact_sheet
 
-    order = {name: i for i, name in enumerate(VARIANTS)}
     groups: dict[tuple[str, str, int], list[SheetRow]] = {}
-    for entry, result in sorted(done, key=lambda pair: order.get(pair[0].job.variant, 99)):
+    for entry, result in sorted(done, key=lambda pair: rank_of(pair[0].job.variant)):
         if result["pictures"]:
             job = entry.job
-            title = VARIANTS[job.variant].title if job.variant in VARIANTS else job.variant
-            row = SheetRow(title=title, folder=entry.folder, result=result)
+            row = SheetRow(title=title_of(job.variant), folder=entry.folder, result=result)
             groups.setdefault((job.scene, str(job.views), job.seed), []).append(row)
     written = []
     for (scene, views, seed), rows in sorted(groups.items()):

@@ -137,9 +137,14 @@ def read_entries(folder: Path) -> list[Entry]:
     if found != FORMAT:
         raise InputError(_other_version(path, found))
     entries = []
-    for row in content["jobs"]:
-        job = Job.from_dict({k: v for k, v in row.items() if k != "hash"})
-        entries.append(Entry(job=job, hash=row["hash"], folder=folder / job.name))
+    try:
+        for row in content["jobs"]:
+            job = Job.from_dict({k: v for k, v in row.items() if k != "hash"})
+            entries.append(Entry(job=job, hash=row["hash"], folder=folder / job.name))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is damaged (it lacks {error}); give the same `run` command again to write it anew."
+        ) from error
     return entries
 
 

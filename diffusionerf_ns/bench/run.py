@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ VariantName = Literal[
     "default", "photometric", "paper-geometric", "geometric", "refinement-only", "no-completion", "full",
     "no-image-patches", "tau-zero", "no-refinement", "no-stereo", "nerfacto",
 ]  # fmt: skip
+
+OF_MADE_JOBS = ("data", "views", "seeds", "variants", "method", "steps", "downscale_factor", "override")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,11 @@ class RunConfig:
         from diffusionerf_ns.bench import jobs
 
         if self.jobs is not None:
-            if self.data:
-                raise InputError("--jobs and --data exclude each other: a job list names its data itself.")
+            default = {f.name: f.default for f in fields(self)}
+            given = [name for name in OF_MADE_JOBS if getattr(self, name) != default[name]]
+            if given:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise InputError(f"--jobs and {flags} exclude each other: a job list says that of each job itself.")
             return jobs.read_jobs(self.jobs)
         if not self.data:
             raise InputError("nothing to do: give --data FOLDER... or --jobs FILE.")

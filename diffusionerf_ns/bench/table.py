@@ -106,16 +106,16 @@ def summarise_runs(results: Sequence[dict[str, Any]]) -> dict[Setting, list[Row]
         )
         groups.setdefault(setting, {}).setdefault(result["job"]["variant"], []).append(result)
     return {
-        setting: [_row(name, groups[setting][name]) for name in sorted(groups[setting], key=_rank)]
+        setting: [_row(name, groups[setting][name]) for name in sorted(groups[setting], key=rank_of)]
         for setting in sorted(groups)
     }
 
 
-def _title(variant: str) -> str:
+def title_of(variant: str) -> str:
     return VARIANTS[variant].title if variant in VARIANTS else variant
 
 
-def _rank(variant: str) -> int:
+def rank_of(variant: str) -> int:
     """Place among the rows: that of the list of variants, unknown ones last."""
     return list(VARIANTS).index(variant) if variant in VARIANTS else len(VARIANTS)
 
@@ -148,7 +148,7 @@ def _row(variant: str, results: list[dict[str, Any]]) -> Row:
     means = {name: over_scenes({key: metrics[name] for key, metrics in found.items()}) for name in names}
     return Row(
         variant=variant,
-        title=_title(variant),
+        title=title_of(variant),
         means=means,
         by_scene=by_scene,
         seeds=tuple(seeds),
@@ -328,11 +328,11 @@ def _times(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         key = (result["job"]["method"], result["steps"], result["job"]["variant"])
         groups.setdefault(key, []).append(result)
-    for (method, steps, variant), runs in sorted(groups.items(), key=lambda g: (g[0][:2], _rank(g[0][2]))):
+    for (method, steps, variant), runs in sorted(groups.items(), key=lambda g: (g[0][:2], rank_of(g[0][2]))):
         train, evaluate = (mean(r["seconds"][phase] for r in runs) for phase in ("train", "evaluate"))
         ram, gpu = (max(r["peak_memory"].get(kind, 0.0) for r in runs) for kind in ("ram_gb", "gpu_gb"))
         lines.append(
-            f"| {method} | {steps:,} | {_title(variant)} | {len(runs)} | {train:.0f} | {train / steps:.2f} | "
+            f"| {method} | {steps:,} | {title_of(variant)} | {len(runs)} | {train:.0f} | {train / steps:.2f} | "
             f"{evaluate:.0f} | {ram:.1f} | {f'{gpu:.1f}' if gpu else ''} |"
         )
     return "\n".join(lines) + "\n"

@@ -71,6 +71,11 @@ class IDRFewViewParser(FewViewBaseParser):
             )
         factor = whole_factor(self.config.downscale_factor) or automatic_factor(width, height)
         masks = None
+        if self.config.mask_folder is not None and not self.config.masked_training:
+            raise InputError(
+                f"--mask-folder {self.config.mask_folder} would not be used: {folder} is no scan of DTU's, whose "
+                "protocol judges by masks. Give --masked-training True to train inside of them."
+            )
         if self.config.masked_training:
             masks = self._masks(path, numbers)
             for i in used:

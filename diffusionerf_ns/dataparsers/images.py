@@ -106,12 +106,12 @@ def _remedy(path: Path, error: BaseException) -> str:
 
 
 def check_mask_size(path: Path, size: tuple[int, int]) -> None:
-    """Raises InputError where a mask has neither the width and height of its image nor a whole multiple of them."""
+    """Raises InputError where a mask is smaller than its image, or of another shape."""
     found = image_size(path)
-    if found[0] % size[0] or found[0] * size[1] != found[1] * size[0]:
+    if found[0] < size[0] or not same_shape(found, size):
         raise InputError(
             f"mask {path} is {found[0]} x {found[1]}, the images are {size[0]} x {size[1]}: expected masks of that "
-            "size or a whole multiple of it."
+            "size, or larger ones of that shape."
         )
 
 
@@ -171,7 +171,7 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
         factor: area average over factor x factor pixels; 1 gives the sources themselves.
         folder: where the copies go, e.g. `images_8` beside `images`; where that cannot be written, or holds files
             that this function has not made, a folder of the user's cache is taken instead.
-        needed: sources that must be readable; others that are not are left out, which is said. None: all.
+        needed: sources of which there shall be copies; None: all.
 
     Returns:
         The path of each copy, in the order of ``sources``: PNG, so nothing is lost.
@@ -196,15 +196,17 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
             problems.append(f"{place} exists and was not made here")
             continue
         try:
+            wanted = [(source, name) for source, name in zip(sources, names) if source in needed]
             if not _is_made_from(place, origin):
-                _make(place, sources, names, factor, origin, needed)
-            made = [place / name for name in names]
-            for source, copy in zip(sources, made):
-                if source in needed and not copy.is_file():  # not needed and damaged, once
-                    part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
-                    _write_copy(source, factor, part)
-                    part.replace(copy)
-            return made
+                _make(place, wanted, factor, origin)
+            for source, copy in ((source, place / name) for source, name in wanted):
+                if copy.is_file():
+                    continue
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
+                _write_copy(source, factor, part)
+                part.replace(copy)
+            return [place / name for name in names]
         except OSError as error:
             problems.append(f"{place}: {error.strerror or error}")
     raise InputError(
@@ -235,24 +237,21 @@ def _is_made_from(place: Path, origin: dict) -> bool:
         return False
 
 
-def _make(
-    place: Path, sources: Sequence[Path], names: Sequence[str], factor: int, origin: dict, needed: Container[Path]
-) -> None:
-    """Write a cache folder under another name and rename it into place. OSError where that is not possible."""
+def _make(place: Path, wanted: Sequence[tuple[Path, str]], factor: int, origin: dict) -> None:
+    """Write a cache folder under another name and rename it into place. OSError where that is not possible.
+
+    Args:
+        wanted: sources and the names of their copies; those of others may be added later.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     _sweep(place)
     part = Path(tempfile.mkdtemp(prefix=f".{place.name}.part-", dir=place.parent))
     try:
         part.chmod(0o755)  # mkdtemp gives 0700; others who share the data may read the copies
-        CONSOLE.print(f"reducing {len(sources)} images by {factor} into {escape(str(place))} (once)")
-        for source, name in zip(sources, names):
+        CONSOLE.print(f"reducing {len(wanted)} images by {factor} into {escape(str(place))} (once)")
+        for source, name in wanted:
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _write_copy(source, factor, part / name)
-            except InputError as error:
-                if source in needed:
-                    raise
-                CONSOLE.print(f"[yellow]Left out: {escape(str(error))}")
+            _write_copy(source, factor, part / name)
         (part / CACHE_FILE).write_text(json.dumps(origin))
         _move_into_place(part, place, origin)
     finally:

@@ -282,6 +282,8 @@ def _applied(meta: dict[str, Any], path: Path) -> torch.Tensor | None:
 def _find_file(folder: Path, name: str) -> Path:
     """A file named in the JSON; the synthetic NeRF scenes leave out the suffix .png."""
     file = folder / name
+    if "\\" in name and not file.is_file():  # of a tool on Windows
+        file = folder / name.replace("\\", "/")
     if not file.suffix and not file.is_file() and file.with_suffix(".png").is_file():
         return file.with_suffix(".png")
     return file
