@@ -18,8 +18,8 @@ class MaskedPixelSampler(PixelSampler):
     """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn."""
 
     _small: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] | None = None
-    """Masks of which few pixels are inside, and these, by where they lie in memory: a step has the same masks as the one
-    before, and images of several sizes bring theirs one by one."""
+    """Masks of which few pixels are inside, and these, by where they lie in memory: a step has the same masks as the
+    one before, and images of several sizes bring theirs one by one."""
     _kept: tuple[tuple[Tensor, ...], list[int]] = ((), [])
     """Masks of images of several sizes, and which of them are not black."""
 
