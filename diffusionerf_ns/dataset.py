@@ -163,9 +163,9 @@ def load_mask(path: Path, height: int, width: int) -> Bool[Tensor, "{height} {wi
     """
     try:
         with Image.open(path) as file:
-            alpha = file.convert("RGBA").getchannel("A") if has_alpha(file) else None
-            cut_out_by_alpha = alpha is not None and alpha.getextrema()[0] < 255
-            mask, lossy = alpha if cut_out_by_alpha else file.convert("L"), file.format == "JPEG"
+            mask, lossy = file.convert("L"), file.format == "JPEG"
+            if has_alpha(file) and (alpha := file.convert("RGBA").getchannel("A")).getextrema() != (255, 255):
+                mask = alpha
     except UNREADABLE as error:
         raise InputError(f"mask {path} cannot be read: {error}.") from error
     _check_shape("mask", path, mask.size, height, width)

@@ -180,11 +180,7 @@ def write_images(sources: Sequence[Path], folder: Path) -> dict[str, float | Non
                 mode = "RGBA" if _is_transparent(image) else "RGB"
                 kept = image.mode == mode and image.format in COPIED.get(source.suffix.lower(), ())
                 as_it_is = kept and exif.get(ORIENTATION, 1) not in range(2, 9)
-                copy = (
-                    source.read_bytes()
-                    if as_it_is
-                    else _in_8_bits(source, ImageOps.exif_transpose(image)).convert(mode)
-                )
+                copy = source.read_bytes() if as_it_is else _upright(source, image).convert(mode)
             name = source.name if kept else f"{source.stem}.png"
             if name in focals:
                 raise InputError(f"two photographs would be written as {name}, {source.name} is one: rename it.")
@@ -212,9 +208,10 @@ def _reading(source: Path) -> Iterator[None]:
         raise InputError(f"{source} cannot be read: {error}. Save it as JPEG anew, or take it out.") from error
 
 
-def _in_8_bits(source: Path, image: Image.Image) -> Image.Image:
+def _upright(source: Path, image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, in 8 bits."""
     try:
-        return in_8_bits(image)
+        return in_8_bits(ImageOps.exif_transpose(image))
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
 
@@ -278,7 +275,7 @@ def one_size(folder: Path, names: Sequence[str]) -> tuple[tuple[int, int], tuple
         return next(iter(sizes.values())), ()
     mixed = len({height > width for width, height in sizes.values()}) > 1
     turned = tuple(name for name, (width, height) in sizes.items() if mixed and height > width)
-    stand = {name: size[::-1] if name in turned else size for name, size in sizes.items()}
+    stand = {name: (max(size), min(size)) if mixed else size for name, size in sizes.items()}
     least = min(stand.values(), key=math.prod)
     if not all(same_shape(size, least) for size in stand.values()):
         found = ", ".join(f"{name} {width} x {height}" for name, (width, height) in sizes.items())
