@@ -36,7 +36,7 @@ from diffusionerf_ns.score_loss import JudgedPatch, score_loss
 from diffusionerf_ns.stereo_rays import StereoBatch
 from diffusionerf_ns.view_renderer import ViewRenderer
 from diffusionerf_ns.viewer import InspectionPanel, draw_small_on_cpu
-from diffusionerf_ns.visibility import TrainingFrusta, are_perspective
+from diffusionerf_ns.visibility import TrainingFrusta, are_perspective, largest_slant
 
 
 class DiffusioNeRFModel(NerfactoModel):
@@ -61,8 +61,9 @@ class DiffusioNeRFModel(NerfactoModel):
         self._lpips: LpipsNetworks | None = None
         self.image_metrics: list[dict[str, float]] = []
         near, far = self.metadata.get("near"), self.metadata.get("far")
-        self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo))
         cameras = None if facts is None else facts.cameras
+        slant = 1.0 if cameras is None else largest_slant(cameras)
+        self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo, slant))
         self.frusta = TrainingFrusta(cameras) if cameras is not None and are_perspective(cameras) else None
         self.total_steps = 1
         self.in_training_run = False

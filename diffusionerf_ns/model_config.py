@@ -152,7 +152,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25
-    """Where the scene's far bound is known, rays end at this times it."""
+    """Where the scene's far bound is known, rays end at this times it, or as far as it lies in the corners of a training
+    image: it is planar depth."""
     stereo_far_margin: float = 3.0
     """Where it is not, rays end at this times the farthest depth (98 % quantile) that stereo finds; without stereo at
     `far_plane`, which is an upper limit too if it is not nerfacto's 1,000. What no training view shows is then a little
@@ -212,7 +213,9 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
         """`proposal_warmup` in a run of ``run_steps`` steps."""
         return round(0.5 * run_steps) if self.proposal_warmup is None else self.proposal_warmup
 
-    def ray_bounds(self, near: float | None, far: float | None, found: StereoBounds | None) -> tuple[float, float]:
+    def ray_bounds(
+        self, near: float | None, far: float | None, found: StereoBounds | None, slant: float = 1.0
+    ) -> tuple[float, float]:
         """Where rays begin and end, scene units; see `near_margin`.
 
         Args:
@@ -220,11 +223,12 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
             far: likewise.
             found: by stereo; None without it. It says more than nerfacto's `near_plane` and `far_plane`, which are
                 lengths in units that may be anything; others than nerfacto's are kept to.
+            slant: largest distance along a training ray per planar depth.
 
         Raises:
             InputError: rays would end before they begin.
         """
-        end = self.far_margin * far if far is not None else self.far_plane
+        end = max(self.far_margin, slant) * far if far is not None else self.far_plane
         if far is None and found is not None:
             end = self.stereo_far_margin * found.far
         begin = self.near_plane if near is None else self.near_margin * near

@@ -15,6 +15,18 @@ def are_perspective(cameras: Cameras) -> bool:
     return bool((cameras.camera_type == CameraType.PERSPECTIVE.value).all())
 
 
+def largest_slant(cameras: Cameras) -> float:
+    """Largest distance along a ray per planar depth, which is in a corner of an image; 1 of other than perspective
+    cameras."""
+    corners = []
+    for index in range(len(cameras)):
+        width, height = float(cameras.width[index]), float(cameras.height[index])
+        pixels = torch.tensor([[v, u] for v in (0.5, height - 0.5) for u in (0.5, width - 0.5)])
+        rays = cameras.generate_rays(torch.full((4, 1), index), pixels.to(cameras.device))
+        corners.append(rays.metadata["directions_norm"])
+    return float(torch.cat(corners).max())
+
+
 class Projections(nn.Module):
     """Projections of points into images, one a camera.
 

@@ -133,6 +133,7 @@ def test_rays_of_a_scene_in_any_unit_hold_what_stereo_found(unit):
     assert by_hand.ray_bounds(None, None, found) == pytest.approx((1.5 * unit, 8.0 * unit))
     assert by_hand.ray_bounds(0.5 * unit, 20.0 * unit, found) == pytest.approx((1.5 * unit, 8.0 * unit))
     assert by_hand.ray_bounds(4.0 * unit, 5.0 * unit, None) == pytest.approx((3.0 * unit, 6.25 * unit))
+    assert config.ray_bounds(4.0 * unit, 5.0 * unit, None, 1.5)[1] == pytest.approx(7.5 * unit)
     with pytest.raises(InputError, match=r"begin at .* and end at"):
         config.ray_bounds(9.0 * unit, 1.0 * unit, None)
 

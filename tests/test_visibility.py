@@ -10,7 +10,7 @@ from nerfstudio.cameras.camera_utils import radial_and_tangential_undistort
 from nerfstudio.cameras.cameras import Cameras
 
 from diffusionerf_ns.patches import random_rotation
-from diffusionerf_ns.visibility import Projections, TrainingFrusta, distort
+from diffusionerf_ns.visibility import Projections, TrainingFrusta, distort, largest_slant
 
 NEAR = 0.3
 
@@ -168,6 +168,12 @@ def test_distortion_undoes_what_nerfstudio_undistorts():
     lens = torch.tensor([-0.1, 0.02, 0.01, -0.01, 0.01, -0.02])
     there = radial_and_tangential_undistort(slope, lens.expand(200, 6), max_iterations=50)
     torch.testing.assert_close(distort(there, lens), slope, atol=1e-5, rtol=0.0)
+
+
+def test_the_largest_slant_is_that_of_the_farthest_corner_of_any_image():
+    poses = torch.eye(3, 4).repeat(2, 1, 1)
+    cameras = Cameras(poses, fx=torch.tensor([[60.0], [90.0]]), fy=60.0, cx=40.0, cy=20.0, width=100, height=50)
+    assert largest_slant(cameras) == pytest.approx(math.sqrt(1 + (59.5 / 60) ** 2 + (29.5 / 60) ** 2))
 
 
 def test_near_is_a_planar_depth():
