@@ -152,8 +152,8 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25
-    """Where the scene's far bound is known, rays end at this times it, or as far as it lies in the corners of a training
-    image: it is planar depth."""
+    """Where the scene's far bound is known, rays end at this times it, or where it lies in the corners of the training
+    images if that is farther: it is planar depth."""
     stereo_far_margin: float = 3.0
     """Where it is not, rays end at this times the farthest depth (98 % quantile) that stereo finds; without stereo at
     `far_plane`, which is an upper limit too if it is not nerfacto's 1,000. What no training view shows is then a little

@@ -149,16 +149,18 @@ def test_options_that_no_step_could_use_are_refused_before_the_first(name, value
     ("near", "far", "begin", "end"),
     [
         (None, None, 0.6 * 2.0, 3.0 * 7.0),
-        (1.0, 10.0, 0.6 * 2.0, 1.25 * 10.0),
-        (4.0, 10.0, 0.75 * 4.0, 1.25 * 10.0),
-        (0.1, 1.0, 0.75 * 0.1, 1.25),  # stereo finds everything behind the far bound: one of them is wrong
+        (1.0, 10.0, 0.6 * 2.0, 1.3 * 10.0),
+        (4.0, 10.0, 0.75 * 4.0, 1.3 * 10.0),
+        (0.1, 1.0, 0.75 * 0.1, 1.3),  # stereo finds everything behind the far bound: one of them is wrong
     ],
 )
 def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say_and_end_where_one_says(
     folders, near, far, begin, end
 ):
-    pipeline = build(folders)
+    pipeline = build(folders, far_margin=1.3)
     metadata = dict(pipeline.datamanager.train_dataset.metadata)
+    metadata[FACTS].cameras.fx *= 2.0  # no corner of whose images is so far aside
+    metadata[FACTS].cameras.fy *= 2.0
     found = dataclasses.replace(metadata[FACTS].stereo, near=2.0, far=7.0)
     metadata[FACTS] = dataclasses.replace(metadata[FACTS], stereo=found)
     metadata |= {} if near is None else {"near": near, "far": far}
