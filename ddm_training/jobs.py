@@ -217,7 +217,7 @@ def _run_submitit(
         yield from _collect({executor.submit(call, job): job for job in batch}, submitit)
 
 
-def _collect(flying: dict[Any, Job], submitit: Any) -> Iterator[Outcome[Job, Any]]:
+def _collect(flying: dict[Any, Job], submitit: Any) -> Generator[Outcome[Job, Any], None, None]:
     """Outcomes as they come; jobs that are left when nobody asks any more, or at a signal, are cancelled."""
     try:
         for handle in submitit.helpers.as_completed(list(flying), poll_frequency=0.2):
