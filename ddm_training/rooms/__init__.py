@@ -160,7 +160,7 @@ def run_rooms(
         write: does a job; a module-level function.
         jobs: rooms or stills.
         workers: number of processes.
-        folder: is there; for submitit and messages.
+        folder: that is written to, for messages.
         kind: of the jobs, for messages.
 
     Raises:
