@@ -6,6 +6,7 @@ run removes. Checkpoints later than the one that a run goes on from are moved to
 that was given up, and are neither counted nor taken for the latest.
 """
 
+import contextlib
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from ddm_training.errors import InputError
+from ddm_training.files import writing
 
 STATE_FILE, CONFIG_FILE = "state.pt", "config.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -59,27 +61,26 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
         InputError: it could not be written (disk full, say); what was there before is untouched.
     """
     final, part = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.part"
-    try:
-        if part.exists():
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
-        torch.save({"step": step, **state}, part / STATE_FILE)
-        (part / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-        for path in (part / STATE_FILE, part / CONFIG_FILE, part):
-            _sync(path)
-        if final.exists():
-            _discard(final)
-        part.rename(final)
-        _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        shutil.rmtree(part, ignore_errors=True)
-        raise InputError(
-            f"checkpoint {final} could not be written ({error}). Earlier checkpoints are untouched: make room and run "
-            "the same command again."
-        ) from error
+    advice = "Earlier checkpoints are untouched: make room and run the same command again."
+    with writing(final, advice, also=(RuntimeError,)):  # by which torch.save reports a full disk
+        try:
+            if part.exists():
+                shutil.rmtree(part)
+            part.mkdir(parents=True)
+            torch.save({"step": step, **state}, part / STATE_FILE)
+            (part / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+            for path in (part / STATE_FILE, part / CONFIG_FILE, part):
+                _sync(path)
+            if final.exists():
+                _discard(final)
+            part.rename(final)
+            _sync(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # there where that failed
     earlier = [path for found, path in list_checkpoints(folder) if found < step]
     for path in earlier[: max(len(earlier) + 1 - limit, 0)]:
-        _discard(path)
+        with contextlib.suppress(OSError):  # no reason to end a training: what is left goes later
+            _discard(path)
     return final
 
 
@@ -184,7 +185,7 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
                 "or remove the folder."
             )
         return None
-    for path in (Path(wanted), folder / wanted):
+    for path in (folder / wanted, Path(wanted)):
         if _NAME.fullmatch(path.name) and path.is_dir():
             return path
     raise InputError(

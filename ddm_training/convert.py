@@ -18,6 +18,8 @@ from torch import Tensor
 from ddm_training.authors_unet import CLASS_NAME, RgbdPatchUNet
 from ddm_training.errors import InputError
 from ddm_training.export import replace_folder
+from ddm_training.files import writing
+from ddm_training.plots import CURVES_FILE
 from ddm_training.rgbd import SPEC_FILE, RgbdSpec
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ class ConvertConfig:
     output_dir: Path
     """Prior folder to write: unet/, scheduler/, rgbd.json, README.md."""
     overwrite: bool = False
-    """Replace the prior in an existing prior folder; other files in it stay."""
+    """Replace the prior in an existing prior folder, and remove the pictures of the old one (samples.png, curves.png);
+    other files in it stay, the folder completion among them."""
 
     def main(self) -> None:
         """Convert, and say what was written.
@@ -124,7 +127,7 @@ def scheduler_of(checkpoint: Checkpoint) -> "DDPMScheduler":
 
 
 def write_prior(checkpoint: Checkpoint, folder: Path, *, source: str, overwrite: bool = False) -> None:
-    """Write a prior folder; files in it that are not a prior's own stay, see `replace_folder`.
+    """Write a prior folder; files in it that are not a prior's own stay, but for the pictures of the old one.
 
     Args:
         checkpoint: what to write.
@@ -149,6 +152,9 @@ def write_prior(checkpoint: Checkpoint, folder: Path, *, source: str, overwrite:
         (part / "README.md").write_text(model_card(checkpoint, spec, source))
 
     replace_folder(folder, write)
+    for name in ("samples.png", CURVES_FILE):  # of the denoiser that was there
+        with writing(path := folder / name, "The new prior is whole; delete this picture of the old one."):
+            path.unlink(missing_ok=True)
 
 
 def model_card(checkpoint: Checkpoint, spec: RgbdSpec, source: str) -> str:

@@ -155,6 +155,8 @@ class Download:
                 finally:
                     self._write_report(time.monotonic() - begin)
         self._raise_failures(len(scenes))
+        if not config.dry_run:
+            self._say_what_is_not_here()
 
     def _plan_all(self, scenes: list[PublicScene]) -> None:
         with _progress() as progress:
@@ -223,6 +225,15 @@ class Download:
                     shutil.copyfile(self.config.split_csv, part)
             except OSError as error:
                 raise InputError(f"cannot write {target}: {error.strerror}.") from error
+
+    def _say_what_is_not_here(self) -> None:
+        from ddm_training.hypersim import CAMERA_FILE
+
+        if not (self.config.output / CAMERA_FILE).exists():
+            print(
+                f"`ddm hypersim prepare` needs {CAMERA_FILE} too: put that of the repository apple/ml-hypersim "
+                f"(contrib/mikeroberts3000) into {self.config.output}, or name it by --camera-csv."
+            )
 
     def _check_space(self) -> None:
         needed = sum(member.size for plan in self.plans.values() for member in plan.members)

@@ -26,6 +26,21 @@ def require_at_least(config: object, **least: int | float) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be at least {low}, found {value}.")
 
 
+def require_some(config: object, *names: str) -> None:
+    """Refuse lists of folders that are empty.
+
+    Args:
+        config: whose fields they are.
+        names: of the fields.
+
+    Raises:
+        InputError: names the flag.
+    """
+    for name in names:
+        if not getattr(config, name):
+            raise InputError(f"--{name.replace('_', '-')} needs at least one folder.")
+
+
 def require_positive(config: object, *names: str, below: str = "") -> None:
     """Refuse settings that are not positive and finite; None, which leaves a setting to its default, is not.
 

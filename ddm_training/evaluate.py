@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ddm_training.errors import InputError, require_at_least
-from ddm_training.files import make_folder, write_whole
+from ddm_training.errors import InputError, require_at_least, require_some
+from ddm_training.files import make_folder, write_whole, writing
 from ddm_training.frames import Split
 from ddm_training.loop_config import check_seed
 from ddm_training.unet import add_noise, predict_clean, tau_to_timestep
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DENOISING_LEVELS = (99, 49, 20, 3)
 TAUS = (0.1, 0.05, 0.01)
+_ADVICE = "Make room, or give another --output-dir, and run again."
 
 
 @torch.no_grad()
@@ -98,9 +99,7 @@ class EvalConfig:
         if self.focal is not None and not 0 < self.focal < math.inf:
             raise InputError(f"--focal must be positive, found {self.focal}.")
         check_seed(self.seed)
-        for name in ("prior", "data"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} needs at least one folder.")
+        require_some(self, "prior", "data")
 
     def main(self) -> None:
         """Measure, write, print the tables."""
@@ -161,15 +160,18 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
                 "depth_rmse_by_tau": {str(tau): errors[str(t)] for tau, t in taus.items()},
             }
             picture = denoising_sheet(network, batch, abar=abar, near=its.near)
-            save_picture(config.output_dir / f"denoising-{name}-{store}.png", picture)
+            with writing(path := config.output_dir / f"denoising-{name}-{store}.png", _ADVICE):
+                save_picture(path, picture)
         result["priors"][name] = {"folder": str(folder), "steps": its.steps, "stores": stores}
         if config.num_samples:
             measured, samples, real = compare_samples(config, network, scheduler, its, device)
             result["priors"][name]["samples"] = measured
-            plot_histograms(config.output_dir / f"histograms-{name}.png", samples, real)
-    plot_denoising(config.output_dir / "denoising.png", result)
-    write_whole(config.output_dir / "evaluation.md", tables(result) + "\n")
-    write_whole(config.output_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+            with writing(path := config.output_dir / f"histograms-{name}.png", _ADVICE):
+                plot_histograms(path, samples, real)
+    with writing(config.output_dir, _ADVICE):
+        plot_denoising(config.output_dir / "denoising.png", result)
+        write_whole(config.output_dir / "evaluation.md", tables(result) + "\n")
+        write_whole(config.output_dir / "evaluation.json", json.dumps(result, indent=2) + "\n")
     return result
 
 

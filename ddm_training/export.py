@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ddm_training.errors import InputError
+from ddm_training.files import writing
 from ddm_training.plots import CURVES_FILE
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.unet import SCHEDULER_FOLDER, UNET_FOLDER
@@ -70,19 +71,18 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     from safetensors import SafetensorError
 
     part = folder.with_name(f"{folder.name}.part")
-    try:
-        if part.exists():
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
-        write(part)
-        for path in sorted(p for p in part.rglob("*") if p.is_file()):
-            target = folder / path.relative_to(part)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} could not be written ({error}): make room and run again.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with writing(folder, "Make room and run again.", also=(SafetensorError,)):
+        try:
+            if part.exists():
+                shutil.rmtree(part)
+            part.mkdir(parents=True)
+            write(part)
+            for path in sorted(p for p in part.rglob("*") if p.is_file()):
+                target = folder / path.relative_to(part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(

@@ -34,19 +34,20 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, advice: str) -> Iterator[None]:
+def writing(path: Path, advice: str, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Tell plainly of a full disk, or whatever keeps a file from being written.
 
     Args:
         path: of the file or folder, for the message.
         advice: what to do, and what is not lost: a sentence or two.
+        also: exceptions beside `OSError` by which a library reports this.
 
     Raises:
         InputError: it could not be written.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, *also) as error:
         raise InputError(f"{path} could not be written ({error}). {advice}") from error
 
 
@@ -99,11 +100,13 @@ def exclusive(folder: Path, work: str, flag: str) -> Iterator[None]:
         flag: that names the folder, for messages.
 
     Raises:
-        InputError: the lock is held, or the folder cannot be written.
+        InputError: the lock is held or is another user's, or the folder cannot be written.
     """
     make_folder(folder, flag)
     with contextlib.ExitStack() as held:
-        file = held.enter_context(open(folder / f".{work.replace(' ', '-')}.lock", "w"))
+        lock = folder / f".{work.replace(' ', '-')}.lock"
+        with writing(lock, f"Is it another user's? Delete it when no other {work} is at work, or give another {flag}."):
+            file = held.enter_context(open(lock, "w"))
         try:
             import fcntl
 

@@ -14,6 +14,10 @@ from ddm_training.errors import InputError
 COLUMNS = ("scene_name", "camera_name", "frame_id", "included_in_public_release", "split_partition_name")
 NAME = r"[A-Za-z0-9_-]+"
 SPLITS = ("train", "val", "test")
+_EXPECTED = (
+    "expected metadata_images_split_scene_v1.csv of the repository apple/ml-hypersim, where it is in "
+    "evermotion_dataset/analysis: say by --split-csv where it is here"
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,7 @@ def read_split_csv(path: Path) -> dict[str, PublicScene]:
             rows = csv.reader(file)
             header = next(rows, [])
             if missing := set(COLUMNS) - set(header):
-                raise InputError(
-                    f"{path} lacks the columns {sorted(missing)}; expected metadata_images_split_scene_v1.csv of the "
-                    "repository apple/ml-hypersim."
-                )
+                raise InputError(f"{path} lacks the columns {sorted(missing)}; {_EXPECTED}.")
             columns = operator.itemgetter(*map(header.index, COLUMNS))
             for row in rows:
                 scene, camera, number, public, split = columns(row) if len(row) == len(header) else ("",) * 5
@@ -57,10 +58,7 @@ def read_split_csv(path: Path) -> dict[str, PublicScene]:
                     raise InputError(f"{path} line {rows.line_num}: {row} is no row {COLUMNS} that this reads.")
                 known.add((camera, int(number)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); expected metadata_images_split_scene_v1.csv of the repository "
-            "apple/ml-hypersim."
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}); {_EXPECTED}.") from error
     return {name: PublicScene(name, splits.get(name, ""), tuple(sorted(known))) for name, known in frames.items()}
 
 

@@ -43,6 +43,10 @@ class EngineConfig:
             raise InputError(f"workers must be at least 1, found {self.workers}.")
 
 
+class ProcessDiedError(RuntimeError):
+    """The process of a job is gone, and with it what the job had done."""
+
+
 @dataclass(frozen=True)
 class Outcome(Generic[Job, Result]):
     """What became of a job: its result, or the exception that ended it."""
@@ -58,8 +62,8 @@ def run_jobs(
     """Call ``function`` on each job and yield outcomes as they come, in no fixed order.
 
     A job that raises, or whose process dies (out of memory, a crash in a library), is an outcome with an error; the
-    others go on. ``function`` and jobs must be picklable. SIGTERM raises `SystemExit` in the meantime, and the
-    processes of this machine end with this one.
+    others go on. ``function`` and jobs must be picklable. SIGTERM raises `SystemExit` in the meantime. The processes of
+    this machine end with this one; jobs of submitit are cancelled, unless this one is killed.
 
     Args:
         function: a module-level function.
@@ -153,11 +157,15 @@ def _run_pool(
 def _until_one_dies(
     pool: ProcessPoolExecutor, function: Callable[[Job], Result], queue: Iterator[Job], workers: int
 ) -> Generator[Outcome[Job, Result], None, list[tuple[Future[Result], Job]]]:
-    """Outcomes until the queue is done, or a process died; returns what was in flight then."""
+    """Outcomes until the queue is done, or a process died; returns what was in flight then, or was about to be."""
     flying: dict[Future[Result], Job] = {}
     while True:
         while len(flying) < workers and (job := next(queue, None)) is not None:
-            flying[pool.submit(function, job)] = job
+            try:
+                flying[pool.submit(function, job)] = job
+            except BrokenProcessPool as error:  # one died since the last look
+                (never := Future()).set_exception(error)
+                return [*flying.items(), (never, job)]
         if not flying:
             return []
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
@@ -177,7 +185,7 @@ def _rerun_alone(
         alone = pool.submit(function, job)
         error = alone.exception()
     if isinstance(error, BrokenProcessPool):
-        error = RuntimeError("the process died (killed, out of memory, or a crash in a library)")
+        error = ProcessDiedError("the process died (killed, out of memory, or a crash in a library)")
     return Outcome(job, None if error else alone.result(), error)
 
 
@@ -209,7 +217,12 @@ def _run_submitit(
         yield from _collect({executor.submit(call, job): job for job in batch}, submitit)
 
 
-def _collect(flying: dict[Any, Job], submitit: Any) -> Iterator[Outcome[Job, Any]]:
-    for handle in submitit.helpers.as_completed(list(flying), poll_frequency=0.2):
-        error = handle.exception()
-        yield Outcome(flying[handle], None, error) if error else handle.result()
+def _collect(flying: dict[Any, Job], submitit: Any) -> Generator[Outcome[Job, Any], None, None]:
+    """Outcomes as they come; jobs that are left when nobody asks any more, or at a signal, are cancelled."""
+    try:
+        for handle in submitit.helpers.as_completed(list(flying), poll_frequency=0.2):
+            error, job = handle.exception(), flying.pop(handle)
+            yield Outcome(job, None, error) if error else handle.result()
+    finally:
+        for handle in flying:
+            handle.cancel(check=False)  # the others too, where one cannot be

@@ -82,8 +82,8 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
 
     Raises:
         InputError: bad stores, flags or settings of accelerate, a checkpoint that does not fit, another training in
-            the output folder (raised in the first process; torchrun and accelerate end the others), a full disk, a
-            killed loader process, or a loss that is not finite.
+            the output folder (raised in the first process; torchrun and accelerate end the others), an output folder
+            that processes do not share, a full disk, a killed loader process, or a loss that is not finite.
     """
     from ddm_training.checkpoints import remove_leftovers
     from ddm_training.progress import Journal, writing
@@ -108,6 +108,7 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
         start, resumed = resume(config, task, weights, chief=chief)
         forward: Any = torch.compile(weights.network) if config.torch_compile else weights.network
         model = accelerator.prepare(task.wrap(forward))
+        require_same_start(start, accelerator)
         journal = None
         if chief:
             with writing(config.output_dir):
@@ -182,6 +183,22 @@ def again(config: LoopConfig) -> str:
     """What to run to go on: a named checkpoint would begin at that one once more."""
     named = config.resume_from_checkpoint != "latest"
     return "the same command again" + (", but without --resume-from-checkpoint," if named else "")
+
+
+def require_same_start(start: int, accelerator: Any) -> None:
+    """Refuse processes that would begin at different steps, as where each machine has an output folder of its own.
+
+    Raises:
+        InputError: in all of them.
+    """
+    if accelerator.num_processes == 1:
+        return
+    starts = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if len(set(starts)) > 1:
+        raise InputError(
+            f"the processes would begin at steps {starts}: --output-dir must be the same folder for all of them, on a "
+            "disk that their machines share."
+        )
 
 
 def agreed(stop: StopRequest, step: int, accelerator: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddm_training.errors import InputError, require_at_least
+from ddm_training.errors import InputError, require_at_least, require_some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class LoopConfig:
     data: tuple[Path, ...]
     """Frame stores, as `ddm rooms`, `ddm frames` and `ddm hypersim prepare` write them."""
     data_weights: tuple[float, ...] | None = None
-    """Share of samples from each store; by default every frame is equally likely."""
+    """Share of samples from each store, 0 to validate on it alone; by default every frame is equally likely."""
     output_dir: Path
     """Checkpoints, log.jsonl, TensorBoard, and what is exported go here."""
 
@@ -30,7 +30,7 @@ class LoopConfig:
     max_train_minutes: float | None = None
     """Stop with a checkpoint after this time; the same command goes on."""
     learning_rate: float = 5e-4
-    """Peak learning rate; 1e-4 in the authors' code, whose batch is the same but whose run is 650,000 steps."""
+    """Peak learning rate; 1e-4 in the authors' code; the paper takes 650,000 steps of as large a batch."""
     lr_scheduler: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine to zero at the last step, or constant."""
     lr_warmup_steps: int = 200
@@ -51,7 +51,7 @@ class LoopConfig:
     torch_compile: bool = False
     """Compile the network (a minute at the start)."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator where there is one."""
+    """auto takes CUDA where there is one."""
     dataloader_num_workers: int = 1
     """Processes that prepare samples; 0 prepares them in the loop. The samples do not depend on it."""
     seed: int = 0
@@ -77,6 +77,7 @@ class LoopConfig:
         require_at_least(self, train_batch_size=1, max_train_steps=1, checkpointing_steps=1, checkpoints_total_limit=1,
                          validation_steps=1, logging_steps=1, lr_warmup_steps=0, dataloader_num_workers=0)  # fmt: skip
         check_seed(self.seed)
+        require_some(self, "data")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"--ema-decay must lie in [0, 1), found {self.ema_decay}.")
         if not 0 < self.learning_rate < math.inf:

@@ -88,6 +88,20 @@ def check_weights(weights: Sequence[float] | None, stores: int) -> None:
         raise InputError(f"--data-weights needs one number >= 0 per store ({stores}), found {list(weights)}.")
 
 
+def with_weight(
+    roots: Sequence[Path], weights: Sequence[float] | None
+) -> tuple[Sequence[Path], Sequence[float] | None]:
+    """The stores that have a share of the samples, and their shares: those of weight 0 are not trained on.
+
+    Raises:
+        InputError: see `check_weights`.
+    """
+    check_weights(weights, len(roots))
+    if weights is None:
+        return roots, None
+    return [root for root, weight in zip(roots, weights) if weight], [weight for weight in weights if weight]
+
+
 class PatchSampler:
     """Draws patches from frame stores.
 
@@ -131,11 +145,11 @@ class PatchSampler:
                 f"{total - len(self._scene)} of {total} frames are too small for a patch and are not used.",
                 stacklevel=2,
             )
-        share = np.ones(len(self._scene))
+        owner, share = np.concatenate(store_of_frame), np.ones(len(self._scene))
+        self.counts = np.bincount(owner, minlength=len(stores))
+        """Frames in use of each store."""
         if weights is not None:
-            owner = np.concatenate(store_of_frame)
-            counts = np.bincount(owner, minlength=len(stores))
-            share = np.asarray(weights, float)[owner] / counts[owner]
+            share = np.asarray(weights, float)[owner] / self.counts[owner]
         self._cumulative = np.cumsum(share) / share.sum()
 
     def __len__(self) -> int:
@@ -329,9 +343,18 @@ def open_sampler(
     """A sampler over the scenes of one split of several stores.
 
     Raises:
-        InputError: see `open_store`; a store without the split is named.
+        InputError: see `open_store`; a store without the split, or with a weight and no frame that is large enough for
+            a patch, is named.
     """
-    return PatchSampler([open_store(root, split) for root in roots], config, weights=weights)
+    roots, weights = with_weight(roots, weights)
+    sampler = PatchSampler([open_store(root, split) for root in roots], config, weights=weights)
+    if weights and (unused := [str(root) for root, count in zip(roots, sampler.counts) if not count]):
+        raise InputError(
+            f"no frame of {', '.join(unused)} is large enough for a {config.patch_size} x {config.patch_size} patch at "
+            f"focal length {config.focal_range[1]:g} px, so that it cannot have a share of the samples: store larger "
+            "frames, or leave it out."
+        )
+    return sampler
 
 
 def disparity_quantiles(sampler: PatchSampler, *, seed: int = 0, patches: int = 512) -> dict[str, float]:

@@ -47,14 +47,17 @@ def find_origin(config: LoopConfig, read: Callable[[Path], Any]) -> Origin | Non
         read: gives the spec of the folder of ``--pretrained``, with "trained_on", "steps" and "license".
 
     Raises:
-        InputError: of ``read``.
+        InputError: of ``read``, or what was kept of it is damaged.
     """
     if config.pretrained is None:
         return None
     path = config.output_dir / ORIGIN_FILE
     if goes_on(config) and path.is_file():
-        content = json.loads(path.read_text())
-        return Origin(tuple(content["trained_on"]), content["steps"], content["license"])
+        try:
+            content = json.loads(path.read_text())
+            return Origin(tuple(content["trained_on"]), content["steps"], content["license"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}): delete it, then --pretrained is read again.") from error
     spec = read(config.pretrained)
     return Origin(tuple(spec.trained_on), spec.steps, spec.license)
 

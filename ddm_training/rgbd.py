@@ -115,9 +115,12 @@ class RgbdSpec:
         if not isinstance(content, dict) or (unknown := set(content) - known):
             found = sorted(unknown) if isinstance(content, dict) else type(content).__name__
             raise InputError(f"{path} holds unknown entries {found}; known are {sorted(known)}.")
-        for name in ("focal_range", "image_size", "trained_on"):
+        for name, what in (("focal_range", "two numbers"), ("image_size", "two numbers"), ("trained_on", "names")):
             if name in content:
-                content[name] = tuple(content[name])
+                value = content[name]
+                if not isinstance(value, list) or (what == "two numbers" and len(value) != 2):
+                    raise InputError(f"{path}: {name} must be a list of {what}, found {value!r}.")
+                content[name] = tuple(value)
         try:
             return cls(**content)
         except (InputError, TypeError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddm_training import rgbd
 from ddm_training.errors import InputError, require_at_least
-from ddm_training.files import make_folder
+from ddm_training.files import make_folder, writing
 from ddm_training.loop_config import check_seed
 
 if TYPE_CHECKING:
@@ -154,8 +154,6 @@ class SampleConfig:
             steps=self.num_inference_steps,
             sampler=self.sampler,
         )
-        try:
+        with writing(self.output, "Make room, or give another --output."):
             save_picture(self.output, patch_sheet(samples, near=spec.near))
-        except OSError as error:
-            raise InputError(f"cannot write {self.output}: {error.strerror}; give another --output.") from error
         print(f"{self.num_samples} samples of {self.prior} -> {self.output}")

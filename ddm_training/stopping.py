@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+AGAIN_AFTER = 2.0  # seconds; torchrun and a cluster each pass on the same one request within milliseconds
 HANGUP = getattr(signal, "SIGHUP", None)  # a terminal or a connection has ended; not on Windows
 
 
@@ -16,7 +17,7 @@ class StopRequest:
 
     def __init__(self, minutes: float | None) -> None:
         self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._signal = False
+        self._asked: float | None = None
         if threading.current_thread() is threading.main_thread():
             numbers: list[signal.Signals] = [signal.SIGTERM, signal.SIGINT]
             if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
@@ -26,12 +27,14 @@ class StopRequest:
             self._previous = {}
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._signal and number != HANGUP:  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt  # but a shell and its terminal may each tell of one hang-up
-        self._signal = True
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        elif now - self._asked >= AGAIN_AFTER and number != HANGUP:  # a shell and its terminal may tell of one each
+            raise KeyboardInterrupt  # asked twice: do not wait for the step to end
 
     def __bool__(self) -> bool:
-        return self._signal or time.monotonic() > self._end
+        return self._asked is not None or time.monotonic() > self._end
 
     @property
     def seconds_left(self) -> float:

@@ -17,7 +17,7 @@ from ddm_training.completion import FOLDER, CompletionSpec, DepthCompleter, comp
 from ddm_training.errors import InputError, require_at_least
 from ddm_training.loop import run_loop
 from ddm_training.loop_config import LoopConfig
-from ddm_training.patches import Stream
+from ddm_training.patches import Stream, with_weight
 from ddm_training.pretrained import Origin, begin_with, data_names, find_origin, goes_on
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class CompletionTask:
         from ddm_training.frames import open_store
 
         self.config = config
-        stores = [open_store(root, "train") for root in config.data]
-        self.sampler = CompletionSampler(stores, config.size, weights=config.data_weights)
+        roots, weights = with_weight(config.data, config.data_weights)
+        self.sampler = CompletionSampler([open_store(root, "train") for root in roots], config.size, weights=weights)
         self.frames = len(self.sampler)
         self.origin = find_origin(config, lambda folder: _load(folder).spec)
         self.spec = CompletionSpec(

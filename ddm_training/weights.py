@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,8 +79,9 @@ def resume(config: LoopConfig, task: Task, weights: Weights, *, chief: bool) -> 
     if found is None:
         return 0, []
     state, differing = load_checkpoint(found, saved_settings(config, task), task.identity)
-    if "pretrained" in differing:
-        was, now = (f"--pretrained {folder}" if folder else "random weights" for folder in differing["pretrained"])
+    was, now = differing.pop("pretrained", (None, None))
+    if was != now and (None in (was, now) or Path(was).resolve() != Path(now).resolve()):
+        was, now = (f"--pretrained {folder}" if folder else "random weights" for folder in (was, now))
         raise InputError(f"{found} began with {was}, not with {now}: say so, or use another --output-dir.")
     try:
         weights.load_state_dict(state)

@@ -117,29 +117,37 @@ def test_each_gpu_gets_its_worker_and_all_workers_share_the_cores(monkeypatch: p
     assert worker_environments(4, gpus=[]) == [{"OMP_NUM_THREADS": "1"}] * 4
 
 
-@pytest.mark.parametrize(("gpus", "given"), [([], [None] * 3), (["2", "GPU-1f"], ["2", "GPU-1f", "2"])])
-def test_jobs_of_submitits_local_executor_get_a_gpu_each(
+@pytest.mark.parametrize(
+    ("gpus", "workers", "given"), [([], None, ["6 None"] * 3), (["2", "GPU-1f"], 3, ["2 2", "2 GPU-1f", "2 2"])]
+)
+def test_jobs_of_submitits_local_executor_get_a_gpu_each_and_share_the_cores(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     pretend: Callable[[list[int]], list[results.Entry]],
     gpus: list[str],
-    given: list[str | None],
+    workers: int | None,
+    given: list[str],
 ) -> None:
     """It hides them by itself, and jobs would train on the CPU."""
     pytest.importorskip("submitit")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(engines, "_visible_gpus", lambda: gpus)
-    for name in ("work", "work_on"):  # a lambda goes to the job by value: it does not know this file
-        monkeypatch.setattr(worker, name, lambda folder, gpu=None: (folder / "gpu").write_text(str(gpu)))
-    entries, config = pretend([1, 2, 3]), EngineConfig(engine="submitit-local", workers=3)
+    monkeypatch.setattr(engines, "_cores", lambda: 6)
+
+    def note(folder: Path, environment: dict[str, str]) -> None:
+        (folder / "given").write_text(f"{environment['OMP_NUM_THREADS']} {environment.get('CUDA_VISIBLE_DEVICES')}")
+
+    monkeypatch.setattr(worker, "work_on", note)  # a local function goes to the job by value
+    entries, config = pretend([1, 2, 3]), EngineConfig(engine="submitit-local", workers=workers)
     done = [entry for entry, _ in engines._run_submitit(entries, config, tmp_path, int)]
     assert {entry.folder for entry in done} == {entry.folder for entry in entries}
-    assert [(entry.folder / "gpu").read_text() for entry in entries] == [str(gpu) for gpu in given]
+    assert [(entry.folder / "given").read_text() for entry in entries] == given
 
 
 def test_a_job_on_a_gpu_sees_that_one_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(worker, "work", lambda folder: folder == tmp_path and os.environ["CUDA_VISIBLE_DEVICES"] == "5")
-    assert worker.work_on(tmp_path, "5")
+    assert worker.work_on(tmp_path, {"CUDA_VISIBLE_DEVICES": "5"})
 
 
 def test_running_again_does_only_what_is_missing(

@@ -1,6 +1,7 @@
 """Checkpoints: atomic, kept, found again, and named where they are damaged."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def test_the_checkpoint_just_written_is_never_the_one_that_goes(tmp_path):
     assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [1500, 2000, 3000]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_a_training(tmp_path, monkeypatch):
+    checkpoints.save_checkpoint(tmp_path, 1, {}, {}, limit=1)
+
+    def busy(path):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "_discard", busy)
+        checkpoints.save_checkpoint(tmp_path, 2, {}, {}, limit=1)
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [1, 2]
+    checkpoints.save_checkpoint(tmp_path, 3, {}, {}, limit=1)
+    assert [step for step, _ in checkpoints.list_checkpoints(tmp_path)] == [3]
+
+
 def test_half_written_checkpoints_are_not_seen_and_are_cleared(tmp_path):
     checkpoints.save_checkpoint(tmp_path, 5, {}, {}, limit=2)
     (tmp_path / "checkpoint-7.part").mkdir()
@@ -49,6 +64,14 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
     (path / "state.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="checkpoint-5 is not a readable checkpoint"):
         checkpoints.load_checkpoint(path, {}, {})
+
+
+def test_a_name_means_the_checkpoint_of_the_output_folder_also_beside_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "run"):
+        path = checkpoints.save_checkpoint(folder, 5, {}, {}, limit=2)
+    assert checkpoints.find_checkpoint(tmp_path / "run", "checkpoint-5") == path
+    assert checkpoints.find_checkpoint(tmp_path / "new", "checkpoint-5") == Path("checkpoint-5")
 
 
 def test_resume_choices(tmp_path):

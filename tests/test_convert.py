@@ -267,9 +267,12 @@ def test_what_is_not_the_priors_own_stays_when_it_is_replaced(content, prior, tm
     (folder / "completion").mkdir()
     for name in ("completion/rgbd.json", "notes.txt"):
         (folder / name).write_text("keep")
+    for name in ("samples.png", "curves.png"):
+        (folder / name).write_text("of the old prior")
     torch.save(content | {"step": 8}, tmp_path / "other.pt")
     ConvertConfig(checkpoint=tmp_path / "other.pt", output_dir=folder, overwrite=True).main()
     assert RgbdSpec.load(folder).steps == 8
+    assert not list(folder.glob("*.png"))
     assert (folder / "completion" / "rgbd.json").read_text() == (folder / "notes.txt").read_text() == "keep"
     assert {p.name for p in tmp_path.iterdir()} == {"prior", "other.pt"}
 

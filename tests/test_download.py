@@ -26,8 +26,11 @@ server, config = hypersim_archives.server, hypersim_archives.config  # fixtures
 # --- what is fetched
 
 
-def test_only_the_wanted_members_of_public_frames_cross_the_wire(config: HypersimDownloadConfig, server: RangeServer):
+def test_only_the_wanted_members_of_public_frames_cross_the_wire(
+    config: HypersimDownloadConfig, server: RangeServer, capsys: pytest.CaptureFixture[str]
+):
     config.main()
+    assert "`ddm hypersim prepare` needs metadata_camera_parameters.csv too" in capsys.readouterr().out
     assert_whole(config, expected())
     size = sum(path.stat().st_size for path in server.root.iterdir())
     assert server.sent() < size / 4
@@ -131,7 +134,9 @@ def test_the_split_file_is_kept_beside_the_scenes_and_then_needs_no_flag(
     replace(config, scenes=("ai_001_001",)).main()
     replace(config, split_csv=None).main()
     assert_whole(config, expected())
-    with pytest.raises(InputError, match=r"out/nowhere/metadata_images_split_scene_v1.csv cannot be read"):
+    with pytest.raises(
+        InputError, match=r"nowhere/.*_v1.csv cannot be read .*evermotion_dataset/analysis.*--split-csv"
+    ):
         replace(config, split_csv=None, output=config.output / "nowhere").main()
 
 

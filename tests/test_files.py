@@ -146,6 +146,15 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
         make_folder(tmp_path, "--output")
 
 
+def test_a_lock_of_another_user_is_told_plainly(tmp_path):
+    (tmp_path / ".training.lock").mkdir()  # a file that may not be written to is none to root
+    with (
+        pytest.raises(InputError, match=r"\.training\.lock could not be written .*another --output-dir"),
+        exclusive(tmp_path, "training", "--output-dir"),
+    ):
+        pass
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_child_that_lives_longer_does_not_hold_the_lock_of_its_parent(tmp_path):
     end, begin = os.pipe()

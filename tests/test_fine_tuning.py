@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,16 @@ def test_what_a_training_began_with_cannot_be_changed(other, prior, tmp_path):
     config(other, tmp_path / "tuned", pretrained=prior, max_train_steps=2).main()
     with pytest.raises(InputError, match=r"checkpoint-2 began with --pretrained .*/prior, not with random weights"):
         config(other, tmp_path / "tuned").main()
+
+
+def test_the_weights_that_a_training_began_with_may_be_typed_otherwise(other, prior, tmp_path, monkeypatch):
+    config(other, tmp_path / "tuned", pretrained=prior, max_train_steps=1).main()
+    monkeypatch.chdir(prior.parent)
+    config(other, tmp_path / "tuned", pretrained=Path("prior"), max_train_steps=2).main()
+    assert toy_training.state(tmp_path / "tuned", 2)["step"] == 2
+    (tmp_path / "tuned" / "origin.json").write_text("{")
+    with pytest.raises(InputError, match=r"origin\.json cannot be read .*delete it"):
+        config(other, tmp_path / "tuned", pretrained=prior, max_train_steps=3).main()
 
 
 def test_weights_that_do_not_fit_are_refused(other, prior, tmp_path):

@@ -2,14 +2,17 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
+import torch
 import toy_training
 from toy_training import assert_same_weights, config, state
 
 from ddm_training.checkpoints import list_checkpoints
 from ddm_training.errors import InputError
 from ddm_training.loading import Loader, StepBatches, WorkerKilledError
+from ddm_training.loop import require_same_start
 from ddm_training.train import PatchTask, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,6 +72,16 @@ def test_what_tells_of_a_dead_worker(store, tmp_path, error, dead):
         with pytest.raises(WorkerKilledError if dead else type(error)) as caught:
             next(loader)
     assert isinstance(caught.value, InputError) == dead
+
+
+def test_processes_that_would_begin_at_different_steps_are_refused():
+    def processes(*starts: int) -> SimpleNamespace:
+        return SimpleNamespace(num_processes=len(starts), device="cpu", gather=lambda own: torch.tensor(starts))
+
+    for same in (processes(4), processes(4, 4)):
+        require_same_start(4, same)
+    with pytest.raises(InputError, match=r"begin at steps \[4, 0\]: --output-dir must be the same folder for all"):
+        require_same_start(4, processes(4, 0))
 
 
 def test_what_a_worker_finds_wrong_is_told_without_its_traceback(store, tmp_path, fails_at_step):

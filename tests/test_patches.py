@@ -218,6 +218,29 @@ def test_weights_set_the_share_of_each_store(tmp_path):
         open_sampler([tmp_path / "a"], "train", PLAIN, weights=(1.0, 2.0))
 
 
+def test_a_store_of_weight_zero_is_not_trained_on(tmp_path):
+    for name, frames in (("a", 2), ("b", 1)):
+        write_scene(tmp_path / name, np.full((H, W), 1.0, np.float32), frames=frames, source=name)
+    sampler = open_sampler([tmp_path / "a", tmp_path / "b"], "train", PLAIN, weights=(0.0, 1.0))
+    assert [scene.info.source for scene in sampler.scenes] == ["b"]
+    assert len(sampler) == 1
+
+
+def test_a_store_that_has_a_weight_and_no_frame_for_it_is_refused(tmp_path):
+    write_scene(tmp_path / "small", np.full((20, 30), 1.0, np.float32))
+    write_scene(tmp_path / "large", np.full((H, W), 1.0, np.float32))
+    roots = [tmp_path / "small", tmp_path / "large"]
+    with (
+        pytest.warns(UserWarning, match="too small"),
+        pytest.raises(InputError, match=r"no frame of .*small is large enough .* share of the samples"),
+    ):
+        open_sampler(roots, "train", PLAIN, weights=(0.5, 0.5))
+    sampler = open_sampler(roots, "train", PLAIN, weights=(0.0, 1.0))
+    assert sampler.patches(seed=0, stream=Stream.TRAIN, step=0, first=0, count=1)["mask"].any()
+    with pytest.warns(UserWarning, match="too small"):
+        assert len(open_sampler(roots, "train", PLAIN)) == 1
+
+
 def test_frames_too_small_for_the_focal_range_are_counted_or_refused(tmp_path):
     write_scene(tmp_path, np.full((20, 30), 1.0, np.float32), name="small")
     with pytest.raises(InputError, match="none of the 1 frames is large enough"):

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from ddm_training.errors import InputError
 from ddm_training.files import exclusive
 from ddm_training.frames import open_scene, open_store
 from ddm_training.hypersim import CAMERA_FILE, SPLIT_FILE
-from ddm_training.jobs import EngineConfig, run_jobs
+from ddm_training.jobs import EngineConfig, _collect, _until_one_dies, run_jobs
 from ddm_training.prepare import write_hypersim_scene
 
 tree = preparation.tree  # a fixture
@@ -236,6 +238,38 @@ def test_a_job_that_raises_or_whose_process_dies_does_not_take_the_others_with_i
     assert {job: o.result for job, o in outcomes.items()} == {1: 2, 13: None, 2: 4, 99: None, 3: 6, 4: 8}
     assert "unlucky" in str(outcomes[13].error)
     assert "process died" in str(outcomes[99].error)
+
+
+def test_a_process_that_dies_before_the_next_job_is_given_out_loses_no_job() -> None:
+    class Pool(ProcessPoolExecutor):
+        def submit(self, fn, /, *jobs, **_) -> Future:
+            if jobs == (2,):
+                raise BrokenProcessPool
+            return Future()
+
+    queue = iter([1, 2, 3])
+    with pytest.raises(StopIteration) as ended:
+        next(_until_one_dies(Pool(1), double, queue, 3))
+    assert [job for _, job in ended.value.value] == [1, 2]
+    assert [future.done() for future, _ in ended.value.value] == [False, True]
+    assert list(queue) == [3]
+
+
+def test_jobs_of_submitit_that_nobody_waits_for_are_cancelled() -> None:
+    class Handle:
+        cancelled = False
+
+        def exception(self) -> Exception:
+            return ValueError("unlucky")
+
+        def cancel(self, check: bool) -> None:
+            self.cancelled = True
+
+    handles = [Handle(), Handle()]
+    submitit = SimpleNamespace(helpers=SimpleNamespace(as_completed=lambda handles, poll_frequency: iter(handles)))
+    with closing(_collect(dict(zip(handles, "ab")), submitit)) as outcomes:
+        assert next(outcomes).job == "a"
+    assert [handle.cancelled for handle in handles] == [False, True]
 
 
 TWO_WORKERS = """

@@ -101,6 +101,11 @@ def test_a_specification_comes_back_as_it_was(tmp_path: Path) -> None:
         ({"focal": 500.0}, r"0 < low <= focal <= high, found 120\.0, 500\.0, 180\.0"),
         ({"focal_range": [0.0, 180.0]}, "0 < low"),
         ({"focal_range": [180.0, 120.0]}, "0 < low"),
+        ({"focal_range": 3}, r"rgbd\.json: focal_range must be a list of two numbers, found 3"),
+        ({"focal_range": [1]}, r"focal_range must be a list of two numbers, found \[1\]"),
+        ({"image_size": [256]}, "image_size must be a list of two numbers"),
+        ({"trained_on": None}, "trained_on must be a list of names, found None"),
+        ({"trained_on": "toy"}, "trained_on must be a list of names, found 'toy'"),
         ({"colour_space": "sRGB"}, r"unknown entries \['colour_space'\]"),
     ],
 )

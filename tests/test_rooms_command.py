@@ -10,7 +10,9 @@ from PIL import Image
 from scene_checks import reprojection, slow_cast
 
 from ddm_training.errors import InputError
+from ddm_training.files import exclusive
 from ddm_training.frames import open_store
+from ddm_training.jobs import Outcome, ProcessDiedError
 from ddm_training.rooms import RoomsConfig, run_rooms
 from ddm_training.rooms.cameras import NoView, random_camera, room_with_views
 from ddm_training.rooms.render import Camera
@@ -102,6 +104,24 @@ def test_a_room_without_a_view_names_the_focal_length(tmp_path):
         InputError, match=r"no view .* at room 2 of seed 1: with --focal 5000 and --width 64 .* about 45"
     ):
         run_rooms(write, [job], workers=1, folder=tmp_path)
+
+
+def test_a_process_that_dies_is_told_plainly(tmp_path, monkeypatch):
+    def run_jobs(function, jobs, *_):
+        yield Outcome(jobs[0], None, ProcessDiedError("the process died (killed)"))
+
+    monkeypatch.setattr("ddm_training.jobs.run_jobs", run_jobs)
+    with pytest.raises(InputError, match=r"room 0 could not be written: the process died .*run the same command again"):
+        small_store(tmp_path).main()
+
+
+@pytest.mark.parametrize("output", ["store", "hypersim", "capture"])
+def test_a_second_command_does_not_write_into_a_folder_at_the_same_time(tmp_path, output):
+    with (
+        exclusive(tmp_path, "making of scenes", "--folder"),
+        pytest.raises(InputError, match=r"another making of scenes is writing into .*give another --folder"),
+    ):
+        RoomsConfig(folder=tmp_path, output=output).main()
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
@@ -197,6 +217,18 @@ def test_rooms_that_are_added_are_added_to_the_tables_of_hypersims_layout(tmp_pa
         hypersim_rooms(tmp_path / "once", 0, 3).main()
 
 
+def test_a_scene_of_hypersims_layout_with_other_options_is_refused(tmp_path):
+    hypersim_rooms(tmp_path, 0, 1).main()
+    before = files_of(tmp_path)
+    for changed in ({"focal": 15.0}, {"seed": 1}, {"num_views": 2}, {"height": 17}):
+        with pytest.raises(InputError, match="made with other options"):
+            hypersim_rooms(tmp_path, 0, 1, **changed).main()
+    assert files_of(tmp_path) == before
+    (tmp_path / "ai_900_001" / "made_by.json").unlink()
+    with pytest.raises(InputError, match=r"made_by\.json, which tells how the scene was made, cannot be read"):
+        hypersim_rooms(tmp_path, 0, 1).main()
+
+
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rooms") / "capture"
@@ -245,3 +277,20 @@ def test_a_capture_is_kept_and_another_one_is_refused(capture):
     with pytest.raises(InputError, match="holds another capture"):
         RoomsConfig(folder=capture, output="capture", num_train=5, num_test=3, width=80, seed=2).main()
     assert files_of(capture) == before
+
+
+@pytest.mark.parametrize("name", ["images/IMG_0001.png", "depth/train_000.npy", "images/old/train_000.png"])
+def test_pictures_of_a_user_are_not_touched(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=r"(images|depth) holds .*, which `ddm rooms` did not write"):
+        RoomsConfig(folder=tmp_path, output="capture", num_train=1, num_test=1, width=16).main()
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_capture_that_was_cut_short_is_made_whole(capture, tmp_path):
+    for path in (tmp_path / "images" / "train_000.png", tmp_path / "depth" / "train_000.png"):
+        path.parent.mkdir()
+        path.write_text("half")
+    RoomsConfig(folder=tmp_path, output="capture", num_train=5, num_test=3, width=80, seed=1).main()
+    assert files_of(tmp_path) == files_of(capture)

@@ -282,8 +282,20 @@ def test_an_output_that_cannot_be_made_is_refused_before_anything_is_computed(tm
 def test_a_sheet_that_cannot_be_written_is_named(tmp_path):
     prior = write_prior(tmp_path / "prior")
     (tmp_path / "taken").mkdir()
-    with pytest.raises(InputError, match=r"cannot write .*taken: .*give another --output"):
+    with pytest.raises(InputError, match=r"taken could not be written .*give another --output"):
         SampleConfig(prior=prior, output=tmp_path / "taken", num_samples=1, num_inference_steps=1, device="cpu").main()
+
+
+@pytest.mark.parametrize("file", ["denoising-p-store.png", "denoising.png", "evaluation.json"])
+def test_what_an_evaluation_cannot_write_is_told(tmp_path, file):
+    store = write_store(tmp_path / "store")
+    (tmp_path / "out" / file).mkdir(parents=True)
+    config = evaluate.EvalConfig(
+        prior=(write_prior(tmp_path / "p"),), data=(store,), output_dir=tmp_path / "out", num_patches=2,
+        num_samples=0, device="cpu",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"out.* could not be written .*give another --output-dir"):
+        evaluate.evaluate(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

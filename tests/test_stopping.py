@@ -29,11 +29,16 @@ def test_a_hang_up_asks_a_training_to_end_however_often_it_is_told():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_sigterm_does_not_wait():
+def test_a_second_sigterm_does_not_wait_unless_it_tells_of_the_same_request(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("ddm_training.stopping.time.monotonic", lambda: now)
     stop = StopRequest(None)
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop
+        for _ in range(2):  # of the cluster, and of torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop
+            now += 0.5
+        now += 1.5
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:

@@ -366,6 +366,7 @@ def test_a_store_without_held_out_scenes_is_refused(store, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"data": ()}, "--data needs at least one folder"),
         ({"train_batch_size": 0}, "--train-batch-size"),
         ({"timestep_bias": 1.5}, "--timestep-bias"),
         ({"learning_rate": 0.0}, "--learning-rate"),

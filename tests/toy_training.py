@@ -45,7 +45,7 @@ SMALL = {
 
 
 def config(store: Path, output: Path, **changed) -> TrainConfig:
-    return TrainConfig(data=(store,), output_dir=output, **{**SMALL, **changed})
+    return TrainConfig(**{"data": (store,), "output_dir": output, **SMALL, **changed})
 
 
 def flags(store: Path, output: Path, **changed) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ddm_training.errors import InputError, require_at_least
-from ddm_training.files import make_folder
+from ddm_training.files import exclusive
 from ddm_training.frames import Split
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class RoomsConfig:
     """
 
     folder: Path
-    """Where to write."""
+    """Where to write. One such command writes there at a time."""
     output: Output = "store"
     """store: a frame store for `ddm train`. hypersim: Hypersim's own files. capture: transforms.json, images and depth
     of one room, for a few-view NeRF."""
@@ -79,12 +79,13 @@ class RoomsConfig:
         """Write what is not there yet.
 
         Raises:
-            InputError: the folder holds something else or cannot be written (a full disk), or a room has nowhere a
-                view.
+            InputError: the folder holds something else, cannot be written (a full disk) or is written to by another
+                such command, a process died, or a room has nowhere a view.
         """
         # Workers inherit this: rooms are made in parallel, and small matrix products gain nothing from threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        {"store": self._store, "hypersim": self._hypersim, "capture": self._capture}[self.output]()
+        with exclusive(self.folder, "making of scenes", "--folder"):
+            {"store": self._store, "hypersim": self._hypersim, "capture": self._capture}[self.output]()
 
     @property
     def _kind(self) -> "Kind":
@@ -114,7 +115,7 @@ class RoomsConfig:
             StoreJob(root=self.folder, kind=self._kind, seed=self.seed, index=i, split=s, views=views, size=size)
             for i, s in self._rooms(400, 16)
         ]
-        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder, what=self.scenes)
+        run_rooms(write_store_room, jobs, workers=self.workers or 2, folder=self.folder, kind=self._kind)
 
     def _hypersim(self) -> None:
         from ddm_training.rooms.hypersim_layout import HypersimRoomJob, write_hypersim_room, write_metadata
@@ -139,7 +140,7 @@ class RoomsConfig:
             num_test=8 if self.num_test is None else self.num_test,
             size=self._frame_size(160, 175.0 * 160 / 256),
         )
-        run_rooms(write_capture, [job], workers=1, folder=self.folder, what=self.scenes)
+        run_rooms(write_capture, [job], workers=1, folder=self.folder, kind=self._kind)
 
 
 _MEANINGLESS: dict[Output, tuple[str, ...]] = {
@@ -151,12 +152,20 @@ _MEANINGLESS: dict[Output, tuple[str, ...]] = {
 
 
 def run_rooms(
-    write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path, what: Scenes = "rooms"
+    write: Callable[[Any], int], jobs: Sequence[Any], *, workers: int, folder: Path, kind: "Kind" = "room"
 ) -> int:
     """Do the jobs that are not whole yet in ``workers`` processes, with a progress bar; the number of frames written.
 
+    Args:
+        write: does a job; a module-level function.
+        jobs: rooms or stills.
+        workers: number of processes.
+        folder: that is written to, for messages.
+        kind: of the jobs, for messages.
+
     Raises:
-        InputError: the folder holds something else or cannot be written (a full disk), or a room has nowhere a view.
+        InputError: the folder holds something else or cannot be written (a full disk), a process died, or a room has
+            nowhere a view.
     """
     import time
     from contextlib import closing
@@ -164,24 +173,23 @@ def run_rooms(
     from rich.console import Console
     from rich.progress import track
 
-    from ddm_training.jobs import EngineConfig, run_jobs
+    from ddm_training.jobs import EngineConfig, ProcessDiedError, run_jobs
     from ddm_training.rooms.cameras import NoView
 
-    make_folder(folder, "--folder")
     todo = [job for job in jobs if not job.is_whole()]
     start, frames, console = time.perf_counter(), 0, Console(file=sys.stderr)
     with closing(run_jobs(write, todo, EngineConfig(workers=workers), folder)) as outcomes:
-        for outcome in track(outcomes, description=what, total=len(todo), console=console, disable=not todo):
-            if isinstance(outcome.error, OSError):
+        for outcome in track(outcomes, description=f"{kind}s", total=len(todo), console=console, disable=not todo):
+            if isinstance(outcome.error, OSError | ProcessDiedError):
                 raise InputError(
-                    f"{what[:-1]} {outcome.job.index} could not be written: {outcome.error}. Whole {what} are kept; "
+                    f"{kind} {outcome.job.index} could not be written: {outcome.error}. Whole {kind}s are kept; "
                     "mend the cause and run the same command again."
                 ) from outcome.error
             if isinstance(outcome.error, NoView):
                 size = outcome.job.size
                 raise InputError(
                     f"{outcome.error}: with --focal {size.focal:g} and --width {size.width} a camera sees too little "
-                    f"or too much of a {what[:-1]}. Expected a focal length of about {0.7 * size.width:.0f}; give "
+                    f"or too much of a {kind}. Expected a focal length of about {0.7 * size.width:.0f}; give "
                     "another, or fewer views."
                 ) from outcome.error
             if outcome.error is not None:
@@ -190,6 +198,6 @@ def run_rooms(
     seconds = time.perf_counter() - start
     rate = f", {frames / seconds:.1f} frames/s" if frames else ""
     kept = f"; {len(jobs) - len(todo)} were there" if len(todo) < len(jobs) else ""
-    said = f"{folder}: {len(todo)} {what}, {frames} frames in {seconds:.1f} s{rate}{kept}"
+    said = f"{folder}: {len(todo)} {kind}s, {frames} frames in {seconds:.1f} s{rate}{kept}"
     console.print(said, markup=False, highlight=False)
     return frames

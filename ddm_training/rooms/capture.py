@@ -1,7 +1,7 @@
 """A room or still as a few-view capture, see `transforms`: z is up, and the sky has no depth."""
 
 import json
-import shutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ddm_training.rooms.store import FrameSize, develop
 from ddm_training.transforms import FILE, CaptureView, write_views
 
 GENERATOR = "ddm rooms"
+_PICTURE = re.compile(r"(train|test)_\d+\.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class CaptureJob:
         """
         path = self.folder / FILE
         if not path.exists():
+            self._require_no_pictures_of_others()
             return False
         try:
             content = json.loads(path.read_text())
@@ -66,6 +68,16 @@ class CaptureJob:
                 "use another --folder."
             )
         return True
+
+    def _require_no_pictures_of_others(self) -> None:
+        """Refuse a folder with pictures that are not what a killed `write_views` leaves: a user's own would mix."""
+        for folder in (self.folder / "images", self.folder / "depth"):
+            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+            if other := next((name for name in sorted(names) if not _PICTURE.fullmatch(name)), None):
+                raise InputError(
+                    f"{folder} holds {other}, which `ddm rooms` did not write: expected an empty --folder, or one that "
+                    "it began; give another."
+                )
 
 
 def write_capture(job: CaptureJob) -> int:
@@ -86,9 +98,6 @@ def write_capture(job: CaptureJob) -> int:
 
     room, (train, test) = room_with_views(job.seed, job.index, find, job.kind)
     gain = exposure(room, train)
-    for sub in ("images", "depth"):
-        if (job.folder / sub).exists():
-            shutil.rmtree(job.folder / sub)
 
     def views() -> Iterator[CaptureView]:
         for kind, cameras in (("train", train), ("test", test)):

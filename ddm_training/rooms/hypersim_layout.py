@@ -5,17 +5,19 @@ distance to the camera centre in metres, NaN where nothing is hit; colour is lin
 """
 
 import csv
+import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from ddm_training.errors import InputError
-from ddm_training.files import replacing
+from ddm_training.files import replacing, writing
 from ddm_training.frames import Split
 from ddm_training.hypersim import CAMERA_FILE, SPLIT_FILE, tone_map
 from ddm_training.rooms.cameras import room_with_random_cameras
@@ -23,6 +25,7 @@ from ddm_training.rooms.shading import render
 from ddm_training.rooms.store import FrameSize
 
 CAMERA = "cam_00"
+OPTIONS_FILE = "made_by.json"  # in a scene's folder
 SPLIT_COLUMNS = [
     "scene_name", "camera_name", "frame_id", "included_in_public_release", "exclude_reason", "split_partition_name"
 ]  # fmt: skip
@@ -68,21 +71,31 @@ class HypersimRoomJob:
     def name(self) -> str:
         return f"ai_{900 + self.index // 999:03d}_{self.index % 999 + 1:03d}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides the content; kept in the scene's folder to tell whether it is this scene."""
+        return {"seed": self.seed, "num_views": self.views, **asdict(self.size)}
+
     def is_whole(self) -> bool:
-        """Whether the scene's folder is there (it is renamed into place when whole) with as many frames of this size.
+        """Whether the scene's folder is there: it is renamed into place when whole.
 
         Raises:
-            InputError: it was made with other options.
+            InputError: it was made with other options, or does not say with which.
         """
         folder = self.root / self.name
         if not folder.exists():
             return False
-        previews = sorted((folder / "images" / f"scene_{CAMERA}_final_preview").glob("*.tonemap.jpg"))
-        size = Image.open(previews[0]).size if previews else None
-        if len(previews) != self.views or size != (self.size.width, self.size.height):
+        path = folder / OPTIONS_FILE
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
             raise InputError(
-                f"{folder} has {len(previews)} frames of {size} pixels, wanted {self.views} of "
-                f"{(self.size.width, self.size.height)}: it was made with other options. Use another --folder."
+                f"{path}, which tells how the scene was made, cannot be read ({error}): delete {folder}, or use "
+                "another --folder."
+            ) from error
+        if found != self.options:
+            raise InputError(
+                f"{folder} was made with other options ({found}), not {self.options}: use those, or another --folder."
             )
         return True
 
@@ -119,6 +132,7 @@ def write_hypersim_room(job: HypersimRoomJob) -> int:
         _write_hdf5(kinds["geometry_hdf5"] / f"{name}.render_entity_id.hdf5", entity.astype(np.int32))
         preview = tone_map(color, entity != -1)
         Image.fromarray(preview).save(kinds["final_preview"] / f"{name}.tonemap.jpg", quality=95)
+    (part / OPTIONS_FILE).write_text(json.dumps(job.options) + "\n")
     part.rename(job.root / job.name)
     return job.views
 
@@ -171,16 +185,11 @@ def _camera_row(job: HypersimRoomJob) -> list[str]:
 def _merge_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write a table of which each row begins with its scene; the rows of a scene stay in their order."""
     replaced = {row[0] for row in rows}
-    try:
+    with writing(path, "The rooms are whole; mend the cause and run the same command again."):
         kept = [row for row in _read_rows(path, columns) if row[0] not in replaced]
         merged = sorted([*kept, *rows], key=lambda row: str(row[0]))
         with replacing(path) as part, part.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([columns, *merged])
-    except OSError as error:
-        raise InputError(
-            f"{path} could not be written ({error}). The rooms are whole; mend the cause and run the same command "
-            "again."
-        ) from error
 
 
 def _read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:

@@ -181,17 +181,12 @@ def _run_submitit(
             slurm_job_name="diffusionerf-bench",
             **({"slurm_partition": config.slurm_partition} if config.slurm_partition else {}),
         )
-    # The local executor hides GPUs from jobs that do not ask, and would give each of them the first.
-    gpus = [] if on_slurm else _visible_gpus()
-    # submitit's local executor starts all that it is given at once
-    batch = len(entries) if on_slurm else config.workers or 1
-    for start in range(0, len(entries), batch):
-        chunk = entries[start : start + batch]
+    # The local executor hides GPUs from jobs that do not ask, and starts all that it is given at once.
+    environments = [{}] * len(entries) if on_slurm else worker_environments(config.workers)
+    for start in range(0, len(entries), len(environments)):
+        chunk = entries[start : start + len(environments)]
         folders = [entry.folder for entry in chunk]
-        if gpus:
-            handles = executor.map_array(worker.work_on, folders, [gpus[i % len(gpus)] for i in range(len(chunk))])
-        else:
-            handles = executor.map_array(worker.work, folders)
+        handles = executor.map_array(worker.work_on, folders, environments[: len(chunk)])
         yield from _collect(dict(zip(handles, chunk)), tick)
 
 

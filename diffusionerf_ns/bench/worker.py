@@ -50,14 +50,14 @@ def work(folder: Path) -> bool:
     return True
 
 
-def work_on(folder: Path, gpu: str) -> bool:
-    """`work`, on one GPU alone.
+def work_on(folder: Path, environment: dict[str, str]) -> bool:
+    """`work`, in a process that does nothing else.
 
     Args:
         folder: of the job.
-        gpu: its name, as CUDA_VISIBLE_DEVICES has it.
+        environment: of `engines.worker_environments`: the GPU and the threads to use.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA looks when it is first used
+    os.environ.update(environment)  # in time: PyTorch is not imported yet
     return work(folder)
 
 
