@@ -346,8 +346,10 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
     @property
     def _image_patch_share(self) -> float:
-        """Images of other than perspective cameras have no patches as the prior knows them."""
-        return self.config.image_patch_share if are_perspective(self.train_dataset.cameras) else 0.0
+        """Images of other than perspective cameras have no patches as the prior knows them, and those of images with
+        masks would show what is not to be trained on."""
+        masked = bool(self.train_dataparser_outputs.mask_filenames)
+        return self.config.image_patch_share if are_perspective(self.train_dataset.cameras) and not masked else 0.0
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
         """On the CPU, where the images are: what is cut is little, and a GPU would be asked for many small numbers."""

@@ -98,13 +98,17 @@ def test_stereo_rays_and_patches_follow_the_pixel_rays_in_one_bundle(manager):
         assert 0 <= camera < len(manager.train_dataset)
 
 
-def test_images_that_are_not_perspective_give_no_patches(make, monkeypatch):
-    fisheye = make(stereo_rays_per_batch=0, image_patch_share=1.0)
-    wish(fisheye, 1)
-    assert fisheye.next_train(0)[1]["patches"].rgb[0] is not None
-    cameras = fisheye.train_dataset.cameras
-    cameras.camera_type = torch.full_like(cameras.camera_type, CameraType.FISHEYE.value)
-    assert fisheye.next_train(1)[1]["patches"].rgb[0] is None
+@pytest.mark.parametrize("reason", ["fisheye", "masks"])
+def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, reason):
+    manager = make(stereo_rays_per_batch=0, image_patch_share=1.0)
+    wish(manager, 1)
+    assert manager.next_train(0)[1]["patches"].rgb[0] is not None
+    if reason == "fisheye":
+        cameras = manager.train_dataset.cameras
+        cameras.camera_type = torch.full_like(cameras.camera_type, CameraType.FISHEYE.value)
+    else:
+        manager.train_dataparser_outputs.mask_filenames = [Path("mask.png")]
+    assert manager.next_train(1)[1]["patches"].rgb[0] is None
 
 
 def test_every_ray_is_a_unit_vector_whose_norm_gives_its_cosine(manager):
