@@ -197,18 +197,24 @@ def test_a_model_where_nothing_was_placed_is_refused(capture):
         parse(capture)
 
 
-@pytest.mark.parametrize("suffix", [".png.png", ".png"], ids=["as COLMAP names them", "by the image's stem"])
-def test_masks_beside_the_images_are_used(capture, capsys, suffix):
+@pytest.mark.parametrize("suffix", [".png.png", ".jpg"], ids=["as COLMAP names them", "by the image's stem"])
+def test_masks_beside_the_images_are_used_when_asked(capture, capsys, suffix):
     write_model(capture / "sparse" / "0", 10)
     (capture / "masks").mkdir(exist_ok=True)
     for i in range(10):
         Image.new("L", (40, 30), 255).save(capture / "masks" / f"f{i:02d}{suffix}")
-    outputs = parse(capture, num_views=3)
-    assert [p.name for p in outputs.mask_filenames] == [f"{Path(name).stem}{suffix}" for name in names(outputs)]
-    assert "masks" in capsys.readouterr().out
-    (capture / "masks" / names(outputs)[1]).with_suffix(suffix).unlink()
-    with pytest.raises(InputError, match="have no mask_path"):
-        parse(capture, num_views=3)
+    assert parse(capture, num_views=3).mask_filenames is None
+    assert "--masked-training" in capsys.readouterr().out
+    outputs = parse(capture, num_views=3, masked_training=True)
+    assert [p.name for p in outputs.mask_filenames] == [f"{name}{suffix}" for name in names(outputs)]
+    (capture / "masks").rename(capture / "elsewhere")
+    with pytest.raises(InputError, match=r"no masks were found in .*masks; give --mask-folder"):
+        parse(capture, masked_training=True)
+    with pytest.raises(InputError, match="--masked-training True as well"):
+        parse(capture, mask_folder=capture / "elsewhere")
+    (capture / "elsewhere" / f"{names(outputs)[1]}{suffix}").unlink()
+    with pytest.raises(InputError, match=rf"the masks of {names(outputs)[1]}\.png are missing"):
+        parse(capture, num_views=3, masked_training=True, mask_folder=capture / "elsewhere")
 
 
 def test_a_camera_model_that_nerfstudio_does_not_know_is_told_to_be_undistorted(capture):

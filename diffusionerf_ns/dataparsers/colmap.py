@@ -1,7 +1,7 @@
 """COLMAP models beside their images: `images` and `sparse/0`, as mip-NeRF 360 and Gaussian splatting have them."""
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.markup import escape
 
 from ddm_training.errors import InputError
+from diffusionerf_ns.dataparsers.base import Capture
 from diffusionerf_ns.dataparsers.images import PHOTOGRAPH_SUFFIXES, list_images
+from diffusionerf_ns.dataparsers.masks import MaskedFewViewConfig, find_masks
 from diffusionerf_ns.dataparsers.transforms import (
     TransformsFewViewDataParserConfig,
     TransformsFewViewParser,
@@ -18,13 +20,12 @@ from diffusionerf_ns.dataparsers.transforms import (
 )
 
 IMAGES = ("images", "input")  # where COLMAP's users keep them
-MASKS = "masks"  # beside them: a.jpg has a.jpg.png, as COLMAP itself reads masks, or a.png
 SUFFIXES = (".bin", ".txt")
 UNDISTORT = "Undistort the images first (colmap image_undistorter)."
 
 
 @dataclass
-class ColmapFewViewDataParserConfig(TransformsFewViewDataParserConfig):
+class ColmapFewViewDataParserConfig(MaskedFewViewConfig, TransformsFewViewDataParserConfig):
     """COLMAP models with few training views."""
 
     _target: type = field(default_factory=lambda: ColmapFewViewParser)
@@ -34,7 +35,14 @@ class ColmapFewViewDataParserConfig(TransformsFewViewDataParserConfig):
 class ColmapFewViewParser(TransformsFewViewParser):
     """Reads `cameras` and `images` of a model; its points are not needed: `stereo` finds its own."""
 
+    config: ColmapFewViewDataParserConfig
     source = "colmap"
+
+    def read_capture(self) -> Capture:
+        """All images that have a pose, with their masks."""
+        capture, data = super().read_capture(), self.config.data
+        names = [str(Path(*Path(name).parts[1:])) for name in capture.names]  # without the folder of the images
+        return replace(capture, masks=find_masks(names, {*capture.split.train, *capture.split.test}, data, self.config))
 
     def _read(self) -> tuple[dict[str, Any], Path, Path]:
         data = self.config.data
@@ -47,12 +55,7 @@ class ColmapFewViewParser(TransformsFewViewParser):
             )
         read = [(path, _read_model(path)) for path in models]
         path, (cameras, images) = max(read, key=lambda model: len(model[1][1]))  # mapping may have begun anew
-        frames = [
-            _frame(image, cameras, folder.relative_to(data), path) | _mask(data, image.name)
-            for image in images.values()
-        ]
-        if any("mask_path" in frame for frame in frames):
-            CONSOLE.print(f"Of the images only what is white in {escape(str(data / MASKS))} is trained on.")
+        frames = [_frame(image, cameras, folder.relative_to(data), path) for image in images.values()]
         known = {image.name for image in images.values()}
         unknown = [file.name for file in list_images(folder, PHOTOGRAPH_SUFFIXES) if file.name not in known]
         if unknown:
@@ -123,13 +126,6 @@ def _names(path: Path) -> dict[int, str]:
             names[int(number)] = name
             next(lines, None)  # its points
     return names
-
-
-def _mask(data: Path, name: str) -> dict[str, str]:
-    """The mask of an image as an entry of its frame; nothing where it has none."""
-    path = data / MASKS / name
-    found = next((p for p in (path.with_name(f"{path.name}.png"), path.with_suffix(".png")) if p.is_file()), None)
-    return {} if found is None else {"mask_path": str(found.relative_to(data))}
 
 
 def _frame(image: Any, cameras: dict[int, Any], folder: Path, model: Path) -> dict[str, Any]:

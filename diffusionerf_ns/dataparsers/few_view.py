@@ -30,7 +30,7 @@ class FewViewDataParserConfig(FewViewBaseConfig):
     scan: int | None = None
     """Number of the DTU scan, where `--data` is the folder of many."""
     mask_folder: Path | None = None
-    """Folder of the masks of a DTU scan or of IDR's layout. Unset: looked for beside the images."""
+    """Folder of the masks (not of transforms.json, which names its own). Unset: looked for beside the images."""
     masked_training: bool = False
     """Draw training pixels inside those masks only. DTU's protocol uses masks for evaluation alone."""
 

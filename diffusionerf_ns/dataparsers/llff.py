@@ -13,12 +13,12 @@ from jaxtyping import Float
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import (
     Capture,
-    FewViewBaseConfig,
     FewViewBaseParser,
     automatic_factor,
     whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size, list_images
+from diffusionerf_ns.dataparsers.masks import MaskedFewViewConfig, find_masks
 from diffusionerf_ns.dataparsers.poses import opengl_from_llff
 from diffusionerf_ns.dataparsers.splits import hold_out
 
@@ -27,7 +27,7 @@ PROTOCOL_FACTOR = 8
 
 
 @dataclass
-class LLFFFewViewDataParserConfig(FewViewBaseConfig):
+class LLFFFewViewDataParserConfig(MaskedFewViewConfig):
     """LLFF captures (poses_bounds.npy), split as RegNeRF's protocol splits them."""
 
     _target: type = field(default_factory=lambda: LLFFFewViewParser)
@@ -65,6 +65,7 @@ class LLFFFewViewParser(FewViewBaseParser):
             factor=factor,
             cache=cache,
             bounds=table[:, 15:17],
+            masks=find_masks([p.name for p in images], {*split.train, *split.test}, data, self.config),
             protocol="llff-regnerf",
         )
 
