@@ -100,7 +100,7 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: DiffusioNeRFDataManager)
     image_patch_share: float = 0.25
     """Share of patches whose colours come from a training image; the others are rendered from perturbed training poses.
-    The paper's value."""
+    The paper's value. None of images with masks, or of other than perspective cameras."""
     center_jitter: float = 0.2
     """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned
     into scene units by the metric scale."""
@@ -310,7 +310,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if pipeline is not None:
             model: Any = pipeline.model
             self.set_ray_wishes(model.patch_request, model.stereo_request)
-            if model.config.score_weight != 0.0 and self._image_patch_share > 0.0:
+            if model.config.score_weight != 0.0 and self._image_patch_share < self.config.image_patch_share:
+                CONSOLE.print("[yellow]No patches of training images: they have masks, or are not perspective.")
+            elif model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
                 # Now, not at the first patch of an image, which may come late.
                 patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
 
@@ -364,11 +366,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         )
 
     def _train_images(self, spec: RgbdSpec) -> list[Float[Tensor, "_h _w 3"]]:
-        """All training images in the order of the cameras, no finer than patches; checked once that patches fit."""
+        """All training images in the order of the cameras; checked once that patches fit."""
         if self._images is None:
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
             # On black, as rays are rendered in training that meet nothing.
-            images = (self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset)))
-            cameras = self.train_dataset.cameras
-            self._images = [patches.at_patch_scale(cameras, image, i, spec) for i, image in enumerate(images)]
+            self._images = [self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset))]
         return self._images

@@ -7,6 +7,7 @@ Notation
     c2w     camera-to-world, OpenGL convention: x right, y up, z backwards     [3, 4]
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 
 from ddm_training.errors import InputError
+from ddm_training.resampling import area_weights
 from ddm_training.rgbd import RgbdSpec
 
 
@@ -148,24 +150,6 @@ def _window_side(cameras: Cameras, index: int, spec: RgbdSpec) -> tuple[float, f
     return spec.patch_size * fx / focal, spec.patch_size * fy / focal
 
 
-def at_patch_scale(
-    cameras: Cameras, image: Float[Tensor, "h w 3"], camera: int, spec: RgbdSpec
-) -> Float[Tensor, "_h _w 3"]:
-    """An image whose pixels are as large as a patch's, where its own are smaller: the prior's data too are averaged
-    over areas, and what is cut from finer pixels has detail that no patch of its training had."""
-    side = _window_side(cameras, camera, spec)
-    height, width = (
-        round(count * min(spec.patch_size / length, 1.0)) for count, length in zip(image.shape, reversed(side))
-    )
-    if (height, width) == image.shape[:2]:
-        return image
-    x = image.permute(2, 0, 1)[None]
-    small = torch.nn.functional.interpolate(
-        x, size=(height, width), mode="bilinear", antialias=True, align_corners=False
-    )
-    return small[0].permute(1, 2, 0)
-
-
 def sample_image_patch(
     cameras: Cameras,
     images: Float[Tensor, "n h w 3"] | list[Float[Tensor, "_h _w 3"]],
@@ -173,11 +157,11 @@ def sample_image_patch(
     *,
     generator: torch.Generator | None = None,
 ) -> Patch:
-    """A patch of a training image at the prior's pixel scale, bilinear, wholly inside the image.
+    """A patch of a training image at the prior's pixel scale, wholly inside the image.
 
     Args:
         cameras: training cameras, in the order of ``images``.
-        images: colours in [0, 1], see `at_patch_scale`.
+        images: colours in [0, 1], each of its camera's size.
         spec: the prior's.
         generator: on the CPU; torch's global one if None.
     """
@@ -191,7 +175,10 @@ def sample_image_patch(
 def cut_image_patch(
     cameras: Cameras, image: Float[Tensor, "h w 3"], camera: int, spec: RgbdSpec, corner: tuple[float, float]
 ) -> Patch:
-    """The patch of an image whose upper left corner lies at ``corner`` (u, v in the camera's pixels)."""
+    """The patch of an image whose upper left corner lies at ``corner`` (u, v in the image's pixels).
+
+    Its colours are averages of areas where the image is finer, as those of the prior's data are.
+    """
     size = spec.patch_size
     side = _window_side(cameras, camera, spec)
     steps = (torch.arange(size, dtype=torch.float32) + 0.5) / size
@@ -201,12 +188,17 @@ def cut_image_patch(
         coords=torch.stack([v, u], dim=-1).reshape(-1, 2).to(cameras.device),
     )
     rays.metadata = {"directions_norm": rays.metadata["directions_norm"]}
-    width, height = float(cameras.width[camera]), float(cameras.height[camera])
-    grid = torch.stack([2.0 * u / width - 1.0, 2.0 * v / height - 1.0], dim=-1)
-    rgb = torch.nn.functional.grid_sample(
-        image.permute(2, 0, 1)[None], grid[None].to(image), mode="bilinear", padding_mode="border", align_corners=False
-    )
-    return Patch(rays, rgb[0].permute(1, 2, 0), camera, cameras.camera_to_worlds[camera])
+    rows, wy = _window(corner[1], side[1], size, image.shape[0])
+    columns, wx = _window(corner[0], side[0], size, image.shape[1])
+    rgb = torch.einsum("ph,hwc,qw->pqc", wy.to(image), image[rows, columns], wx.to(image))
+    return Patch(rays, rgb, camera, cameras.camera_to_worlds[camera])
+
+
+def _window(start: float, length: float, count: int, pixels: int) -> tuple[slice, Float[Tensor, "{count} _n"]]:
+    """Of one axis: the pixels that a window needs, and what each output takes of them."""
+    first, last = max(math.floor(start) - 1, 0), min(math.ceil(start + length) + 1, pixels)
+    step, extent = torch.tensor([length / count]), torch.tensor([last - first])
+    return slice(first, last), area_weights(torch.tensor([start - first]), step, count, last - first, extent)[0]
 
 
 def concatenate_rays(bundles: list[RayBundle]) -> RayBundle:
