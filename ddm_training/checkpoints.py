@@ -6,12 +6,12 @@ run removes. Checkpoints later than the one that a run goes on from are moved to
 that was given up, and are neither counted nor taken for the latest.
 """
 
-import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], config: dict
             shutil.rmtree(part, ignore_errors=True)  # there where that failed
     earlier = [path for found, path in list_checkpoints(folder) if found < step]
     for path in earlier[: max(len(earlier) + 1 - limit, 0)]:
-        with contextlib.suppress(OSError):  # no reason to end a training: what is left goes later
+        try:
             _discard(path)
+        except OSError as error:  # no reason to end a training
+            print(f"warning: the old checkpoint {path} could not be removed: {error}", file=sys.stderr)
     return final
 
 

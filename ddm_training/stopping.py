@@ -12,7 +12,8 @@ HANGUP = getattr(signal, "SIGHUP", None)  # a terminal or a connection has ended
 class StopRequest:
     """True once the time is over or the process was asked to end.
 
-    By SIGTERM or SIGINT, as clusters and people do, or by SIGHUP, unless that is ignored, as `nohup` has it.
+    By SIGTERM or SIGINT, as clusters and people do, or by SIGHUP, unless that is ignored, as `nohup` has it. Asked
+    again, `AGAIN_AFTER` or more later and by one of the former, it raises `KeyboardInterrupt`.
     """
 
     def __init__(self, minutes: float | None) -> None:

@@ -147,7 +147,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     near_margin: float = 0.75
     """Rays begin at this times the capture's near bound, or at `stereo_near_margin` times the nearest depth (2 %
     quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`. A `near_plane` other
-    than nerfacto's .05 is a lower limit too, where the capture has no near bound. After training, views that are nearer
+    than nerfacto's .05 is a lower limit in any case, and a `far_plane` other than its 1,000 an upper one. After training, views that are nearer
     to the scene than all training images begin nearer in proportion (with up to 32 perspective training images)."""
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
@@ -156,8 +156,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     images if that is farther: it is planar depth."""
     stereo_far_margin: float = 3.0
     """Where it is not, rays end at this times the farthest depth (98 % quantile) that stereo finds; without stereo at
-    `far_plane`, which is an upper limit too if it is not nerfacto's 1,000. What no training view shows is then a little
-    behind the scene, not at the end of the world."""
+    `far_plane`. What no training view shows is then a little behind the scene, not at the end of the world."""
 
     # Changes to the backbone, none of them in the paper
     center_grid: bool = True

@@ -285,7 +285,7 @@ def one_size(folder: Path, names: Sequence[str]) -> tuple[tuple[int, int], tuple
         with Image.open(folder / name) as image:
             changed = image.transpose(Image.Transpose.ROTATE_90) if name in turned else image
             if name in reduced:
-                changed = changed.resize(least, Image.Resampling.LANCZOS)
+                changed = changed.resize(least, Image.Resampling.BOX)
             _save(changed, folder / name, image.getexif())
     if turned:
         CONSOLE.print(f"Turned to lie as the others: {escape(', '.join(turned))}.")

@@ -5,23 +5,27 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from nerfstudio.data.pixel_samplers import PixelSampler
+from nerfstudio.data.pixel_samplers import PixelSampler, PixelSamplerConfig
 from torch import Tensor
 
 from ddm_training.errors import InputError
 
-MOST_KEPT = 64  # masks
+KEPT_BYTES = 1 << 26  # of small masks
 ALL_BLACK = "the masks of all images are black; expected white where the scene is."
 
 
 class MaskedPixelSampler(PixelSampler):
     """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn."""
 
-    _small: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] | None = None
+    _small: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]]
     """Masks of which few pixels are inside, and these, by where they lie in memory: a step has the same masks as the
     one before, and images of several sizes bring theirs one by one."""
     _kept: tuple[tuple[Tensor, ...], list[int]] = ((), [])
     """Masks of images of several sizes, and which of them are not black."""
+
+    def __init__(self, config: PixelSamplerConfig, **kwargs: Any) -> None:
+        self._small = {}
+        super().__init__(config, **kwargs)
 
     def sample_method(
         self,
@@ -40,7 +44,7 @@ class MaskedPixelSampler(PixelSampler):
         if mask is None or self.config.ignore_mask:
             return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
         place = mask.data_ptr(), mask.shape
-        if self._small is not None and place in self._small:
+        if place in self._small:
             return self._any_of(self._small[place][1], batch_size)
         inside = mask[..., 0]
         size = torch.tensor(inside.shape, device=device)
@@ -54,8 +58,8 @@ class MaskedPixelSampler(PixelSampler):
         pixels = torch.nonzero(inside).to(device)
         if len(pixels) == 0:
             raise InputError(ALL_BLACK)
-        if self._small is None or len(self._small) >= MOST_KEPT:
-            self._small = {}
+        if sum(a.nbytes + b.nbytes for a, b in self._small.values()) > KEPT_BYTES:  # of batches that are gone
+            self._small.clear()
         self._small[place] = mask, pixels  # held, so that nothing else comes to lie there
         return self._any_of(pixels, batch_size)
 

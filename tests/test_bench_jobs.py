@@ -238,7 +238,7 @@ def test_a_results_folder_whose_list_lacks_something_is_refused(tmp_path: Path, 
     content = json.loads(path.read_text())
     del (content if lacks == "jobs" else content["jobs"][0])[lacks]
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=rf"is damaged \(it lacks '{lacks}'\)"):
+    with pytest.raises(InputError, match=rf"is damaged \(KeyError: '{lacks}'\)"):
         results.read_entries(tmp_path)
 
 

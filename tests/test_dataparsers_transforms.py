@@ -399,16 +399,21 @@ def test_each_image_has_its_own_size_and_intrinsics(tmp_path):
 
 
 def test_files_of_windows_tools_are_read(tmp_path):
-    content = make_capture(tmp_path, 4)
+    content = make_capture(tmp_path, 4, mask=True)
     for frame in content["frames"]:
         frame["file_path"] = frame["file_path"].replace("./images/", "images\\")
+        frame["mask_path"] = frame["mask_path"].replace("/", "\\")
     (tmp_path / "transforms.json").write_text(json.dumps(content), encoding="utf-8-sig")
-    assert [p.parent.name for p in parse(tmp_path, num_views=3).image_filenames] == ["images"] * 3
+    outputs = parse(tmp_path, num_views=3)
+    assert [p.parent.name for p in outputs.image_filenames] == ["images"] * 3
+    assert [p.parent.name for p in outputs.mask_filenames] == ["masks"] * 3
 
 
 def test_of_images_that_were_not_copied_the_others_are_named(tmp_path):
     make_capture(tmp_path, 4)
     (tmp_path / "images" / "f01.png").unlink()
-    with pytest.raises(InputError, match=r"images/f01\.png\. .*both --train-ids and --test-ids; there are \[0, 2, 3\]"):
+    with pytest.raises(
+        InputError, match=r"1 image files .*f01\.png .*both --train-ids and --test-ids among those there: 0, 2, 3\."
+    ):
         parse(tmp_path)
     assert names(parse(tmp_path, train_ids=(0, 2), test_ids=(3,))) == ["f00", "f02"]

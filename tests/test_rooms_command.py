@@ -289,8 +289,10 @@ def test_pictures_of_a_user_are_not_touched(tmp_path, name):
 
 
 def test_a_capture_that_was_cut_short_is_made_whole(capture, tmp_path):
-    for path in (tmp_path / "images" / "train_000.png", tmp_path / "depth" / "train_000.png"):
+    for path in (tmp_path / "images" / "train_000.png", tmp_path / "depth" / "test_009.png"):
         path.parent.mkdir()
         path.write_text("half")
+    (tmp_path / "images" / ".DS_Store").write_text("of a file manager")
     RoomsConfig(folder=tmp_path, output="capture", num_train=5, num_test=3, width=80, seed=1).main()
+    (tmp_path / "images" / ".DS_Store").unlink()
     assert files_of(tmp_path) == files_of(capture)

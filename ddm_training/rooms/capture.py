@@ -72,7 +72,7 @@ class CaptureJob:
     def _require_no_pictures_of_others(self) -> None:
         """Refuse a folder with pictures that are not what a killed `write_views` leaves: a user's own would mix."""
         for folder in (self.folder / "images", self.folder / "depth"):
-            names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+            names = [p.name for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []
             if other := next((name for name in sorted(names) if not _PICTURE.fullmatch(name)), None):
                 raise InputError(
                     f"{folder} holds {other}, which `ddm rooms` did not write: expected an empty --folder, or one that "
@@ -98,6 +98,10 @@ def write_capture(job: CaptureJob) -> int:
 
     room, (train, test) = room_with_views(job.seed, job.index, find, job.kind)
     gain = exposure(room, train)
+    for sub in ("images", "depth"):  # of a run that was killed, perhaps with more views
+        for path in (job.folder / sub).glob("*.png"):
+            if _PICTURE.fullmatch(path.name):
+                path.unlink()
 
     def views() -> Iterator[CaptureView]:
         for kind, cameras in (("train", train), ("test", test)):

@@ -143,7 +143,7 @@ def read_entries(folder: Path) -> list[Entry]:
             entries.append(Entry(job=job, hash=row["hash"], folder=folder / job.name))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is damaged (it lacks {error}); give the same `run` command again to write it anew."
+            f"{path} is damaged ({type(error).__name__}: {error}); give the same `run` command again to write it anew."
         ) from error
     return entries
 

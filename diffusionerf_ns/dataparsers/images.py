@@ -199,9 +199,10 @@ def downscaled(sources: Sequence[Path], factor: int, folder: Path, needed: Conta
             wanted = [(source, name) for source, name in zip(sources, names) if source in needed]
             if not _is_made_from(place, origin):
                 _make(place, wanted, factor, origin)
-            for source, copy in ((source, place / name) for source, name in wanted):
-                if copy.is_file():
-                    continue
+            missing = [(source, place / name) for source, name in wanted if not (place / name).is_file()]
+            if missing:
+                CONSOLE.print(f"reducing {len(missing)} more images by {factor} into {escape(str(place))} (once)")
+            for source, copy in missing:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 part = copy.with_name(f".{copy.name}.{os.getpid()}.part")
                 _write_copy(source, factor, part)

@@ -73,10 +73,11 @@ class TransformsFewViewParser(FewViewBaseParser):
         split = self._split(meta, files, folder, path)
         used = sorted({*split.train, *split.test})
         if missing := [names[i] for i in used if not files[i].is_file()]:
-            there = [i for i, file in enumerate(files) if file.is_file()]
+            there = [str(i) for i, file in enumerate(files) if file.is_file()]
+            others = f", or choose with both --train-ids and --test-ids among those there: {', '.join(there[:20])}"
             raise InputError(
-                f"{path}: image files are missing: {', '.join(missing[:5])}. Looked in {folder}. Copy them there, or "
-                f"choose among the others with both --train-ids and --test-ids; there are {there}."
+                f"{path}: {len(files) - len(there)} image files are missing, {', '.join(missing[:5])} among them. "
+                f"Looked in {folder}. Copy them there{others if there else ''}{', ...' if len(there) > 20 else ''}."
             )
         intrinsics, sizes = _intrinsics(meta, frames, files, used[0], path)
         images, factor, cache = _sized_images(files, used, folder, whole_factor(self.config.downscale_factor))
@@ -297,7 +298,7 @@ def _optional(frames: list[dict[str, Any]], key: str, folder: Path) -> tuple[Pat
     """Files that frames may have; None where no frame has one."""
     if not any(frame.get(key) for frame in frames):
         return None
-    return tuple(folder / frame[key] if frame.get(key) else None for frame in frames)
+    return tuple(_find_file(folder, frame[key]) if frame.get(key) else None for frame in frames)
 
 
 def _intrinsics(
