@@ -2,8 +2,8 @@
 
 Layout of what is written::
 
-    <output>/images/*            the photographs without copies, turned as their EXIF says, all of them lying where
-                                 some lie, and of the size of the smallest; with their alpha where a pixel is transparent
+    <output>/images/*            the photographs without copies, turned as their EXIF says, all lying where some lie,
+                                 and of the smallest one's size; with their alpha where a pixel is transparent
              transforms.json     cameras in nerfstudio's format; the unit of length is arbitrary; and what the
                                  photographs were ("made_of"), which tells them from others of the same names
 """
