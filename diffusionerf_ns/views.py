@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffusionerf_ns.visibility import distort, max_undistorted_radius, undistort
+from diffusionerf_ns.visibility import max_undistorted_radius, seen_slope, undistort
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,7 @@ class View:
 
     def project(self, points: Float[Tensor, "*batch 3"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
         """Position for `grid_sample`, outside of the image for points that it cannot show, and planar depth."""
-        local = (points - self.position) @ self.rotation
-        z = -local[..., 2]
-        slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-6)[..., None]
-        shown = z > 1e-6
-        if self.lens is not None:
-            shown &= slope.norm(dim=-1) <= self._reach
-            slope = distort(slope, self.lens)
+        slope, z, shown = seen_slope(points, self.position, self.rotation, self.lens, self._reach)
         size = torch.tensor([self.grey.shape[-1], self.grey.shape[-2]], dtype=torch.float32)
         grid = 2.0 * (slope * self.focal + self.centre) / size - 1.0
         return torch.where(shown[..., None], grid, torch.full_like(grid, 2.0)), z

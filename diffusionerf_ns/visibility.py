@@ -81,15 +81,39 @@ class Projections(nn.Module):
             pixel (u, v), the centre of the first at (.5, .5); planar depth, scene units; and whether the point is ahead
             and in the image. Pixels of points that are not ahead mean nothing.
         """
-        local = (points - self.position[index]) @ self.rotation[index]
-        z = -local[..., 2]
-        slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-9)[..., None]
-        inside = z > 0
-        if self.lens is not None:
-            inside = inside & (slope.norm(dim=-1) <= self.reach[index])
-            slope = distort(slope, self.lens[index])
+        lens = None if self.lens is None else self.lens[index]
+        slope, z, shown = seen_slope(points, self.position[index], self.rotation[index], lens, self.reach[index])
         pixel = slope * self.focal[index] + self.centre[index]
-        return pixel, z, inside & ((pixel >= 0) & (pixel <= self.size[index])).all(dim=-1)
+        return pixel, z, shown & ((pixel >= 0) & (pixel <= self.size[index])).all(dim=-1)
+
+
+def seen_slope(
+    points: Float[Tensor, "*batch 3"],
+    position: Float[Tensor, "3"],
+    rotation: Float[Tensor, "3 3"],
+    lens: Float[Tensor, "6"] | None,
+    reach: Float[Tensor, ""] | float,
+) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
+    """Where a camera's lens puts points.
+
+    Args:
+        points: in the world.
+        position: of the camera.
+        rotation: camera to world, looking along -z.
+        lens: see `distort`; None: none.
+        reach: `max_undistorted_radius` of it.
+
+    Returns:
+        x / z and y / z (y down) in the image, planar depth z, and whether the point is ahead and the lens shows it.
+    """
+    local = (points - position) @ rotation
+    z = -local[..., 2]
+    slope = torch.stack([local[..., 0], -local[..., 1]], dim=-1) / z.clamp_min(1e-9)[..., None]
+    shown = z > 0
+    if lens is not None:
+        shown = shown & (slope.norm(dim=-1) <= reach)
+        slope = distort(slope, lens)
+    return slope, z, shown
 
 
 def distort(slope: Float[Tensor, "*batch 2"], lens: Float[Tensor, "6"]) -> Float[Tensor, "*batch 2"]:
