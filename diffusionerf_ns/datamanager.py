@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import (
@@ -164,7 +164,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         show_input_errors_plainly()
         self._request: Callable[[], PatchRequest | None] = lambda: None
         self._stereo_request: Callable[[], StereoRequest | None] = lambda: None
-        self._images: list[Float[Tensor, "_h _w 3"]] | None = None
+        self._images: list[UInt8[Tensor, "_h _w 3"]] | None = None
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         if test_mode == "val":
             self._warn_of_black_masks()
@@ -310,9 +310,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if pipeline is not None:
             model: Any = pipeline.model
             self.set_ray_wishes(model.patch_request, model.stereo_request)
-            if model.config.score_weight != 0.0 and self._image_patch_share < self.config.image_patch_share:
-                CONSOLE.print("[yellow]No patches of training images: they have masks, or are not perspective.")
-            elif model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
+            if self._image_patch_share < self.config.image_patch_share:
+                if model.config.score_weight != 0.0:
+                    CONSOLE.print("[yellow]No patches of training images: they have masks, or are not perspective.")
+                self.config.image_patch_share = 0.0  # the viewer shows it
+            if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
                 # Now, not at the first patch of an image, which may come late.
                 patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
 
@@ -365,10 +367,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             max_angle=self.config.max_rotation,
         )
 
-    def _train_images(self, spec: RgbdSpec) -> list[Float[Tensor, "_h _w 3"]]:
+    def _train_images(self, spec: RgbdSpec) -> list[UInt8[Tensor, "_h _w 3"]]:
         """All training images in the order of the cameras; checked once that patches fit."""
         if self._images is None:
             patches.check_image_patches_fit(self.train_dataset.cameras, spec)
             # On black, as rays are rendered in training that meet nothing.
-            self._images = [self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset))]
+            images = (self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset)))
+            self._images = [(255.0 * image).round().to(torch.uint8) for image in images]
         return self._images

@@ -147,7 +147,7 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
     near_margin: float = 0.75
     """Rays begin at this times the capture's near bound, or at `stereo_near_margin` times the nearest depth (2 %
     quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`. A `near_plane` other
-    than nerfacto's .05 is a lower limit in any case, and a `far_plane` other than its 1,000 an upper one. After
+    than nerfacto's .05 is a lower limit in training, and a `far_plane` other than its 1,000 an upper one. After
     training, views that are nearer to the scene than all training images begin nearer in proportion (with up to 32
     perspective training images)."""
     stereo_near_margin: float = 0.6

@@ -8,10 +8,11 @@ Notation
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch import Tensor
 from ddm_training.errors import InputError
 from ddm_training.resampling import area_weights
 from ddm_training.rgbd import RgbdSpec
+
+Colours = Float[Tensor, "_h _w 3"] | UInt8[Tensor, "_h _w 3"]
+"""In [0, 1], or of 255."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def _window_side(cameras: Cameras, index: int, spec: RgbdSpec) -> tuple[float, f
 
 def sample_image_patch(
     cameras: Cameras,
-    images: Float[Tensor, "n h w 3"] | list[Float[Tensor, "_h _w 3"]],
+    images: Sequence[Colours] | Tensor,
     spec: RgbdSpec,
     *,
     generator: torch.Generator | None = None,
@@ -161,7 +165,7 @@ def sample_image_patch(
 
     Args:
         cameras: training cameras, in the order of ``images``.
-        images: colours in [0, 1], each of its camera's size.
+        images: each [h, w, 3] of its camera's size.
         spec: the prior's.
         generator: on the CPU; torch's global one if None.
     """
@@ -173,7 +177,7 @@ def sample_image_patch(
 
 
 def cut_image_patch(
-    cameras: Cameras, image: Float[Tensor, "h w 3"], camera: int, spec: RgbdSpec, corner: tuple[float, float]
+    cameras: Cameras, image: Colours, camera: int, spec: RgbdSpec, corner: tuple[float, float]
 ) -> Patch:
     """The patch of an image whose upper left corner lies at ``corner`` (u, v in the image's pixels).
 
@@ -190,7 +194,9 @@ def cut_image_patch(
     rays.metadata = {"directions_norm": rays.metadata["directions_norm"]}
     rows, wy = _window(corner[1], side[1], size, image.shape[0])
     columns, wx = _window(corner[0], side[0], size, image.shape[1])
-    rgb = torch.einsum("ph,hwc,qw->pqc", wy.to(image), image[rows, columns], wx.to(image))
+    window = image[rows, columns]
+    window = window if window.is_floating_point() else window.float() / 255.0
+    rgb = torch.einsum("ph,hwc,qw->pqc", wy, window, wx)
     return Patch(rays, rgb, camera, cameras.camera_to_worlds[camera])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddm_training.errors import InputError
 
-KEPT_BYTES = 1 << 26  # of small masks
+KEPT_BYTES = 1 << 29  # of small masks
 ALL_BLACK = "the masks of all images are black; expected white where the scene is."
 
 

@@ -195,6 +195,19 @@ def test_without_a_factor_images_8_are_used_where_they_exist(tmp_path):
     assert parse(tmp_path).image_filenames[0].parent.name == "images_8"
 
 
+def test_masks_have_the_names_of_the_original_images(tmp_path):
+    make_scene(tmp_path, name="images_8")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for i in range(9):
+        Image.new("RGB", (512, 384)).save(tmp_path / "images" / f"IMG_{i}.jpg")
+        Image.new("L", (64, 48), 255).save(tmp_path / "masks" / f"IMG_{i}.png")
+    outputs = parse(tmp_path, num_views=3, masked_training=True)
+    assert {p.parent.name for p in outputs.image_filenames} == {"images_8"}
+    numbers = [int(p.stem) for p in outputs.image_filenames]
+    assert [p.name for p in outputs.mask_filenames] == [f"IMG_{i}.png" for i in numbers]
+
+
 def test_without_a_factor_large_images_are_reduced_to_at_most_1008():
     assert automatic_factor(4032, 3024) == 4
     assert automatic_factor(1008, 756) == 1

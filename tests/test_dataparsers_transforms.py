@@ -413,7 +413,16 @@ def test_of_images_that_were_not_copied_the_others_are_named(tmp_path):
     make_capture(tmp_path, 4)
     (tmp_path / "images" / "f01.png").unlink()
     with pytest.raises(
-        InputError, match=r"1 image files .*f01\.png .*both --train-ids and --test-ids among those there: 0, 2, 3\."
+        InputError, match=r"1 image files .*f01\.png\. .*both --train-ids and --test-ids among those there: 0, 2, 3\."
     ):
         parse(tmp_path)
     assert names(parse(tmp_path, train_ids=(0, 2), test_ids=(3,))) == ["f00", "f02"]
+
+
+def test_masks_that_no_frame_names_are_told_of(tmp_path, capsys):
+    make_capture(tmp_path, 4)
+    (tmp_path / "masks").mkdir(exist_ok=True)
+    assert parse(tmp_path, num_views=3).mask_filenames is None
+    assert "no frame has a mask_path" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(InputError, match="--masked-training means nothing .* the mask_path of its frames"):
+        parse(tmp_path, masked_training=True)

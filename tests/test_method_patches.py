@@ -185,6 +185,9 @@ def test_patches_of_finer_images_are_averages_of_areas():
     assert patch.rgb is not None
     blocks = image[20 : 20 + 32, 40 : 40 + 64].reshape(16, 2, 16, 4, 3)
     torch.testing.assert_close(patch.rgb, blocks.mean(dim=(1, 3)))
+    bytes_of_it = patches.cut_image_patch(cameras, (255 * image).round().byte(), 0, SPEC, (40.0, 20.0)).rgb
+    assert bytes_of_it is not None
+    torch.testing.assert_close(bytes_of_it, patch.rgb, atol=0.5 / 255, rtol=0.0)
 
 
 @pytest.mark.parametrize("focal", [20.0, 40.0, 70.0])
@@ -299,7 +302,7 @@ def test_the_same_generator_draws_the_same_patches_and_leaves_the_global_one_alo
         lambda: patches.camera_rays(torch.zeros(4, 4, 3), torch.eye(4), 40.0, 0),
         lambda: patches.perturb_pose(torch.eye(4), 0.1, 0.1),
         lambda: patches.cut_image_patch(camera(), torch.zeros(3, 48, 64), 0, SPEC, (0.0, 0.0)),
-        lambda: patches.cut_image_patch(camera(), torch.zeros(48, 64, 3, dtype=torch.uint8), 0, SPEC, (0.0, 0.0)),
+        lambda: patches.cut_image_patch(camera(), torch.zeros(48, 64, 3, dtype=torch.int32), 0, SPEC, (0.0, 0.0)),
         lambda: patches.sample_image_patch(camera(), torch.zeros(48, 64, 3), SPEC),
     ],
 )

@@ -143,6 +143,11 @@ def delegate_config(config: FewViewDataParserConfig) -> FewViewBaseConfig:
         if flag.name in known:
             flags[flag.name] = value
         elif value != flag.default:
+            if layout == "transforms" and flag.name in ("mask_folder", "masked_training"):
+                raise InputError(
+                    f"--{flag.name.replace('_', '-')} means nothing for {config.data}: the masks of transforms.json "
+                    "are the mask_path of its frames, and are always trained by."
+                )
             raise InputError(
                 f"--{flag.name.replace('_', '-')} means nothing for {config.data}: it is a {layout} capture."
             )

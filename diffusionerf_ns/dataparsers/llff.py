@@ -50,6 +50,8 @@ class LLFFFewViewParser(FewViewBaseParser):
                 f"{data}: {POSES_FILE} has {len(table)} rows, but {images[0].parent.name} holds {len(images)} images "
                 f"({images[0].name} to {images[-1].name}). Rows and images sorted by name must match one to one."
             )
+        originals = list_images(data / "images")  # whose names masks have; those of images_8 are often others
+        names = [p.name for p in (originals if len(originals) == len(images) else images)]
         height, width, focal = matrices[:, :, 4].T
         pool, test = hold_out(len(images))
         split = self.choose(len(images), pool, test)
@@ -65,7 +67,7 @@ class LLFFFewViewParser(FewViewBaseParser):
             factor=factor,
             cache=cache,
             bounds=table[:, 15:17],
-            masks=find_masks([p.name for p in images], {*split.train, *split.test}, data, self.config),
+            masks=find_masks(names, {*split.train, *split.test}, data, self.config),
             protocol="llff-regnerf",
         )
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import FewViewBaseConfig
-from diffusionerf_ns.dataparsers.images import SUFFIXES
+from diffusionerf_ns.dataparsers.images import list_images
 
 FOLDER = "masks"
 
@@ -49,13 +49,13 @@ def find_masks(
                 f"The masks of {escape(str(folder))} are not used; --masked-training True trains inside them only."
             )
         return None
-    if not folder.is_dir():
-        raise InputError(f"--masked-training: no masks were found in {folder}; give --mask-folder.")
     files = {
-        str(path.relative_to(folder).with_suffix("")): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
+        str(parent / path.stem): path
+        for parent in {Path(name).parent for name in names}
+        for path in list_images(folder / parent)
     }
+    if not files:
+        raise InputError(f"--masked-training: no masks were found in {folder}; give --mask-folder.")
     masks = [files.get(name) or files.get(str(Path(name).with_suffix(""))) for name in names]
     if missing := [names[i] for i in used if masks[i] is None]:
         raise InputError(

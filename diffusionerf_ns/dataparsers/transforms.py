@@ -11,6 +11,8 @@ from typing import Any, ClassVar, get_args
 
 import numpy as np
 import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.markup import escape
 
 from ddm_training.errors import InputError
 from ddm_training.transforms import DISTORTION, FILE
@@ -23,6 +25,7 @@ from diffusionerf_ns.dataparsers.base import (
     whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import CACHE_FILE, image_size
+from diffusionerf_ns.dataparsers.masks import FOLDER as MASKS
 from diffusionerf_ns.dataparsers.poses import OrientationMethod
 from diffusionerf_ns.dataparsers.splits import Split, without_lists
 
@@ -74,15 +77,18 @@ class TransformsFewViewParser(FewViewBaseParser):
         used = sorted({*split.train, *split.test})
         if missing := [names[i] for i in used if not files[i].is_file()]:
             there = [str(i) for i, file in enumerate(files) if file.is_file()]
+            more = ", ..." if len(missing) > 5 else ""
             others = f", or choose with both --train-ids and --test-ids among those there: {', '.join(there[:20])}"
             raise InputError(
-                f"{path}: {len(files) - len(there)} image files are missing, {', '.join(missing[:5])} among them. "
-                f"Looked in {folder}. Copy them there{others if there else ''}{', ...' if len(there) > 20 else ''}."
+                f"{path}: {len(missing)} image files are missing: {', '.join(missing[:5])}{more}. Looked in {folder}. "
+                f"Copy them there{others if there else ''}{', ...' if len(there) > 20 else ''}."
             )
         intrinsics, sizes = _intrinsics(meta, frames, files, used[0], path)
         images, factor, cache = _sized_images(files, used, folder, whole_factor(self.config.downscale_factor))
         depths = _optional(frames, "depth_file_path", folder)
         masks = _optional(frames, "mask_path", folder)
+        if masks is None and self.source == "transforms" and (folder / MASKS).is_dir():
+            CONSOLE.print(f"The masks of {escape(str(folder / MASKS))} are not used: no frame has a mask_path.")
         if masks is not None and (lacking := [names[i] for i in used if masks[i] is None]):
             raise InputError(
                 f"{path}: frames {', '.join(lacking[:5])} have no mask_path, others have one: all or none."
