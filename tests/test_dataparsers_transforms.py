@@ -424,5 +424,5 @@ def test_masks_that_no_frame_names_are_told_of(tmp_path, capsys):
     (tmp_path / "masks").mkdir(exist_ok=True)
     assert parse(tmp_path, num_views=3).mask_filenames is None
     assert "no frame has a mask_path" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(InputError, match="--masked-training means nothing .* the mask_path of its frames"):
+    with pytest.raises(InputError, match=r"--masked-training means nothing .* the mask_path of its frames"):
         parse(tmp_path, masked_training=True)
