@@ -122,6 +122,9 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     """Steps in which the depth completion network is trained on the capture, so that its images' depths contradict one
     another less (`agreement.py`). 0, or more than 12 images: each image is completed alone. Not in the paper."""
 
+    outside_masks: Literal["ignored", "empty"] = "ignored"
+    """What masks leave out. "ignored": it is not trained on, as people who walked by. "empty": nothing is there, as
+    where images are transparent; for objects that are cut out of their background by masks."""
     cut_out_flat_background: bool = True
     """Where all training images show an object before one flat colour, that colour counts as empty, as transparent
     pixels do; False takes it for a surface. Not in the paper."""
@@ -188,6 +191,16 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         data = super().create_train_dataset()
         flat = getattr(self.config, "cut_out_flat_background", None)
         if flat is None:
+            return data
+        if self.config.outside_masks == "empty":
+            if not data.has_masks:
+                raise InputError(
+                    "--pipeline.datamanager.outside-masks empty: the training images have no masks. Give them (see "
+                    "--masked-training and mask_path in docs/captures.md), or leave the flag out."
+                )
+            data.cut_out_by_masks()
+            if self.test_mode == "val":
+                CONSOLE.print("What lies outside the masks counts as empty.")
             return data
         data.find_cut_outs(flat=flat)
         if self.test_mode == "val" and data.has_cut_outs and data.background is not None:
@@ -352,8 +365,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def _image_patch_share(self) -> float:
         """Images of other than perspective cameras have no patches as the prior knows them, and those of images with
         masks would show what is not to be trained on."""
-        masked = bool(self.train_dataparser_outputs.mask_filenames)
-        return self.config.image_patch_share if are_perspective(self.train_dataset.cameras) and not masked else 0.0
+        data = self.train_dataset
+        return self.config.image_patch_share if are_perspective(data.cameras) and not data.has_masks else 0.0
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
         """On the CPU, where the images are: what is cut is little, and a GPU would be asked for many small numbers."""

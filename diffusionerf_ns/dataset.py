@@ -38,6 +38,23 @@ class FewViewDataset(InputDataset):
     """Of cut-outs the colour to show them on, in [0, 1], where it is known; see `find_cut_outs`."""
     _opaque: list[Bool[np.ndarray, "_h _w"]] | None = None
     _on_background = False
+    _by_masks = False
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether what is outside of masks is not trained on."""
+        return bool(self._dataparser_outputs.mask_filenames)
+
+    def cut_out_by_masks(self) -> None:
+        """Take what is outside of the masks for empty, as if it were transparent; they are no masks from here on."""
+        opaque = []
+        for index, path in enumerate(self._dataparser_outputs.mask_filenames or ()):
+            pixels = self._read(index)
+            inside = load_mask(path, *pixels.shape[:2])[..., 0].numpy()
+            opaque.append(inside & (pixels[..., 3] >= cut_out.OPAQUE) if self._any_alpha else inside)
+        self._dataparser_outputs = replace(self._dataparser_outputs, mask_filenames=None)
+        self._by_masks = True
+        self._cut_out(opaque, None)
 
     def find_cut_outs(self, *, flat: bool) -> None:
         """Find out what of the images is empty, by their alpha or by a flat colour around an object.
@@ -94,7 +111,7 @@ class FewViewDataset(InputDataset):
 
     def _with_alpha(self, image_idx: int) -> np.ndarray:
         pixels = self._read(image_idx)
-        if self._opaque is None or (self._any_alpha and pixels[..., 3].min() < 255):
+        if self._opaque is None or (not self._by_masks and self._any_alpha and pixels[..., 3].min() < 255):
             return pixels
         return np.dstack([pixels[..., :3], np.uint8(255) * self._opaque[image_idx]])
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.data.scene_box import OrientedBox
 from PIL import Image
 
+from ddm_training.errors import InputError
 from diffusionerf_ns import cut_out, geometric_losses
+from diffusionerf_ns.datamanager import DiffusioNeRFDataManager
 from diffusionerf_ns.dataset import FewViewDataset
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once
@@ -199,6 +202,41 @@ def test_a_flat_background_counts_where_the_parser_names_a_colour_too(folders, w
     dataset.find_cut_outs(flat=True)
     assert dataset.has_cut_outs
     assert dataset[0]["image"].shape[2] == 4
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    """The box's capture, whose masks show what is left of it in the other two."""
+    folder = box_room.write_transforms(tmp_path_factory.mktemp("masked"), depth=False)
+    content = json.loads((folder / "transforms.json").read_text())
+    (folder / "masks").mkdir()
+    for frame in content["frames"]:
+        path = folder / frame["file_path"]
+        alpha = opaque_parts(np.array(Image.open(path)), None)[..., 3]
+        Image.fromarray(alpha).save(folder / "masks" / f"{path.stem}.png")
+        frame["mask_path"] = f"masks/{path.stem}.png"
+    (folder / "transforms.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_what_is_outside_of_masks_may_be_empty_as_transparent_pixels_are(folders, masked, transparent):
+    def parts(data: Path, **options: object) -> DiffusioNeRFDataManager:
+        config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline.datamanager)
+        config.data, config.stereo_rays_per_batch = data, 0
+        return dataclasses.replace(config, **options).setup(device="cpu", test_mode="val")
+
+    cut, alpha = parts(masked, outside_masks="empty").train_dataset, parts(transparent).train_dataset
+    assert cut.has_cut_outs
+    assert not cut.has_masks
+    for i in range(len(cut)):
+        assert "mask" not in cut[i]
+        assert torch.equal(cut.opaque(i), alpha.opaque(i))
+        assert torch.equal(cut[i]["image"][..., 3], alpha[i]["image"][..., 3])
+    ignored = parts(masked).train_dataset
+    assert ignored.has_masks
+    assert not ignored.has_cut_outs
+    with pytest.raises(InputError, match="outside-masks empty: the training images have no masks"):
+        parts(transparent, outside_masks="empty")
 
 
 def test_an_alpha_channel_that_hides_nothing_is_no_cut_out(folders, tmp_path):

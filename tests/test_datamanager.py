@@ -99,7 +99,7 @@ def test_stereo_rays_and_patches_follow_the_pixel_rays_in_one_bundle(manager):
 
 
 @pytest.mark.parametrize("reason", ["fisheye", "masks"])
-def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, reason):
+def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, monkeypatch, reason):
     manager = make(stereo_rays_per_batch=0, image_patch_share=1.0)
     wish(manager, 1)
     assert manager.next_train(0)[1]["patches"].rgb[0] is not None
@@ -107,7 +107,7 @@ def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, rea
         cameras = manager.train_dataset.cameras
         cameras.camera_type = torch.full_like(cameras.camera_type, CameraType.FISHEYE.value)
     else:
-        manager.train_dataparser_outputs.mask_filenames = [Path("mask.png")]
+        monkeypatch.setattr(FewViewDataset, "has_masks", True)
     assert manager.next_train(1)[1]["patches"].rgb[0] is None
 
 
