@@ -132,6 +132,19 @@ def draw_weights(field: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def colours_died(
+    rgb: Float[Tensor, "rays 3"], true: Float[Tensor, "rays 3"], accumulation: Float[Tensor, "rays 1"]
+) -> bool:
+    """Whether all that is opaque is rendered black where it is not: a sigmoid so far out has no gradient any more.
+
+    The first steps of an object that is dark before its background can drive all colours there at once.
+    """
+    opaque = accumulation[:, 0] > 0.99  # what is behind shines through by less than a hundredth
+    if not bool(opaque.any()):
+        return False
+    return float(rgb[opaque].amax()) < 0.01 and float(true[opaque].amax()) > 0.2
+
+
 def limit_view_dependence(field: NerfactoField, degrees: int) -> None:
     """Let colour depend on the view only through spherical harmonics of fewer than ``degrees`` degrees (at most 4).
 

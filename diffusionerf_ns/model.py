@@ -38,6 +38,8 @@ from diffusionerf_ns.view_renderer import ViewRenderer
 from diffusionerf_ns.viewer import InspectionPanel, draw_small_on_cpu
 from diffusionerf_ns.visibility import TrainingFrusta, are_perspective, largest_slant
 
+LOOK_AT_COLOURS_EVERY = 50  # steps
+
 
 class DiffusioNeRFModel(NerfactoModel):
     """See `DiffusioNeRFModelConfig`."""
@@ -301,6 +303,14 @@ class DiffusioNeRFModel(NerfactoModel):
         self.camera_optimizer.get_metrics_dict(values)
         return values
 
+    @torch.no_grad()
+    def _revive_colours(
+        self, rgb: Float[Tensor, "rays 3"], true: Float[Tensor, "rays 3"], accumulation: Float[Tensor, "rays 1"]
+    ) -> None:
+        if backbone.colours_died(rgb, true, accumulation):
+            CONSOLE.print("[yellow]All colours had become black: the colour network begins anew.")
+            backbone.draw_weights(self.field.mlp_head)
+
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
@@ -317,6 +327,8 @@ class DiffusioNeRFModel(NerfactoModel):
         )
         losses = {"rgb_loss": self.rgb_loss(image, rgb)}
         if self.training:
+            if self.step % LOOK_AT_COLOURS_EVERY == LOOK_AT_COLOURS_EVERY - 1:
+                self._revive_colours(outputs["rgb"][:count], image, outputs["accumulation"][:count])
             if self.config.chroma_weight > 0.0:
                 losses["chroma_loss"] = self.config.chroma_weight * regularizers.chroma(rgb - image)
             losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(

@@ -89,3 +89,13 @@ def test_more_hue_comes_out_of_networks_that_are_drawn_so() -> None:
     before = hue(field)
     backbone.draw_weights(field)
     assert hue(field) > 4 * before
+
+
+@pytest.mark.parametrize(
+    ("rendered", "true", "accumulation", "died"),
+    [(1e-6, 0.5, 1.0, True), (1e-6, 0.1, 1.0, False), (0.02, 0.5, 1.0, False), (1e-6, 0.5, 0.1, False)],
+    ids=["all black", "so is the scene", "only dark", "nothing is opaque yet"],
+)
+def test_colours_that_no_gradient_reaches_any_more_are_told(rendered, true, accumulation, died):
+    rays = [torch.full((4, n), value) for n, value in ((3, rendered), (3, true), (1, accumulation))]
+    assert backbone.colours_died(*rays) is died

@@ -170,6 +170,24 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say_and_end_wh
     assert model.collider.bounds.tolist() == pytest.approx([begin, end])
 
 
+def test_a_colour_network_that_died_begins_anew(folders, capsys):
+    """Its sigmoid is so far out that no gradient comes back, and all that is opaque is black."""
+    pipeline = build(folders, score_weight=0.0)
+    model = pipeline.model
+    layers = [m for m in model.field.mlp_head.modules() if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad():
+        layers[-1].weight.zero_()
+        layers[-1].bias.fill_(-60.0)
+        outputs = {"rgb": torch.zeros(4, 3), "accumulation": torch.ones(4, 1)}
+    model._revive_colours(outputs["rgb"], torch.full((4, 3), 0.5), outputs["accumulation"])
+    assert layers[-1].bias.abs().max() == 0.0
+    assert layers[-1].weight.abs().max() > 0.01
+    assert "begins anew" in " ".join(capsys.readouterr().out.split())
+    before = layers[-1].weight.clone()
+    model._revive_colours(torch.full((4, 3), 0.4), torch.full((4, 3), 0.5), outputs["accumulation"])
+    assert torch.equal(before, layers[-1].weight)
+
+
 # The prior and the field
 
 
