@@ -67,6 +67,7 @@ class DiffusioNeRFModel(NerfactoModel):
         slant = 1.0 if cameras is None else largest_slant(cameras)
         self.collider = BoundsCollider(*self.config.ray_bounds(near, far, self._stereo, slant))
         self.frusta = TrainingFrusta(cameras) if cameras is not None and are_perspective(cameras) else None
+        self._colours_died = False
         self.total_steps = 1
         self.in_training_run = False
         scale = self.config.metric_scale
@@ -255,6 +256,10 @@ class DiffusioNeRFModel(NerfactoModel):
             self.step = step
             self.views.surfaces.forget()
             self.level_mask.set_active(self.active_levels)
+            if self._colours_died:
+                CONSOLE.print("[yellow]All colours had become black: the colour network begins anew.")
+                backbone.draw_weights(self.field.mlp_head)
+                self._colours_died = False
 
         if self.config.score_weight != 0.0:
             self.patch_spec()  # a bad prior shall be found before the first step
@@ -303,14 +308,6 @@ class DiffusioNeRFModel(NerfactoModel):
         self.camera_optimizer.get_metrics_dict(values)
         return values
 
-    @torch.no_grad()
-    def _revive_colours(
-        self, rgb: Float[Tensor, "rays 3"], true: Float[Tensor, "rays 3"], accumulation: Float[Tensor, "rays 1"]
-    ) -> None:
-        if backbone.colours_died(rgb, true, accumulation):
-            CONSOLE.print("[yellow]All colours had become black: the colour network begins anew.")
-            backbone.draw_weights(self.field.mlp_head)
-
     def get_loss_dict(
         self, outputs: dict[str, Any], batch: dict[str, Any], metrics_dict: dict[str, Any] | None = None
     ) -> dict[str, Tensor]:
@@ -328,7 +325,9 @@ class DiffusioNeRFModel(NerfactoModel):
         losses = {"rgb_loss": self.rgb_loss(image, rgb)}
         if self.training:
             if self.step % LOOK_AT_COLOURS_EVERY == LOOK_AT_COLOURS_EVERY - 1:
-                self._revive_colours(outputs["rgb"][:count], image, outputs["accumulation"][:count])
+                self._colours_died = backbone.colours_died(
+                    outputs["rgb"][:count].detach(), image, outputs["accumulation"][:count].detach()
+                )
             if self.config.chroma_weight > 0.0:
                 losses["chroma_loss"] = self.config.chroma_weight * regularizers.chroma(rgb - image)
             losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(

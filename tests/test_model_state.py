@@ -11,6 +11,7 @@ import torch
 from model_steps import RAYS, SCORE_ALONE, TERMS_OFF, P, build, set_step, step, tie
 from nerfstudio.cameras.camera_optimizers import CameraOptimizerConfig
 from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bounds import StereoBounds
@@ -172,20 +173,21 @@ def test_rays_begin_at_the_farther_of_what_the_capture_and_stereo_say_and_end_wh
 
 def test_a_colour_network_that_died_begins_anew(folders, capsys):
     """Its sigmoid is so far out that no gradient comes back, and all that is opaque is black."""
-    pipeline = build(folders, score_weight=0.0)
+    pipeline = build(folders, score_weight=0.0, average_init_density=100.0)
     model = pipeline.model
+    before_step = model_steps.callbacks(pipeline)
     layers = [m for m in model.field.mlp_head.modules() if isinstance(m, torch.nn.Linear)]
     with torch.no_grad():
         layers[-1].weight.zero_()
         layers[-1].bias.fill_(-60.0)
-        outputs = {"rgb": torch.zeros(4, 3), "accumulation": torch.ones(4, 1)}
-    model._revive_colours(outputs["rgb"], torch.full((4, 3), 0.5), outputs["accumulation"])
-    assert layers[-1].bias.abs().max() == 0.0
-    assert layers[-1].weight.abs().max() > 0.01
-    assert "begins anew" in " ".join(capsys.readouterr().out.split())
-    before = layers[-1].weight.clone()
-    model._revive_colours(torch.full((4, 3), 0.4), torch.full((4, 3), 0.5), outputs["accumulation"])
-    assert torch.equal(before, layers[-1].weight)
+    for number in (49, 50):
+        for callback in before_step:
+            callback.run_callback_at_location(number, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+        outputs, _, losses, _ = step(pipeline)
+        sum(losses.values()).backward()
+        died = float(outputs["rgb"].amax()) < 0.01
+        assert died == (number == 49)
+        assert ("begins anew" in " ".join(capsys.readouterr().out.split())) == (number == 50)
 
 
 # The prior and the field
