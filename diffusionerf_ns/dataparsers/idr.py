@@ -12,18 +12,16 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from nerfstudio.utils.rich_utils import CONSOLE
-from rich.markup import escape
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.dataparsers.base import (
     Capture,
-    FewViewBaseConfig,
     FewViewBaseParser,
     automatic_factor,
     whole_factor,
 )
 from diffusionerf_ns.dataparsers.images import absolute, check_mask_size, image_size, list_images
+from diffusionerf_ns.dataparsers.masks import MaskedFewViewConfig, are_trained_by
 from diffusionerf_ns.dataparsers.poses import opengl_from_opencv
 from diffusionerf_ns.dataparsers.projections import checked_projection, decompose
 from diffusionerf_ns.dataparsers.splits import without_lists
@@ -33,7 +31,7 @@ OFF_CENTRE = 0.2  # of a side: the principal point lies nearer the middle than t
 
 
 @dataclass
-class IDRFewViewDataParserConfig(FewViewBaseConfig):
+class IDRFewViewDataParserConfig(MaskedFewViewConfig):
     """Captures in IDR's layout (image, mask, cameras.npz), as NeuS has them."""
 
     _target: type = field(default_factory=lambda: IDRFewViewParser)
@@ -41,8 +39,6 @@ class IDRFewViewDataParserConfig(FewViewBaseConfig):
     mask_folder: Path | None = None
     """Folder of masks (a folder of the capture's name in it, or the masks themselves). Unset: looked for beside the
     images."""
-    masked_training: bool = False
-    """Draw training pixels inside the masks only. DTU's protocol uses masks for evaluation alone."""
 
 
 class IDRFewViewParser(FewViewBaseParser):
@@ -71,19 +67,10 @@ class IDRFewViewParser(FewViewBaseParser):
             )
         factor = whole_factor(self.config.downscale_factor) or automatic_factor(width, height)
         masks = None
-        if self.config.mask_folder is not None and not self.config.masked_training:
-            raise InputError(
-                f"--mask-folder {self.config.mask_folder} would not be used: {folder} is no scan of DTU's, whose "
-                "protocol judges by masks. Give --masked-training True to train inside of them."
-            )
-        if self.config.masked_training:
+        if are_trained_by(folder, "mask", self.config):
             masks = self._masks(path, numbers)
             for i in used:
                 check_mask_size(masks[i], (int(sizes[i, 0]) // factor, int(sizes[i, 1]) // factor))
-        elif (folder / "mask").is_dir():
-            CONSOLE.print(
-                f"The masks of {escape(str(folder))} are not used; --masked-training True trains inside them only."
-            )
         return Capture(
             source="idr",
             title=f"{absolute(folder).name} ({path.name})",

@@ -21,7 +21,28 @@ class MaskedFewViewConfig(FewViewBaseConfig):
     mask_folder: Path | None = None
     """Folder of the masks. Unset: looked for beside the images."""
     masked_training: bool = False
-    """Draw training pixels inside the masks only."""
+    """Draw training pixels inside the masks only. DTU's protocol uses masks for evaluation alone."""
+
+
+def are_trained_by(data: Path, name: str, config: MaskedFewViewConfig) -> bool:
+    """Whether masks are asked for; where they are not but there are some, that is said.
+
+    Args:
+        data: folder of the capture.
+        name: of the folder of masks in it.
+        config: says whether and where.
+
+    Raises:
+        InputError: a folder is given that would not be used.
+    """
+    if config.masked_training:
+        return True
+    if config.mask_folder is not None:
+        raise InputError(f"--mask-folder {config.mask_folder} would not be used: give --masked-training True as well.")
+    if (data / name).is_dir():
+        said = f"The masks of {escape(str(data))} are not used; --masked-training True trains inside them only."
+        CONSOLE.print(said)
+    return False
 
 
 def find_masks(
@@ -40,15 +61,9 @@ def find_masks(
     Raises:
         InputError: a mask is missing, or a folder is given that would not be used.
     """
-    folder = config.mask_folder or data / FOLDER
-    if not config.masked_training:
-        if config.mask_folder is not None:
-            raise InputError(f"--mask-folder {folder} would not be used: give --masked-training True as well.")
-        if folder.is_dir():
-            CONSOLE.print(
-                f"The masks of {escape(str(folder))} are not used; --masked-training True trains inside them only."
-            )
+    if not are_trained_by(data, FOLDER, config):
         return None
+    folder = config.mask_folder or data / FOLDER
     files = {
         str(parent / path.stem): path
         for parent in {Path(name).parent for name in names}
