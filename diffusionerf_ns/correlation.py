@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WINDOW = 5  # pixels
-TEXTURE = 3e-5  # variance of grey values, in [0, 1], of windows with much less of which the correlation says nothing
 
 
 def box_mean(x: Float[Tensor, "1 c h w"]) -> Float[Tensor, "1 c h w"]:
@@ -26,7 +25,7 @@ def window_moments(grey: Float[Tensor, "1 1 h w"]) -> Moments:
 
 
 def normalised_cross_correlation(
-    grey: Float[Tensor, "1 1 h w"], moments: Moments, other: Float[Tensor, "1 1 h w"]
+    grey: Float[Tensor, "1 1 h w"], moments: Moments, other: Float[Tensor, "1 1 h w"], texture: float
 ) -> Float[Tensor, "1 1 h w"]:
     """Pixel by pixel, 2 cov / (var + var) of the windows of two images (Moravec 1977); about 0 where both are plain.
 
@@ -37,8 +36,9 @@ def normalised_cross_correlation(
         grey: in [0, 1].
         moments: of ``grey``.
         other: in [0, 1].
+        texture: variance of grey values of windows with much less of which the correlation says nothing.
     """
     mean, variance = moments
     m, square, product = box_mean(torch.cat([other, other.square(), grey * other], dim=1)).split(1, dim=1)
     spread = 0.5 * (variance + (square - m.square()).clamp_min(0.0))
-    return (product - mean * m) / (spread + TEXTURE)
+    return (product - mean * m) / (spread + texture)

@@ -249,14 +249,14 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if not are_perspective(cameras):
             CONSOLE.print("[yellow]Stereo is left out: it is made for perspective cameras.")
             return None
-        by, completer = self._completer()
+        by, complete, guess = self._completers()
         started = time.perf_counter()
         images = [self.train_dataset.get_numpy_image(i) for i in range(len(self.train_dataset))]
         masks = [self._belongs(i) for i in range(len(images))]
         images = [image[..., :3] for image in images]
         count = min(len(images), stereo.FINE_VIEWS)
         with CONSOLE.status(f"Matching {count} of {len(images)} training images and completing their depth..."):
-            matched = stereo.match(cameras, images, masks, completer)
+            matched = stereo.match(cameras, images, masks, complete, guess)
         seconds = time.perf_counter() - started
         if matched.completed is None:
             CONSOLE.print(
@@ -290,8 +290,8 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         opaque = self.train_dataset.opaque(index)
         return opaque if inside is None else inside if opaque is None else inside & opaque
 
-    def _completer(self) -> tuple[str, completion.Completer]:
-        """What the configuration says that depth is completed by, in words and as a function."""
+    def _completers(self) -> tuple[str, completion.Completer, completion.Completer]:
+        """What completes depth, by the configuration: in words, as a function, and as a quicker one for guesses."""
         prior = self.config.completion_prior
         if self.config.completion == "prior" and prior is not None:
             network = completion.find_network(prior, self.config.completion_revision)
@@ -299,9 +299,10 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
                 steps = self.config.completion_steps
                 together = can_complete_together(len(self.train_dataset), steps)
                 how = "images together" if together else "each image alone"
-                return f"completed by the prior {prior} ({how})", partial(complete_together, network, steps=steps)
+                words = f"completed by the prior {prior} ({how})"
+                return words, partial(complete_together, network, steps=steps), completion.alone(network.complete)
             CONSOLE.print(f"The prior {escape(prior)} has no network that completes depth.")
-        return "interpolated", completion.alone(completion.by_membrane)
+        return "interpolated", completion.BY_MEMBRANE, completion.BY_MEMBRANE
 
     def set_ray_wishes(
         self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], StereoRequest | None]

@@ -1,17 +1,12 @@
-"""Depth of the training images by plane-sweep stereo, kept only where several views agree.
+"""Depth of the training images by plane-sweep stereo (`sweep`), kept only where several views agree.
 
-Few views can be matched densely: every pixel of a view is tried at a number of depths, and the depth at which the other
-views look most alike wins (Collins 1996; Yang and Pollefeys 2003), with a say of the pixels around (`semi_global`). It
-is silent without texture; there, depth completed from around (`completion`) tells roughly where a surface is.
-
-Notation
-    z       planar depth in the reference view, scene units; swept over planes uniform in 1/z
-    ncc     normalised cross-correlation of two 5 x 5 windows, in [-1, 1], see `correlation`
+A coarse sweep finds where the scene lies, and a fine one what can be matched there. What it leaves is completed
+(`completion`), which tells roughly where a surface is and how it slants; so the images are matched again along the
+completed depth, a few times, and much more of them is found. Where that stays silent, completed depth remains.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,25 +16,22 @@ from nerfstudio.cameras.rays import RayBundle
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusionerf_ns import completion, correlation, overlap, semi_global
+from diffusionerf_ns import completion, overlap
+from diffusionerf_ns.cross_check import check_completed
+from diffusionerf_ns.sweep import agreed_depth
 from diffusionerf_ns.views import MatchedView, View
 from diffusionerf_ns.visibility import Projections
 
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
-MAX_PLANES = 128  # depths of a sweep
-FEWEST_PLANES = 8  # with less, two images say next to nothing of depth
 COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one another; the others' depth stays unknown
 ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
 CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less
 SCENE_QUANTILES = (0.03, 0.5, 0.97)  # of depth, between which the fine sweep looks, with some room around them
 MIN_MATCHES = 200  # pixels of all views: nothing can be made of less
 CHANCE = 0.02  # of the pixels: unrelated photographs had up to .013 "matched", captures with sound poses .06 and more
-MIN_NCC = 0.7  # of the winning depth
-MARGIN = 0.1  # by which the winner's aggregated cost must be below that of all depths that are not its neighbours
-TOLERANCE = 0.03  # relative difference of depth up to which two views agree
-SEEN_THROUGH = 0.05  # relative difference of depth from which a view that sees farther contradicts
-COMPLETED_TOLERANCE, COMPLETED_SEEN_THROUGH = 0.05, 0.1  # the same of depth that is interpolated
+AGAIN = 2  # times that the images are matched along completed depth
+AROUND = (0.7, 1.45)  # of completed depth, between which it is looked for
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class MatchedDepth:
     """Planar depth of all pixels of each image, completed where it is not matched, scene units; 0 where another
     image contradicts it, together or each completed alone, outside masks, and in images of which nothing is matched."""
     share: float = 0.0
-    """Of the pixels that were tried, inside masks, those that are matched."""
+    """Of the pixels that were tried, inside masks, those that are matched without a guess of their depth."""
 
     @classmethod
     def nothing(cls) -> "MatchedDepth":
@@ -123,17 +115,20 @@ def match(
     images: Sequence[UInt8[np.ndarray, "_h _w 3"]],
     masks: Sequence[Bool[Tensor, "_h _w"] | None],
     complete: completion.Completer = completion.BY_MEMBRANE,
+    guess: completion.Completer | None = None,
 ) -> MatchedDepth:
     """Depth of all training images as far as they tell it, with no bounds given.
 
-    A coarse sweep over all depths that the baseline can tell apart finds where the scene lies; a fine one sweeps there.
-    Of more than `FINE_VIEWS` images, so many that are far from one another are matched.
+    A coarse sweep over all depths that the baseline can tell apart finds where the scene lies; a fine one sweeps there,
+    and others along the depth that is completed from what was found so far. Of more than `FINE_VIEWS` images, so many
+    that are far from one another are matched.
 
     Args:
         cameras: of the images, perspective, in scene units.
         images: RGB.
         masks: of each image, the pixels that belong to the scene; None: all.
         complete: gives the depth of all pixels from that of those that are matched.
+        guess: the same, as it is used in between: quickly, each view for itself. None: as ``complete``.
     """
     centres = cameras.camera_to_worlds[:, :, 3].float().cpu()
     distance = torch.cdist(centres, centres)
@@ -144,8 +139,12 @@ def match(
         return MatchedDepth.nothing()
     chosen = overlap.farthest_point_sampling(centres, FINE_VIEWS)
     matched = _match_fine(cameras, images, masks, scene, distance, chosen)
-    if sum(int((view.depth > 0).sum()) for view in matched) < MIN_MATCHES:
+    count = sum(int((view.depth > 0).sum()) for view in matched)
+    if count < MIN_MATCHES:
         return MatchedDepth.nothing()
+    share = count / sum(m.depth.numel() if m.mask is None else int(m.mask.sum()) for m in matched)
+    for _ in range(AGAIN if share >= CHANCE else 0):
+        matched = _match_along(guess or complete, matched)
     parts = []
     for index, depth in zip(chosen, (view.depth for view in matched)):
         v, u = torch.nonzero(depth > 0, as_tuple=True)
@@ -154,8 +153,7 @@ def match(
         pixel = (torch.stack([u, v], dim=-1) + 0.5) * ratio
         parts.append((torch.full_like(u, index), pixel, depth[v, u]))
     view, pixel, z = (torch.cat(column) for column in zip(*parts))
-    tried = sum(m.depth.numel() if m.mask is None else int(m.mask.sum()) for m in matched)
-    return MatchedDepth(view, pixel, z, _complete_and_check(matched, chosen, len(images), complete), len(z) / tried)
+    return MatchedDepth(view, pixel, z, _complete_and_check(matched, chosen, len(images), complete), share)
 
 
 def _locate_scene(
@@ -170,7 +168,7 @@ def _locate_scene(
     Args:
         distance: of the cameras of all images.
     """
-    views = [_view(cameras, i, images[i], COARSE_WIDTH) for i in chosen]
+    views = [View.taken_by(cameras, i, images[i], COARSE_WIDTH) for i in chosen]
     depths = _coarse_depth(views, distance[chosen][:, chosen])
     inside = [_inside(d, _small_mask(masks[i], d.shape)) for i, d in zip(chosen, depths)]
     if sum(int((d > 0).sum()) for d in inside) >= MIN_MATCHES:
@@ -195,7 +193,7 @@ def _match_fine(
     Args:
         distance: of the cameras of all images.
     """
-    views = [_view(cameras, i, images[i], WIDTH) for i in chosen]
+    views = [View.taken_by(cameras, i, images[i], WIDTH) for i in chosen]
     own = overlap.depth_quantiles(views, scene.points, SCENE_QUANTILES)
     ranges = overlap.widened(scene.near, scene.far, own)
     same_place = overlap.SAME_PLACE * float(distance.max())
@@ -211,14 +209,28 @@ def _match_fine(
     return matched
 
 
+def _match_along(guess: completion.Completer, matched: list[MatchedView]) -> list[MatchedView]:
+    """The views with what is found of them along guessed depth, beside what was."""
+    guesses = [found.alone for found in guess(matched)]
+    known = [view.depth for view in matched]
+    nearest = [list(view.nearest) for view in matched]
+    depths = agreed_depth([v.view for v in matched], nearest, [AROUND] * len(matched), STEP, guesses, known)
+    more = []
+    for view, depth in zip(matched, depths):
+        # What was known stays, also where what is found now contradicts it.
+        both = torch.where(view.depth > 0, view.depth, _inside(depth, view.mask))
+        more.append(replace(view, depth=torch.where(view.depth > 0, both, completion.without_speckle(both))))
+    return more
+
+
 def _complete_and_check(
     matched: list[MatchedView], chosen: Sequence[int], count: int, complete: completion.Completer
 ) -> completion.DepthMaps:
     """Completed depth without what another image contradicts, of so many images; unknown of those not chosen."""
     completed = complete(matched)
     views, nearest = [view.view for view in matched], [list(view.nearest) for view in matched]
-    kept, sure = cross_checked(views, nearest, [_inside(c.depth, view.mask) for c, view in zip(completed, matched)])
-    kept_first, sure_first = cross_checked(
+    kept, sure = check_completed(views, nearest, [_inside(c.depth, view.mask) for c, view in zip(completed, matched)])
+    kept_first, sure_first = check_completed(
         views, nearest, [_inside(c.alone, view.mask) for c, view in zip(completed, matched)]
     )
     # What was contradicted at first was brought to agree, and is often wrong all the same.
@@ -267,142 +279,3 @@ def _inside(depth: Float[Tensor, "h w"], mask: Bool[Tensor, "h w"] | None) -> Fl
 def _small_rgb(image: UInt8[np.ndarray, "_h _w 3"], size: torch.Size) -> Float[Tensor, "h w 3"]:
     rgb = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 255.0
     return F.interpolate(rgb, size=size, mode="area")[0].permute(1, 2, 0)
-
-
-def cross_checked(
-    views: list[View], nearest: list[list[int]], completed: list[Float[Tensor, "_h _w"]]
-) -> tuple[list[Float[Tensor, "_h _w"]], list[Bool[Tensor, "_h _w"]]]:
-    """Completed depth without what another view contradicts, and where another view confirms it.
-
-    Views that are completed alone are mostly right where two say the same (`docs/findings.md`, fifth round).
-
-    Args:
-        views: all views.
-        nearest: for each, the others that it is compared with.
-        completed: planar depth of each view, scene units; 0 where unknown.
-
-    Returns:
-        For each view the depth that is left, 0 where unknown or contradicted, and where it is confirmed.
-    """
-    kept, confirmed = [], []
-    for index, others in enumerate(nearest):
-        contradicted = _contradicted(index, views, others, completed, COMPLETED_SEEN_THROUGH)
-        kept.append(torch.where(contradicted, 0.0, completed[index]))
-        confirmed.append(_confirmed(index, views, others, completed, COMPLETED_TOLERANCE) & ~contradicted)
-    return kept, confirmed
-
-
-@torch.no_grad()
-def agreed_depth(
-    views: list[View], nearest: list[list[int]], ranges: Sequence[tuple[float, float]], step: float
-) -> list[Float[Tensor, "_h _w"]]:
-    """Planar depth of each view, 0 where no other view confirms it.
-
-    Args:
-        views: all views.
-        nearest: for each, the others that it is matched with.
-        ranges: near and far end of the depths that are swept in each, scene units.
-        step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views.
-    """
-    depths = [_sweep(index, views, others, *ranges[index], step) for index, others in enumerate(nearest)]
-    agreed = [
-        torch.where(_confirmed(index, views, others, depths, TOLERANCE), depths[index], 0.0)
-        for index, others in enumerate(nearest)
-    ]
-    return [
-        torch.where(_contradicted(index, views, others, agreed, SEEN_THROUGH), 0.0, agreed[index])
-        for index, others in enumerate(nearest)
-    ]
-
-
-def _view(cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], working_width: int) -> View:
-    grey = torch.from_numpy(image).float().mean(-1)[None, None] / 255.0
-    height, width = grey.shape[-2:]
-    scale = min(1.0, working_width / width)
-    size = (round(height * scale), round(width * scale))
-    small = F.interpolate(grey, size=size, mode="area") if scale < 1.0 else grey
-    ratio = torch.tensor([size[1] / width, size[0] / height])
-    camera = cameras[index].to("cpu")
-    pose = camera.camera_to_worlds.reshape(3, 4).float()
-    lens = camera.distortion_params
-    return View(
-        small,
-        torch.tensor([float(camera.fx), float(camera.fy)]) * ratio,
-        torch.tensor([float(camera.cx), float(camera.cy)]) * ratio,
-        pose[:, :3],
-        pose[:, 3],
-        None if lens is None or not bool(lens.any()) else lens.reshape(6).float(),
-    )
-
-
-def _sweep(
-    index: int, views: list[View], others: list[int], near: float, far: float, step: float
-) -> Float[Tensor, "h w"]:
-    """Winning depth of one view, 0 where no depth stands out."""
-    reference = views[index]
-    directions = reference.directions()
-    moments = correlation.window_moments(reference.grey)
-    baseline = max(float((views[other].position - reference.position).norm()) for other in others)
-    moved = (1.0 / near - 1.0 / far) * baseline * float(reference.focal[0])
-    # More depths than the images can tell apart would make every winner its own neighbours' rival.
-    planes = min(math.ceil(moved / step), MAX_PLANES)
-    if planes < FEWEST_PLANES:
-        return torch.zeros_like(reference.grey[0, 0])
-    disparity = torch.linspace(1.0 / near, 1.0 / far, planes)
-    scores = []
-    for d in disparity:
-        points = reference.position + directions / d
-        best = torch.full_like(reference.grey, -1.0)
-        for view in (views[other] for other in others):
-            grid, _ = view.project(points)
-            warped = F.grid_sample(view.grey, grid[None], align_corners=False)
-            inside = (grid.abs() < 1.0).all(-1)[None, None]
-            ncc = correlation.normalised_cross_correlation(reference.grey, moments, warped)
-            # The best view, not the mean: with wide baselines many points are hidden in one of the others.
-            best = torch.maximum(best, torch.where(inside, ncc, torch.zeros_like(ncc)))
-        scores.append(best[0, 0])
-    ncc = torch.stack(scores)
-    score = -semi_global.aggregate(1.0 - ncc, reference.grey[0, 0])
-    top, winner = score.max(dim=0)
-    neighbours = (torch.arange(planes)[:, None, None] - winner).abs() <= 3
-    rival = score.masked_fill(neighbours, -torch.inf).max(dim=0).values
-    sure = (ncc.gather(0, winner[None])[0] > MIN_NCC) & (top - rival > MARGIN)
-    sure &= (winner > 0) & (winner < planes - 1)
-    refined = disparity[0] + (disparity[1] - disparity[0]) * (winner + _parabola(score, winner))
-    return torch.where(sure, 1.0 / refined, torch.zeros_like(refined))
-
-
-def _parabola(score: Float[Tensor, "planes h w"], winner: Tensor) -> Float[Tensor, "h w"]:
-    """Offset in planes of the peak of the parabola through the winner and its neighbours, in [-0.5, 0.5]."""
-    last = score.shape[0] - 1
-    below, at, above = (score.gather(0, (winner + k).clamp(0, last)[None])[0] for k in (-1, 0, 1))
-    return (0.5 * (below - above) / (below - 2.0 * at + above).clamp_max(-1e-6)).clamp(-0.5, 0.5)
-
-
-def _seen(index: int, views: list[View], others: list[int], depths: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each of the other views: depth there of the surfaces that a view found, and of what it found itself there."""
-    reference = views[index]
-    points = reference.position + reference.directions() * depths[index][..., None]
-    for other in others:
-        grid, z = views[other].project(points)
-        yield z, F.grid_sample(depths[other][None, None], grid[None], mode="nearest", align_corners=False)[0, 0]
-
-
-def _confirmed(
-    index: int, views: list[View], others: list[int], depths: list[Tensor], tolerance: float
-) -> Bool[Tensor, "h w"]:
-    """Where some other view has the same surface, up to a relative difference of depth."""
-    confirmed = torch.zeros_like(depths[index], dtype=torch.bool)
-    for z, seen in _seen(index, views, others, depths):
-        confirmed |= (seen > 0) & ((seen - z).abs() < tolerance * z)
-    return confirmed
-
-
-def _contradicted(
-    index: int, views: list[View], others: list[int], depths: list[Tensor], seen_through: float
-) -> Bool[Tensor, "h w"]:
-    """Where some other view sees through a surface to one that is farther away by that relative difference."""
-    contradicted = torch.zeros_like(depths[index], dtype=torch.bool)
-    for z, seen in _seen(index, views, others, depths):
-        contradicted |= (seen > 0) & (seen - z > seen_through * z)
-    return contradicted

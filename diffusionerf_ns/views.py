@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffusionerf_ns.visibility import max_undistorted_radius, seen_slope, undistort
 
@@ -22,6 +25,27 @@ class View:
     position: Float[Tensor, "3"]
     lens: Float[Tensor, "6"] | None = None
     """Distortion, as of `distort`; None: none."""
+
+    @classmethod
+    def taken_by(cls, cameras: Cameras, index: int, image: UInt8[np.ndarray, "h w 3"], working_width: int) -> "View":
+        """An image (RGB) of a camera, made smaller by area averages where it is wider than the working width."""
+        grey = torch.from_numpy(image).float().mean(-1)[None, None] / 255.0
+        height, width = grey.shape[-2:]
+        scale = min(1.0, working_width / width)
+        size = (round(height * scale), round(width * scale))
+        small = F.interpolate(grey, size=size, mode="area") if scale < 1.0 else grey
+        ratio = torch.tensor([size[1] / width, size[0] / height])
+        camera = cameras[index].to("cpu")
+        pose = camera.camera_to_worlds.reshape(3, 4).float()
+        lens = camera.distortion_params
+        return cls(
+            small,
+            torch.tensor([float(camera.fx), float(camera.fy)]) * ratio,
+            torch.tensor([float(camera.cx), float(camera.cy)]) * ratio,
+            pose[:, :3],
+            pose[:, 3],
+            None if lens is None or not bool(lens.any()) else lens.reshape(6).float(),
+        )
 
     @cached_property
     def _reach(self) -> float:

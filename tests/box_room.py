@@ -150,7 +150,7 @@ def remember_stereo(monkeypatch: Any) -> None:
 
     plain = stereo.match
 
-    def match(cameras: Any, images: list[np.ndarray], masks: list[Any], complete: Any) -> Any:
+    def match(cameras: Any, images: list[np.ndarray], masks: list[Any], complete: Any, guess: Any) -> Any:
         shapes = [None if mask is None else mask.numpy().tobytes() for mask in masks]
         arguments = getattr(complete, "args", ()), getattr(complete, "keywords", {})  # of a partial
         weights = tuple(p.numpy().tobytes() for network in arguments[0] for p in network.parameters())
@@ -163,7 +163,7 @@ def remember_stereo(monkeypatch: Any) -> None:
             *shapes,
         )
         if key not in _MATCHED:
-            _MATCHED[key] = plain(cameras, images, masks, complete)
+            _MATCHED[key] = plain(cameras, images, masks, complete, guess)
         return _MATCHED[key]
 
     monkeypatch.setattr(stereo, "match", match)

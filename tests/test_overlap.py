@@ -9,6 +9,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from test_stereo import FOCAL, HEIGHT, WIDTH, make_cameras, plane_view
 
 from diffusionerf_ns import overlap, stereo
+from diffusionerf_ns.views import View
 
 TRIO = [(-0.4, 0.0, 0.0), (0.0, 0.1, 0.1), (0.4, 0.0, 0.0)]
 
@@ -48,7 +49,7 @@ def ball_on_a_ring(count: int, radius: float) -> tuple[Cameras, list[np.ndarray]
 def test_the_near_side_of_what_cameras_stand_around_is_found():
     """Half of the cameras' largest distance is the centre of the ring, behind all that they see of the ball."""
     cameras, images, true = ball_on_a_ring(9, 0.8)
-    views = [stereo._view(cameras, i, image, WIDTH) for i, image in enumerate(images)]
+    views = [View.taken_by(cameras, i, image, WIDTH) for i, image in enumerate(images)]
     centres = cameras.camera_to_worlds[:, :, 3]
     depths = torch.stack(stereo._coarse_depth(views, torch.cdist(centres, centres)))
     known = depths > 0

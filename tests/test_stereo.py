@@ -194,51 +194,6 @@ def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None
     assert float((again / matched.depth - 1.0).abs().median()) < 0.01
 
 
-def blank_views(count: int) -> list[View]:
-    cameras = make_cameras([(0.1 * i, 0.0, 0.0) for i in range(count)])
-    return [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(count)]
-
-
-def test_depth_that_another_view_sees_through_is_contradicted() -> None:
-    views = blank_views(2)
-    near, far = torch.full((HEIGHT, WIDTH), 2.0), torch.full((HEIGHT, WIDTH), 4.0)
-    middle = (slice(20, 40), slice(20, 60))
-    assert stereo._contradicted(0, views, [1], [near, far], 0.05)[middle].all()
-    assert not stereo._contradicted(1, views, [0], [near, far], 0.05)[middle].any(), "hidden there, perhaps"
-    assert not stereo._contradicted(0, views, [1], [near, torch.zeros_like(far)], 0.05).any(), "silence says nothing"
-
-
-def test_a_camera_that_faces_away_contradicts_and_confirms_nothing() -> None:
-    cameras = make_cameras([(0.0, 0.0, 0.0), (0.0, 0.0, -1.0)])
-    cameras.camera_to_worlds[1, :, :3] = torch.diag(torch.tensor([-1.0, 1.0, -1.0]))
-    views = [stereo._view(cameras, i, np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8), WIDTH) for i in range(2)]
-    depths = [torch.full((HEIGHT, WIDTH), 4.0)] * 2
-    assert not stereo._contradicted(0, views, [1], depths, 0.05).any()
-    assert not stereo._confirmed(0, views, [1], depths, 0.05).any()
-
-
-@pytest.mark.parametrize(
-    ("here", "others", "kept", "confirmed"),
-    [
-        (4.0, [4.1], 4.0, True),
-        (4.0, [4.3], 4.0, False),
-        (4.0, [4.6], 0.0, False),
-        (4.0, [3.0], 4.0, False),  # perhaps hidden
-        (4.0, [0.0], 4.0, False),
-        (0.0, [4.0], 0.0, False),
-        (4.0, [4.1, 3.0], 4.0, True),
-        (4.0, [4.1, 5.0], 0.0, False),  # one confirms and one contradicts
-    ],
-)
-def test_completed_depth_is_kept_confirmed_or_dropped_by_what_others_have(here, others, kept, confirmed) -> None:
-    depths = [torch.full((HEIGHT, WIDTH), z) for z in (here, *others)]
-    nearest = [[j for j in range(len(depths)) if j != i] for i in range(len(depths))]
-    middle = (slice(20, 40), slice(20, 50))
-    left, sure = stereo.cross_checked(blank_views(len(depths)), nearest, depths)
-    assert (left[0][middle] == kept).all()
-    assert (sure[0][middle] == confirmed).all()
-
-
 def test_what_images_say_together_counts_only_where_it_was_not_contradicted_when_each_was_alone() -> None:
     views = [plane_view(c, 4.0, 0.0) for c in CENTRES]
     masks = [torch.ones(HEIGHT, WIDTH, dtype=torch.bool) for _ in CENTRES]
