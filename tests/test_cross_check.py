@@ -1,4 +1,4 @@
-"""What one view's depth says of another's: the same surface, or that it sees through it. What may be hidden: nothing."""
+"""What one view's depth says of another's: that it has the same surface, or that it sees through it."""
 
 import numpy as np
 import pytest
