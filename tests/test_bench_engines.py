@@ -91,6 +91,13 @@ def test_jobs_that_share_a_training_are_not_started_beside_one_another(
     assert sorted(seed for seed, _ in seen) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("engine", ["local", "slurm", "submitit-local"])
+def test_where_every_job_is_done_no_engine_has_anything_to_do(engine: engines.Engine, tmp_path: Path) -> None:
+    config = EngineConfig(engine=engine)
+    assert list(engines.run_entries([], config, tmp_path / "submitit", lambda: None)) == []
+    assert not (tmp_path / "submitit").exists()
+
+
 def test_a_worker_ends_when_the_run_that_started_it_is_gone() -> None:
     code = "import time; from diffusionerf_ns.bench.worker import _end_with_parent\n"
     code += "_end_with_parent(); print('on', flush=True); time.sleep(60)"

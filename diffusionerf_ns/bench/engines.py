@@ -55,6 +55,8 @@ def run_entries(
         log_dir: for submitit's own files.
         tick: called several times a second.
     """
+    if not entries:
+        return iter(())
     if config.engine == "local":
         return _run_local(entries, worker_environments(config.workers), tick)
     return _run_submitit(entries, config, log_dir, tick)
