@@ -40,6 +40,19 @@ def test_bad_job_lists_are_refused_with_the_reason(tmp_path: Path) -> None:
         read_jobs(path)
 
 
+@pytest.mark.parametrize(
+    ("doubled", "message"),
+    [
+        ({"seeds": [0, 1, 0]}, "--seeds has 0 several times"),
+        ({"views": [3, "all", "all"]}, "--views has all several times"),
+        ({"variant_names": ["full", "full"]}, "--variants has full several times"),
+    ],
+)
+def test_two_jobs_of_one_name_are_refused(tmp_path: Path, doubled: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_jobs([tmp_path / "a"], **({"views": [3], "seeds": [0], "variant_names": ["full"]} | doubled))
+
+
 def test_variants_change_what_their_names_say_and_nothing_of_the_preset(tmp_path: Path) -> None:
     from diffusionerf_ns.config import diffusionerf_tiny
 

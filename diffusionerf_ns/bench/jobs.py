@@ -135,7 +135,7 @@ def make_jobs(
     """All scenes x views x variants x seeds; `common` goes to each job.
 
     Raises:
-        InputError: an unknown variant, or two folders with the same name.
+        InputError: an unknown variant, two folders with the same name, or a value that is given twice.
     """
     names = [folder.resolve().name for folder in data]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -143,6 +143,9 @@ def make_jobs(
             f"several folders are called {', '.join(doubled)}; scenes need different names. Write the job list by hand "
             "(--jobs FILE) to name them."
         )
+    for flag, values in (("--views", views), ("--seeds", seeds), ("--variants", variant_names)):
+        if doubled := [value for value in dict.fromkeys(values) if list(values).count(value) > 1]:
+            raise InputError(f"{flag} has {', '.join(map(str, doubled))} several times: give each value once.")
     for name in variant_names:
         variants.find_variant(name)
     return [
