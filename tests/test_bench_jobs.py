@@ -182,6 +182,30 @@ def test_overrides_are_read_as_json_or_text_and_unknown_ones_are_refused(tmp_pat
         configure(make_job(tmp_path, overrides={"pipeline.model.scroe_weight": 1}), tmp_path)
 
 
+def test_overrides_may_be_spelt_as_python_does(tmp_path: Path) -> None:
+    settings = (
+        "pipeline.model.fill_unseen=False",
+        "pipeline.model.patch_size=None",
+        "pipeline.datamanager.cut_out_flat_background=True",
+    )
+    assert list(parse_overrides(settings).values()) == [False, None, True]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("pipeline.model.fill_unseen=no", "expected true or false, found the text 'no'"),
+        ("pipeline.model.score_weight=0.5x", "expected a number, found the text '0.5x'"),
+        ("pipeline.datamanager.train_num_rays_per_batch=many", "expected a number, found the text 'many'"),
+    ],
+)
+@pytest.mark.parametrize("variant", ["full", "nerfacto"])
+def test_an_override_of_another_kind_is_refused(tmp_path: Path, setting: str, expected: str, variant: str) -> None:
+    job = make_job(tmp_path, overrides=parse_overrides((setting,)), variant=variant)
+    with pytest.raises(InputError, match=rf"override '{setting.split('=')[0]}': {expected}"):
+        configure(job, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("path", "flag"),
     [

@@ -15,6 +15,7 @@ VariantName = Literal[
     "no-image-patches", "tau-zero", "no-refinement", "no-stereo", "nerfacto",
 ]  # fmt: skip
 
+PYTHON_WORDS = {"True": True, "False": False, "None": None}
 OF_MADE_JOBS = ("data", "views", "seeds", "variants", "method", "steps", "downscale_factor", "override")
 
 
@@ -98,7 +99,7 @@ class RunConfig:
 
 
 def parse_overrides(settings: tuple[str, ...]) -> dict[str, Any]:
-    """PATH=VALUE -> {PATH: VALUE}; a value is read as JSON where it is JSON, else as text.
+    """PATH=VALUE -> {PATH: VALUE}; a value is read as JSON or a word of `PYTHON_WORDS` where it is one, else as text.
 
     Raises:
         InputError: there is no "=".
@@ -111,7 +112,7 @@ def parse_overrides(settings: tuple[str, ...]) -> dict[str, Any]:
         try:
             value = json.loads(text)
         except ValueError:
-            value = text
+            value = PYTHON_WORDS.get(text, text)
         parsed[path.replace("-", "_")] = value
     return parsed
 

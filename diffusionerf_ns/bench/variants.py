@@ -164,7 +164,7 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
     """Set fields by dotted path, in place.
 
     Raises:
-        InputError: a path names no field.
+        InputError: a path names no field, or a value is a text where a number, true or false stands.
     """
     for path, value in values.items():
         owner = config
@@ -176,6 +176,9 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
         current = getattr(owner, name)
         if isinstance(current, tuple) and isinstance(value, list):  # JSON has no tuples
             value = tuple(value)
+        if isinstance(current, bool | int | float) and isinstance(value, str):
+            expected = "true or false" if isinstance(current, bool) else "a number"
+            raise InputError(f"override {path!r}: expected {expected}, found the text {value!r}.")
         setattr(owner, name, value)
 
 
