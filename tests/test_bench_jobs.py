@@ -105,6 +105,13 @@ def test_nerfacto_has_the_sizes_of_ours_and_neither_prior_nor_camera_optimiser(t
     assert describe(theirs.optimizers) == describe(ours.optimizers)
 
 
+def test_nerfacto_takes_the_overrides_that_it_knows(tmp_path: Path) -> None:
+    changed = {"pipeline.model.far_plane": 10.0, "pipeline.model.refine_tau": 0.1, "pipeline.model.num_levels": 7}
+    model: Any = configure(make_job(tmp_path, overrides=changed, variant="nerfacto"), tmp_path).pipeline.model
+    assert (model.far_plane, model.num_levels) == (10.0, 7)
+    assert not hasattr(model, "refine_tau")
+
+
 def test_the_number_of_steps_stretches_every_schedule(tmp_path: Path) -> None:
     config = configure(make_job(tmp_path, steps=200), tmp_path)
     whole = variants.base_config("diffusionerf-tiny")

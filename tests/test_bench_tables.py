@@ -113,6 +113,23 @@ def test_the_peers_file_holds_every_published_row_with_a_source() -> None:
     assert {v.ablation for v in variants.VARIANTS.values()} - {None} <= {p.method for p in published}
 
 
+def test_tables_name_the_overrides_that_nerfacto_did_not_take(tmp_path: Path) -> None:
+    given = {"pipeline.model.far_plane": 10.0, "pipeline.model.refine_tau": 0.1}
+    jobs = [Job(scene="fern", data="fern", views=3, variant=name, overrides=given) for name in ("full", "nerfacto")]
+    root = folder_of_results(tmp_path, jobs, lambda _: 20.0)
+    for job, model in zip(jobs, ({"far_plane": 10.0, "refine_tau": 0.1}, {"far_plane": 10.0})):
+        content = results.read_result(root / job.name)
+        assert content is not None
+        content["config"] = {"pipeline": {"model": model}}
+        results.write_json(root / job.name / results.RESULT_FILE, content)
+    text = table.write_tables(root, root)
+    assert (
+        "* Overrides beside the variants': [('pipeline.model.far_plane', 10.0), ('pipeline.model.refine_tau', 0.1)]; "
+        "[('pipeline.model.far_plane', 10.0)].\n"
+    ) in text
+    assert "* Overrides that nerfacto did not take: pipeline.model.refine_tau.\n" in text
+
+
 def few_images(root: Path, count: int) -> Path:
     """Results of captures of so many images without lists: those that do not train are tested on, else all are."""
     for entry in results.read_entries(root):

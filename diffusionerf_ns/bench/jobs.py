@@ -189,8 +189,7 @@ def configure(job: Job, folder: Path) -> "TrainerConfig":
     variant = variants.find_variant(job.variant)
     variants.override(config, job.overrides)  # before the variant: nerfacto takes its sizes and rays from ours
     variants.apply(config, variant)
-    if variant.model == "diffusionerf":
-        variants.override(config, job.overrides)
+    variants.override_known(config, job.overrides)  # all but what nerfacto lacks, where it is that
     data = Path(job.data)
     parser: Any = config.pipeline.datamanager.dataparser  # pyright: ignore[reportAttributeAccessIssue]
     parser.data = data

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
-from diffusionerf_ns.bench.jobs import Job
+from diffusionerf_ns.bench.jobs import Job, describe
 
 FORMAT = "diffusionerf-bench-1"
 JOBS_FILE = "jobs.json"
@@ -73,6 +73,19 @@ def none_held_out(result: Mapping[str, Any]) -> bool:
     """Whether no image was held out, so that a result's metrics are of the training images and not of new views."""
     split = result.get("split")
     return split is not None and split["test"] == split["train"]
+
+
+def taken_overrides(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of a run that stand in its configuration: nerfacto lacks some. All, where that was not kept."""
+
+    def stands(path: str, value: Any) -> bool:
+        found: Any = result["config"]
+        for name in path.split("."):
+            found = found.get(name, {}) if isinstance(found, Mapping) else {}
+        return found == describe(value)
+
+    given = result["job"]["overrides"]
+    return {path: value for path, value in given.items() if stands(path, value)} if result.get("config") else given
 
 
 def write_json(path: Path, content: Any) -> None:

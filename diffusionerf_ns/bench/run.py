@@ -43,8 +43,8 @@ class RunConfig:
     downscale_factor: int | None = None
     """Reduce the images by this; unset: as the data parser chooses."""
     override: tuple[str, ...] = ()
-    """Further settings as PATH=VALUE, e.g. pipeline.model.prior=my-prior. They win over the variants' own. What
-    has a flag here is refused."""
+    """Further settings as PATH=VALUE, e.g. pipeline.model.prior=my-prior. They win over the variants' own;
+    `nerfacto` takes those that it knows. What has a flag here is refused."""
     jobs: Path | None = None
     """A job list (JSON) instead of the flags above; `--dry-run` shows what one looks like."""
     pictures: int = 4

@@ -11,7 +11,7 @@ from typing import Any
 from ddm_training.errors import InputError
 from ddm_training.files import make_folder, replacing, write_whole
 from diffusionerf_ns.bench.peers import PEER_SCENES, Peer, read_peers
-from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
+from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries, taken_overrides
 from diffusionerf_ns.bench.variants import VARIANTS
 
 # Name in result files -> heading and decimals; the order is that of the columns.
@@ -312,9 +312,14 @@ def _notes(entries: Sequence[Entry], results: Sequence[dict[str, Any]]) -> list[
         notes.append(f"The runs are of {len(revisions)} revisions of the code: {', '.join(r[:20] for r in revisions)}.")
     devices = sorted({r["device"] for r in results})
     notes.append(f"Devices: {', '.join(devices)}.")
-    settings = {str(sorted(r["job"]["overrides"].items())) for r in results if r["job"]["overrides"]}
+    settings = {str(sorted(taken.items())) for r in results if (taken := taken_overrides(r))}
     if settings:
         notes.append(f"Overrides beside the variants': {'; '.join(sorted(settings))}.")
+    left: dict[str, set[str]] = {}
+    for r in results:
+        if missing := r["job"]["overrides"].keys() - taken_overrides(r).keys():
+            left.setdefault(r["job"]["variant"], set()).update(missing)
+    notes += [f"Overrides that {title_of(of)} did not take: {', '.join(sorted(paths))}." for of, paths in left.items()]
     return ["Notes:", "", *(f"* {note}" for note in notes)]
 
 

@@ -160,6 +160,14 @@ def apply(config: "TrainerConfig", variant: Variant) -> None:
     override(config, variant.overrides)
 
 
+def _owner(config: Any, path: str) -> Any:
+    """What has the field of a dotted path; None where there is no such field."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = config.get(parent) if isinstance(config, dict) else getattr(config, parent, None)
+    return config if dataclasses.is_dataclass(config) and name in {f.name for f in dataclasses.fields(config)} else None
+
+
 def override(config: Any, values: Mapping[str, Any]) -> None:
     """Set fields by dotted path, in place.
 
@@ -167,11 +175,8 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
         InputError: a path names no field, or a value is a text where a number, true or false stands.
     """
     for path, value in values.items():
-        owner = config
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = owner.get(parent) if isinstance(owner, dict) else getattr(owner, parent, None)
-        if not dataclasses.is_dataclass(owner) or name not in {f.name for f in dataclasses.fields(owner)}:
+        owner, name = _owner(config, path), path.split(".")[-1]
+        if owner is None:
             raise InputError(f"override {path!r}: the configuration has no such field.")
         current = getattr(owner, name)
         if isinstance(current, tuple) and isinstance(value, list):  # JSON has no tuples
@@ -180,6 +185,11 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
             expected = "true or false" if isinstance(current, bool) else "a number"
             raise InputError(f"override {path!r}: expected {expected}, found the text {value!r}.")
         setattr(owner, name, value)
+
+
+def override_known(config: Any, values: Mapping[str, Any]) -> None:
+    """`override`, but for paths that name no field."""
+    override(config, {path: value for path, value in values.items() if _owner(config, path) is not None})
 
 
 def _use_nerfacto(config: "TrainerConfig") -> None:
