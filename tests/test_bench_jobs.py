@@ -177,6 +177,20 @@ def test_the_hashes_change_with_the_network_that_completes_depth(tmp_path: Path)
     assert digests(variant="no-completion") == interpolated
 
 
+def test_weights_with_a_metric_scale_are_not_those_without(tmp_path: Path) -> None:
+    from diffusionerf_ns.bench.jobs import training_hash
+
+    small_prior(tmp_path / "prior")
+
+    def digest(**changes: Any) -> str:
+        return training_hash(configure(make_job(tmp_path, **changes), tmp_path))
+
+    assert digest(variant="geometric") != digest(variant="no-completion"), "it is found for the refinement alone"
+    other = {"pipeline.model.refine_tau": 0.2}
+    assert digest(variant="no-completion") == digest(variant="no-completion", overrides=other)
+    assert digest(variant="full") == digest(variant="no-refinement"), "it is found for the score"
+
+
 def test_overrides_are_read_as_json_or_text_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     assert parse_overrides(("pipeline.model.score-weight=2", "a.b=x/y", "c=[1, 2]")) == {
         "pipeline.model.score_weight": 2,

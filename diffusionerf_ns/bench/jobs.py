@@ -229,13 +229,17 @@ def config_hash(config: "TrainerConfig") -> str:
 def training_hash(config: "TrainerConfig") -> str:
     """Hash of everything in a configuration that decides the weights at the end of training.
 
-    Variants that differ in how views are rendered have the same.
+    Variants that differ in how views are rendered have the same, unless one alone has a use for the metric scale, which
+    is found in training and kept with the weights.
     """
-    return _hash(config, (*_NOT_HASHED, *_AFTER_TRAINING), prior=False)
+    model: Any = config.pipeline.model
+    scored, refined = (getattr(model, name, 0.0) != 0.0 for name in ("score_weight", "refine_tau"))
+    more = {"metric_scale": True} if refined and not scored else {}  # of the score it is known already
+    return _hash(config, (*_NOT_HASHED, *_AFTER_TRAINING), prior=False, **more)
 
 
-def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool) -> str:
-    content = describe(config)
+def _hash(config: "TrainerConfig", left_out: Sequence[str], *, prior: bool, **more: bool) -> str:
+    content = describe(config) | more
     for path in left_out:
         owner = content
         *parents, name = path.split(".")
