@@ -1,5 +1,6 @@
 """How the jobs of a benchmark are run, with a worker that only pretends."""
 
+import errno
 import json
 import os
 import subprocess
@@ -169,6 +170,45 @@ def test_running_again_does_only_what_is_missing(
     (tmp_path / "out" / jobs[1].name / results.RESULT_FILE).unlink()
     run_benchmark(jobs, tmp_path / "out", EngineConfig())
     assert {seed: len(path.read_text().splitlines()) for seed, path in tries.items()} == {0: 1, 1: 2, 14: 2}
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failure_that_a_full_disk_keeps_from_being_recorded_ends_a_run_plainly(
+    pretend: Callable[[list[int]], list[results.Entry]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = pretend([0, 13])
+    monkeypatch.setattr("ddm_training.files.os.replace", full)
+    with pytest.raises(InputError, match=r"seed-13/failed.json could not be written .*No space left.*are kept: make"):
+        list(engines.run_entries(entries, EngineConfig(workers=1), tmp_path, lambda: None))
+    assert [entry.status() for entry in entries] == ["done", "missing"]
+
+
+def test_a_run_that_cannot_write_a_file_of_its_own_names_it(
+    pretend: Callable[[list[int]], list[results.Entry]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (entry,) = pretend([0])
+    with monkeypatch.context() as patch:
+        patch.setattr("ddm_training.files.os.replace", full)
+        with pytest.raises(InputError, match=r"job.json could not be written .*No space left"):
+            worker.write_task(entry.folder, entry.job, entry.hash, pictures=1)
+    (entry.folder / results.LOG_FILE).mkdir()
+    with pytest.raises(InputError, match=r"log.txt could not be written .*directory"):
+        list(engines.run_entries([entry], EngineConfig(workers=1), tmp_path, lambda: None))
+    (tmp_path / "submitit").touch()
+    config = EngineConfig(engine="submitit-local", workers=1)
+    with pytest.raises(InputError, match=r"submitit could not be written"):
+        list(engines.run_entries([entry], config, tmp_path / "submitit", lambda: None))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_lock_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
+    with pytest.raises(InputError, match=r"\.lock could not be written"), results.lock(tmp_path):
+        pass
 
 
 def test_a_missing_prior_stops_a_run_before_anything_is_written(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench import worker
-from diffusionerf_ns.bench.results import FAILED_FILE, LOG_FILE, Entry
+from diffusionerf_ns.bench.results import FAILED_FILE, LOG_FILE, Entry, writing
 
 Engine = Literal["local", "slurm", "submitit-local"]
 POLL_SECONDS = 0.2
@@ -54,6 +54,9 @@ def run_entries(
         config: where.
         log_dir: for submitit's own files.
         tick: called several times a second.
+
+    Raises:
+        InputError: a file cannot be written: the disk is full, say; or submitit is missing or finds no cluster.
     """
     if not entries:
         return iter(())
@@ -130,7 +133,10 @@ def _next(queue: Sequence[Entry], in_training: Collection[str]) -> Entry | None:
 
 
 def _start(entry: Entry, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    with (entry.folder / LOG_FILE).open("wb") as log:
+    path = entry.folder / LOG_FILE
+    with writing(path):
+        opened = path.open("wb")
+    with opened as log:
         return subprocess.Popen(
             [*WORKER, str(entry.folder)],
             stdin=subprocess.PIPE,  # the worker ends when this end is gone
@@ -167,7 +173,8 @@ def _run_submitit(
         raise InputError(
             f"--engine.engine {config.engine} needs the package submitit: pip install 'diffusionerf-ns[cluster]'."
         ) from error
-    log_dir.mkdir(parents=True, exist_ok=True)
+    with writing(log_dir):
+        log_dir.mkdir(parents=True, exist_ok=True)
     on_slurm = config.engine == "slurm"
     try:
         executor = submitit.AutoExecutor(log_dir, cluster="slurm" if on_slurm else "local")

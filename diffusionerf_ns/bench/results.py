@@ -16,11 +16,12 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ddm_training import files
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
 from diffusionerf_ns.bench.jobs import Job, describe
@@ -88,9 +89,19 @@ def taken_overrides(result: Mapping[str, Any]) -> dict[str, Any]:
     return {path: value for path, value in given.items() if stands(path, value)} if result.get("config") else given
 
 
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Tell plainly of what keeps a benchmark from writing to ``path``; see `files.writing`."""
+    return files.writing(path, "Results that are done are kept: make room and run the same command again.")
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as `write_whole` does."""
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    """Write a JSON file as `write_whole` does.
+
+    Raises:
+        InputError: it cannot be written: the disk is full, say.
+    """
+    with writing(path):
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -185,20 +196,24 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another process holds it.
+        InputError: the lock cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    path = folder / ".lock"
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+b", buffering=0)  # with a buffer, closing would fail as well where the disk is full
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.read().decode().strip() or "another process"
             raise FolderInUseError(
                 f"{folder} is being written by {owner}. Wait until it has ended, or give another --output."
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

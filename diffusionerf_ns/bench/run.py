@@ -63,7 +63,8 @@ class RunConfig:
         """Do it.
 
         Raises:
-            InputError: nothing to do, unknown names, another run writes here, or a results folder of another version.
+            InputError: nothing to do, unknown names, another run writes here, a results folder of another version, or a
+                file that cannot be written: the disk is full, say.
             SystemExit: 1, if jobs failed.
         """
         jobs = self._jobs()

@@ -21,7 +21,11 @@ LOCK_SECONDS = 15.0
 
 
 def write_task(folder: Path, job: Job, digest: str, pictures: int) -> None:
-    """Say what the worker that is started on ``folder`` has to do."""
+    """Say what the worker that is started on ``folder`` has to do.
+
+    Raises:
+        InputError: it cannot be written: the disk is full, say.
+    """
     for name in (FAILED_FILE, PROGRESS_FILE):
         (folder / name).unlink(missing_ok=True)
     write_json(folder / TASK_FILE, {"format": FORMAT, "job": job.to_dict(), "hash": digest, "pictures": pictures})
@@ -42,8 +46,10 @@ def work(folder: Path) -> bool:
     except Exception as error:
         plain = isinstance(error, InputError)
         message = str(error) if plain else f"{type(error).__name__}: {error}"
-        write_failure(folder, message, None if plain else traceback.format_exc())
-        print(message if plain else traceback.format_exc(), file=sys.stderr, flush=True)
+        try:
+            write_failure(folder, message, None if plain else traceback.format_exc())
+        finally:  # into the log, also where the disk is full
+            print(message if plain else traceback.format_exc(), file=sys.stderr, flush=True)
         return False
     finally:
         (folder / PROGRESS_FILE).unlink(missing_ok=True)
@@ -62,7 +68,11 @@ def work_on(folder: Path, environment: dict[str, str]) -> bool:
 
 
 def write_failure(folder: Path, message: str, trace: str | None = None) -> None:
-    """Record why a job failed."""
+    """Record why a job failed.
+
+    Raises:
+        InputError: it cannot be written: the disk is full, say.
+    """
     write_json(folder / FAILED_FILE, {"message": message, "traceback": trace})
 
 
