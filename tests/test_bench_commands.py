@@ -113,6 +113,7 @@ def test_only_a_whole_training_of_the_same_weights_is_taken_over(tmp_path: Path)
     assert not found(training_hash="another")
     assert not found(git_revision="abd"), "other code"
     assert not found(trained_by="../../a/seed-0")
+    assert not found(config_file=None), "the weights there are of another run"
 
 
 @pytest.mark.heavy

@@ -15,7 +15,7 @@ from bench_runs import fake_result, make_job, small_prior
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench import engines, results, worker
 from diffusionerf_ns.bench.engines import EngineConfig, worker_environments
-from diffusionerf_ns.bench.jobs import read_jobs
+from diffusionerf_ns.bench.jobs import config_hash, configure, read_jobs
 from diffusionerf_ns.bench.run import RunConfig, run_benchmark
 
 PRETENDER = """
@@ -170,6 +170,60 @@ def test_running_again_does_only_what_is_missing(
     (tmp_path / "out" / jobs[1].name / results.RESULT_FILE).unlink()
     run_benchmark(jobs, tmp_path / "out", EngineConfig())
     assert {seed: len(path.read_text().splitlines()) for seed, path in tries.items()} == {0: 1, 1: 2, 14: 2}
+
+
+def test_going_back_to_settings_that_were_run_before_takes_their_results_back(
+    pretend: Callable[[list[int]], list[results.Entry]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend([])
+    small_prior(tmp_path / "prior")
+
+    def run_of(steps: int) -> str:
+        assert run_benchmark([make_job(tmp_path, steps=steps)], tmp_path / "out", EngineConfig()) == []
+        return " ".join(capsys.readouterr().out.split())
+
+    folder = tmp_path / "out" / make_job(tmp_path).name
+    run_of(500)
+    first = results.read_result(folder)
+    assert first is not None
+    said = run_of(400)
+    assert "1 of those to do were done with other settings" in said
+    assert f"as result.<hash>.json, its pictures and weights are replaced: {make_job(tmp_path).name}" in said
+    # the pretender writes over the result, which a worker would have set aside
+    results.write_json(folder / f"result.{first['hash']}.json", first | {"pictures": [{"name": "a.png"}]})
+    second = results.read_result(folder)
+    assert second is not None
+    said = run_of(500)
+    assert "1 jobs: 1 done, 0 to do 1 of those done were set aside before and are taken back, without pictures" in said
+    assert results.read_result(folder) == first | {"pictures": [], "config_file": None}
+    assert results.read_result(folder, f"result.{second['hash']}.json") == second
+    assert not (folder / f"result.{first['hash']}.json").exists()
+    assert len((folder / "tries").read_text().splitlines()) == 2, "it was not done again"
+    assert "taken back" not in run_of(500)
+    run_of(400)
+    assert len((folder / "tries").read_text().splitlines()) == 2
+
+
+def test_a_result_of_other_settings_is_set_aside_when_the_job_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_prior(tmp_path / "prior")
+    job, folder = make_job(tmp_path), tmp_path / "job"
+    before = fake_result(job, "other")
+    results.write_json(folder / results.RESULT_FILE, before)
+    (folder / "pictures").mkdir()
+
+    def begun(*_: object, **__: object) -> None:
+        assert results.read_result(folder, "result.other.json") == before
+        assert not (folder / results.RESULT_FILE).exists()
+        assert not (folder / "pictures").exists()
+
+    monkeypatch.setattr("diffusionerf_ns.bench.job.run", begun)
+    worker.write_task(folder, job, "not that of the job", pictures=1)
+    assert not worker.work(folder)
+    assert results.read_result(folder) == before, "it had not begun"
+    worker.write_task(folder, job, config_hash(configure(job, folder)), pictures=1)
+    assert worker.work(folder)
 
 
 def full(*_: object) -> None:

@@ -6,7 +6,7 @@ Layout::
     .lock                           held by the one run that writes here
     <scene>/<n>-views/<variant>/seed-<s>/
         result.json                 whole or absent; of another hash, it is of another configuration
-        result.<hash>.json          of configurations that were run here before
+        result.<hash>.json          of configurations that were run here before, taken back when such a one is run again
         failed.json                 why the last try failed
         log.txt                     what the job printed
 """
@@ -61,13 +61,36 @@ class Entry:
         result = read_result(self.folder)
         return result if result is not None and result["hash"] == self.hash else None
 
+    def has_another(self) -> bool:
+        """Whether its folder has the result of another configuration."""
+        result = read_result(self.folder)
+        return result is not None and result["hash"] != self.hash
+
     def set_aside(self) -> bool:
         """Keep the result of another configuration under another name. Says whether there was one."""
         result = read_result(self.folder)
         if result is None or result["hash"] == self.hash:
             return False
-        (self.folder / RESULT_FILE).rename(self.folder / f"result.{result['hash']}.json")
+        (self.folder / RESULT_FILE).rename(self.folder / _kept_file(result["hash"]))
         return True
+
+    def take_back(self) -> bool:
+        """Make a result of this configuration that was set aside the job's again. Says whether there was one.
+
+        The figures alone: pictures and weights that lie in the folder are of what was run after it.
+        """
+        kept = _kept_file(self.hash)
+        result = read_result(self.folder, kept)
+        if result is None or result["hash"] != self.hash or self.status() == "done":
+            return False
+        self.set_aside()
+        write_json(self.folder / RESULT_FILE, result | {"pictures": [], "config_file": None})
+        (self.folder / kept).unlink()
+        return True
+
+
+def _kept_file(digest: str) -> str:
+    return f"result.{digest}.json"
 
 
 def none_held_out(result: Mapping[str, Any]) -> bool:
@@ -104,13 +127,15 @@ def write_json(path: Path, content: Any) -> None:
         write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Content of `result.json`; None where there is none or it is damaged, so that the job is run again.
+def read_result(folder: Path, name: str = RESULT_FILE) -> dict[str, Any] | None:
+    """Content of `result.json`, or of one that was set aside.
+
+    None where there is none or it is damaged, so that the job is run again.
 
     Raises:
         InputError: it was written by another version.
     """
-    path = folder / RESULT_FILE
+    path = folder / name
     try:
         content = json.loads(path.read_text())
         found, _ = content["format"], content["hash"]
@@ -135,6 +160,8 @@ def same_training(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | N
     for path in sorted(folder.parents[1].glob(f"*/*/{RESULT_FILE}")):
         result = read_result(path.parent)
         if result is None or "trained_by" in result or any(result.get(k) != v for k, v in wanted.items()):
+            continue
+        if result["config_file"] is None:  # see `Entry.take_back`
             continue
         checkpoints = (path.parent / result["config_file"]).parent / CHECKPOINTS
         if any(checkpoints.glob("*.ckpt")):

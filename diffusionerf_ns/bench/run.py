@@ -27,7 +27,7 @@ class RunConfig:
     """
 
     output: Path
-    """Results folder."""
+    """Results folder. Scene, views, variant and seed tell its jobs apart: other settings than these replace a job."""
     data: tuple[Path, ...] = ()
     """Folders of the captures; a scene is called as its folder."""
     views: tuple[int | Literal["all"], ...] = (3,)
@@ -134,6 +134,7 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
     from diffusionerf_ns.bench.jobs import config_hash, configure, training_hash
 
     console = Console()
+    plain: dict[str, Any] = {"markup": False, "highlight": False}
     entries = []
     for job in jobs:
         folder = output / job.name
@@ -142,29 +143,41 @@ def run_benchmark(jobs: list[Any], output: Path, engine: EngineConfig, *, pictur
     make_folder(output, "--output")
     with results.lock(output):
         results.merge_entries(output, entries)
+        taken = [entry for entry in entries if entry.take_back()]
         todo = [entry for entry in entries if entry.status() != "done"]
-        changed = sum(entry.set_aside() for entry in todo)
         again = sum(entry.status() == "failed" for entry in todo)
         console.print(
             f"{len(entries)} jobs: {len(entries) - len(todo)} done, {len(todo)} to do"
             + (f", {again} of them failed before" if again else "")
-            + (
-                f", {changed} of them were done with other settings (kept beside as result.<hash>.json)"
-                if changed
-                else ""
-            )
         )
+        if taken:
+            console.print(
+                f"{len(taken)} of those done were set aside before and are taken back, without pictures and weights, "
+                f"which were replaced; delete result.json to do one again: {_some(taken)}",
+                **plain,
+            )
+        if changed := [entry for entry in todo if entry.has_another()]:
+            console.print(
+                f"{len(changed)} of those to do were done with other settings; as it begins, each result is set aside "
+                f"as result.<hash>.json, its pictures and weights are replaced: {_some(changed)}",
+                **plain,
+            )
         for entry in todo:
             worker.write_task(entry.folder, entry.job, entry.hash, pictures)
         failed = _run_with_progress(todo, engine, output, console)
     for entry in failed:
         reason = json.loads((entry.folder / results.FAILED_FILE).read_text())["message"]
         console.print(f"[red]failed:[/red] {escape(entry.job.name)}: ", end="")
-        console.print(reason, markup=False, highlight=False)
-        console.print(f"        {os.path.relpath(entry.folder / results.LOG_FILE)}", markup=False, highlight=False)
+        console.print(reason, **plain)
+        console.print(f"        {os.path.relpath(entry.folder / results.LOG_FILE)}", **plain)
     if failed:
         console.print(f"{len(failed)} of {len(entries)} jobs failed; run the same command again to try them again.")
     return failed
+
+
+def _some(entries: list[Any]) -> str:
+    """Names of jobs, not of very many."""
+    return ", ".join(entry.job.name for entry in entries[:10]) + (", ..." if len(entries) > 10 else "")
 
 
 def _run_with_progress(todo: list[Any], engine: EngineConfig, output: Path, console: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bench.jobs import Job, config_hash, configure
-from diffusionerf_ns.bench.results import FAILED_FILE, FORMAT, FolderInUseError, lock, write_json
+from diffusionerf_ns.bench.results import FAILED_FILE, FORMAT, Entry, FolderInUseError, lock, write_json
 
 TASK_FILE = "job.json"
 PROGRESS_FILE = "progress.json"
@@ -101,6 +101,7 @@ def _run(folder: Path) -> None:
             f"job {job.name}: this installation makes another configuration of it than the one that started it; run "
             "`diffusionerf-bench run` again with one installation."
         )
+    Entry(job=job, hash=task["hash"], folder=folder).set_aside()
     for old in (folder / "pictures", config.get_base_dir()):
         shutil.rmtree(old, ignore_errors=True)
     last = 0.0
