@@ -92,19 +92,22 @@ class Row:
     scenes: tuple[str, ...]
 
 
+def setting_of(result: Mapping[str, Any]) -> Setting:
+    return Setting(
+        dataset=result["dataset"],
+        views=str(result["job"]["views"]),
+        protocol=result["protocol"],
+        method=result["job"]["method"],
+        steps=result["steps"],
+        image_size=f"{result['image_size'][0]} x {result['image_size'][1]}",
+    )
+
+
 def summarise_runs(results: Sequence[dict[str, Any]]) -> dict[Setting, list[Row]]:
     """Group results into comparable settings, and average them: over seeds within a scene, then over scenes."""
     groups: dict[Setting, dict[str, list[dict[str, Any]]]] = {}
     for result in results:
-        setting = Setting(
-            dataset=result["dataset"],
-            views=str(result["job"]["views"]),
-            protocol=result["protocol"],
-            method=result["job"]["method"],
-            steps=result["steps"],
-            image_size=f"{result['image_size'][0]} x {result['image_size'][1]}",
-        )
-        groups.setdefault(setting, {}).setdefault(result["job"]["variant"], []).append(result)
+        groups.setdefault(setting_of(result), {}).setdefault(result["job"]["variant"], []).append(result)
     return {
         setting: [_row(name, groups[setting][name]) for name in sorted(groups[setting], key=rank_of)]
         for setting in sorted(groups)
@@ -136,11 +139,15 @@ def over_scenes(values: Mapping[tuple[str, int], float]) -> Mean:
     )
 
 
+def all_have(metric: str, runs: Iterable[Mapping[str, float]]) -> bool:
+    """Whether runs have a metric: one that some lack (LPIPS without its weights) would be a mean over other runs."""
+    return all(metric in metrics for metrics in runs)
+
+
 def _row(variant: str, results: list[dict[str, Any]]) -> Row:
     found = {(r["job"]["scene"], r["job"]["seed"]): r["metrics"] for r in results}
     scenes, seeds = sorted({scene for scene, _ in found}), sorted({seed for _, seed in found})
-    # A metric that some runs lack (LPIPS without its weights) would be a mean over other runs: it is left out.
-    names = [name for name in METRICS if all(name in metrics for metrics in found.values())]
+    names = [name for name in METRICS if all_have(name, found.values())]
     by_scene = {
         scene: {name: mean(m[name] for (of, _), m in found.items() if of == scene) for name in names}
         for scene in scenes
