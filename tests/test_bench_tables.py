@@ -175,6 +175,30 @@ def test_the_plot_of_test_images_has_no_training_images(
     assert [path.name for path in draw_plots(alone, alone / "plots")] == ["curves-desk-9-views.png"]
 
 
+def test_means_over_different_scenes_are_not_shown_as_if_they_could_be_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, tuple[float, ...]] = {}
+    monkeypatch.setattr(Axes, "errorbar", lambda axes, x, y, *, label, **_: drawn.update({label: x}))
+    jobs = make_jobs([Path("fern"), Path("room")], views=[3, 6, 9], seeds=[0], variant_names=["full", "nerfacto"])
+    missing = {("room", 9, "full"), ("room", 3, "nerfacto"), ("room", 6, "nerfacto"), ("room", 9, "nerfacto")}
+    told = "Not all rows have the same scenes"
+    for left_out, where in ((set(), 0), (missing, 2)):
+        drawn.clear()
+        root = folder_of_results(
+            tmp_path / str(where),
+            jobs,
+            lambda job, of=left_out: None if (job.scene, job.views, job.variant) in of else 20.0,
+        )
+        assert table.write_tables(root, root).count(told) == where  # of 9 views both rows are of fern alone
+        draw_plots(root, root / "plots")
+        lines = sorted((label.rsplit(", ", 1)[1], x) for label, x in drawn.items())
+        if left_out:
+            assert lines == [("2 scenes)", (3, 6)), ("fern)", (3, 6, 9)), ("fern)", (9,))]
+        else:
+            assert lines == [("2 scenes)", (3, 6, 9))] * 2
+
+
 def test_a_table_of_nothing_is_refused(tmp_path: Path) -> None:
     root = folder_of_results(tmp_path, [Job(scene="a", data="a", views=3, variant="full")], lambda _: None)
     with pytest.raises(InputError, match="none of its 1 jobs is done"):

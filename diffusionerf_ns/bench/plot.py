@@ -55,7 +55,7 @@ def draw_plots(results: Path, output: Path) -> list[Path]:
 def _draw_psnr(results: Sequence[dict[str, Any]], output: Path) -> list[Path]:
     """PSNR against the number of views, a picture per data set; published methods as dashed lines.
 
-    Runs without held-out images have no place there.
+    Runs without held-out images have no place there. A line is of one set of scenes.
     """
     from matplotlib.figure import Figure
 
@@ -71,15 +71,17 @@ def _draw_psnr(results: Sequence[dict[str, Any]], output: Path) -> list[Path]:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         settings = {s: rows for s, rows in summary.items() if s.dataset == dataset and s.views.isdigit()}
-        lines: dict[str, list[tuple[int, float, float]]] = {}
+        # Points of different scenes are not joined: their means cannot be compared.
+        lines: dict[tuple[str, tuple[str, ...]], list[tuple[int, float, float]]] = {}
         for setting, rows in settings.items():
             for row in rows:
                 psnr = row.means["psnr"]
-                name = f"{row.title} ({setting.method}, {setting.steps:,} steps, {setting.image_size})"
-                lines.setdefault(name, []).append((int(setting.views), psnr.value, psnr.deviation or 0.0))
+                scenes = row.scenes[0] if len(row.scenes) == 1 else f"{len(row.scenes)} scenes"
+                name = f"{row.title} ({setting.method}, {setting.steps:,} steps, {setting.image_size}, {scenes})"
+                lines.setdefault((name, row.scenes), []).append((int(setting.views), psnr.value, psnr.deviation or 0.0))
         if not lines:
             continue
-        for name, points in lines.items():
+        for (name, _), points in lines.items():
             x, y, error = zip(*sorted(points))
             axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
         if any(s.protocol == PEER_SCENES.get(dataset, ("", ""))[1] for s in settings):

@@ -227,6 +227,8 @@ def _summary_table(setting: Setting, rows: list[Row], published: list[Peer]) -> 
         figures = [f"{peer.metrics[n]:.{METRICS[n][1]}f}" if n in peer.metrics else "" for n in names]
         cells.append([f"{peer.method} (published)", *figures, "", ""])
     lines = _markdown_rows(cells)
+    if len({row.scenes for row in rows}) > 1:
+        lines += ["", "Not all rows have the same scenes: compare such rows scene by scene, below, not by their means."]
     if published:
         scenes = PEER_SCENES[setting.dataset][0]
         lines += ["", f"Published rows are means over {scenes}; ours over the scenes below. Their sources:"]
