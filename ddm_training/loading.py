@@ -1,10 +1,10 @@
 """Batches of a training, prepared ahead by worker processes."""
 
-import multiprocessing
+import multiprocessing.process
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +61,13 @@ class Loader:
         if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
             self._child_signal = signal.getsignal(signal.SIGCHLD)
         self._batches: Iterator[Any] | None = None
+        self._workers: list[multiprocessing.process.BaseProcess] = []
+        others = multiprocessing.active_children()
         try:
-            self._batches = make_loader(config, batches, start)
+            try:
+                self._batches = make_loader(config, batches, start)
+            finally:
+                self._workers = [child for child in multiprocessing.active_children() if child not in others]
         except BaseException:
             self.__exit__()
             raise
@@ -97,7 +102,7 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self._batches = None  # ends its workers, but for one that misses the word
-        end_workers()
+        end(self._workers)
         if self._child_signal is not None:
             signal.signal(signal.SIGCHLD, self._child_signal)
 
@@ -138,8 +143,8 @@ def make_loader(config: LoopConfig, batches: Dataset, start: int) -> Iterator[An
     )
 
 
-def end_workers() -> None:
-    """Kill what is left of the loader's workers: they ignore SIGTERM, and Python would wait for them for ever."""
-    for worker in multiprocessing.active_children():
+def end(workers: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    """Kill what is left of a loader's workers: they ignore SIGTERM, and Python would wait for them for ever."""
+    for worker in workers:
         worker.join(timeout=1.0)
         worker.kill()

@@ -1,7 +1,9 @@
 """Batches that worker processes prepare, where one of those fails."""
 
+import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +49,23 @@ def test_a_killed_worker_ends_a_training_with_a_checkpoint(store, tmp_path, fail
     assert step in (2, 3)  # with the worker may go a batch that it had made
     train(config(store, tmp_path / "killed", **small))
     assert_same_weights(state(tmp_path / "whole", 4), state(tmp_path / "killed", 4))
+
+
+def test_a_training_ends_its_own_workers_alone(store, tmp_path):
+    other = multiprocessing.Process(target=time.sleep, args=(60,), daemon=True)
+    other.start()
+    batches = StepBatches(lambda **_: {}, steps=4, batch_size=1)
+    try:
+        with Loader(config(store, tmp_path, dataloader_num_workers=2), batches, 0) as loader:
+            next(loader)
+            own = [child for child in multiprocessing.active_children() if child is not other]
+            assert len(own) == 2
+        assert not any(child.is_alive() for child in own)
+        other.join(timeout=0.5)  # had it been killed, it would be gone now
+        assert other.is_alive()
+    finally:
+        other.kill()
+        other.join()
 
 
 @pytest.mark.parametrize(
