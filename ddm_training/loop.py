@@ -7,7 +7,7 @@ The state of a training is tensors and one integer: samples, noise and learning 
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,14 +48,22 @@ def validate(validation: Validation, journal: "Journal", average: nn.Module, ste
         journal.say(f"{curves} could not be drawn ({type(error).__name__}: {error})")
 
 
-def train_step(
-    config: LoopConfig, task: Task, weights: Weights, model: Any, batch: dict[str, Tensor], step: int, accelerator: Any
-) -> tuple[Float[Tensor, "2"], float]:
-    """One optimiser step, and one of the moving average.
+def find_gradient(
+    config: LoopConfig, task: Task, weights: Weights, model: Any, batch: dict[str, Tensor], accelerator: Any
+) -> Float[Tensor, "2"]:
+    """The gradient of one optimiser step, of all processes; the weights stay as they are.
 
     Returns:
-        Loss and norm of the gradient before clipping, and the learning rate.
+        Loss and norm of the gradient before clipping.
     """
+    loss = task.loss(model, batch)
+    accelerator.backward(loss)
+    norm = nn.utils.clip_grad_norm_(weights.network.parameters(), config.max_grad_norm or math.inf)
+    return torch.stack([loss.detach(), norm])
+
+
+def make_step(config: LoopConfig, weights: Weights, step: int) -> float:
+    """One optimiser step, and one of the moving average. Returns the learning rate."""
     rate = learning_rate(
         step,
         peak=config.learning_rate,
@@ -64,13 +72,10 @@ def train_step(
     )
     for group in weights.optimizer.param_groups:
         group["lr"] = rate
-    loss = task.loss(model, batch)
-    accelerator.backward(loss)
-    norm = nn.utils.clip_grad_norm_(weights.network.parameters(), config.max_grad_norm or math.inf)
     weights.optimizer.step()
     weights.optimizer.zero_grad()
     update_average(weights.average, weights.network, step, config.ema_decay)
-    return torch.stack([loss.detach(), norm]), rate
+    return rate
 
 
 def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
@@ -84,6 +89,7 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
         InputError: bad stores, flags or settings of accelerate, a checkpoint that does not fit, another training in
             the output folder (raised in the first process; torchrun and accelerate end the others), an output folder
             that processes do not share, a full disk, a killed loader process, or a loss that is not finite.
+        RuntimeError: of PyTorch, as where another process is gone; the steps so far are saved first if that can be.
     """
     from ddm_training.checkpoints import remove_leftovers
     from ddm_training.progress import Journal, writing
@@ -138,15 +144,20 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
             before = time.perf_counter()
             try:
                 batch = next(loader)
+                batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+                waited += time.perf_counter() - before
+                batch = task.prepare(batch, step=step, first=batches.first)
+                pending.append(find_gradient(config, task, weights, model, batch, accelerator))
             except WorkerKilledError:
                 if step > saved:  # without the others, which may be in the next step already
                     save(config, task, weights, step, chief=chief)
                 raise
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            waited += time.perf_counter() - before
-            batch = task.prepare(batch, step=step, first=batches.first)
-            measured, rate = train_step(config, task, weights, model, batch, step, accelerator)
-            pending.append(measured)
+            except RuntimeError:
+                if world > 1 and step > saved:  # another process is gone, likely by the above; this step was not made
+                    with suppress(InputError, RuntimeError):
+                        save(config, task, weights, step, chief=chief)
+                raise
+            rate = make_step(config, weights, step)
             step += 1
 
             ends = step == config.max_train_steps or agreed(stop, step, accelerator)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy_training
+from accelerate import Accelerator
 from toy_training import assert_same_weights, config, state
 
 from ddm_training.checkpoints import list_checkpoints
@@ -49,6 +50,31 @@ def test_a_killed_worker_ends_a_training_with_a_checkpoint(store, tmp_path, fail
     assert step in (2, 3)  # with the worker may go a batch that it had made
     train(config(store, tmp_path / "killed", **small))
     assert_same_weights(state(tmp_path / "whole", 4), state(tmp_path / "killed", 4))
+
+
+def test_a_process_that_is_left_by_another_saves_a_checkpoint(store, tmp_path, monkeypatch):
+    small = {"max_train_steps": 4, "checkpointing_steps": 100}
+    train(config(store, tmp_path / "whole", **small))
+    backward = Accelerator.backward
+    calls: list[bool] = []
+
+    def left(self, loss) -> None:
+        backward(self, loss)
+        calls.append(True)
+        if len(calls) == 3:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.1.1]:37241")
+
+    for world, steps in ((2, [2]), (1, [])):
+        calls.clear()
+        folder = tmp_path / str(world)
+        with monkeypatch.context() as patch:
+            patch.setattr(Accelerator, "num_processes", world)
+            patch.setattr(Accelerator, "backward", left)
+            with pytest.raises(RuntimeError, match="closed by peer"):
+                train(config(store, folder, **small))
+        assert [step for step, _ in list_checkpoints(folder)] == steps
+    train(config(store, tmp_path / "2", **small))
+    assert_same_weights(state(tmp_path / "whole", 4), state(tmp_path / "2", 4))
 
 
 def test_a_training_ends_its_own_workers_alone(store, tmp_path):
