@@ -182,8 +182,10 @@ def run_loop(config: Config, open_task: Callable[[Config], Task]) -> None:
             if step == start or (step % config.validation_steps and step < config.max_train_steps):
                 validate(validation, journal, weights.average, step)
             done = step >= config.max_train_steps
+            own = f"checkpoint-{saved}"  # or of another folder
+            held = own if (config.output_dir / own).is_dir() else "no step was left to make"
             journal.say(
-                f"{'finished' if done else 'stopped'} at step {step}, checkpoint-{saved}, "
+                f"{'finished' if done else 'stopped'} at step {step}, {held}, "
                 f"exported to {validation.folder}" + ("" if done else f"; run {again(config)} to go on")
             )
             if done:

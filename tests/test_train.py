@@ -143,6 +143,18 @@ def test_going_back_to_a_named_checkpoint_sets_the_later_ones_aside(store, tmp_p
     assert len(list(aside.iterdir())) == 3
 
 
+def test_a_finished_checkpoint_of_another_folder_is_not_told_of_as_if_it_lay_here(store, tmp_path, capsys):
+    train(config(store, tmp_path / "first", max_train_steps=2))
+    named = str(tmp_path / "first" / "checkpoint-2")
+    capsys.readouterr()
+    train(config(store, tmp_path / "second", max_train_steps=2, resume_from_checkpoint=named))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "finished at step 2, no step was left to make, exported to" in last
+    assert checkpoints.list_checkpoints(tmp_path / "second") == []
+    train(config(store, tmp_path / "first", max_train_steps=2))
+    assert "finished at step 2, checkpoint-2, exported to" in capsys.readouterr().err
+
+
 def test_a_resumed_run_takes_the_settings_of_adam_that_it_is_given(store, tmp_path, capsys):
     train(config(store, tmp_path, max_train_steps=1))
     train(config(store, tmp_path, max_train_steps=2, adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.1))
