@@ -38,7 +38,7 @@ def draw_samples(
         noise: start, standard normal.
         sampler: "ddpm" (ancestral: the noise added on the way corrects earlier errors, which small networks need) or
             "ddim" (deterministic).
-        steps: number of network evaluations.
+        steps: number of network evaluations; see `check_steps`.
         generator: source of the noise that DDPM adds.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -86,14 +86,22 @@ def sample_prior(
     return torch.cat(batches)
 
 
-def check_steps(steps: int, scheduler: "DDPMScheduler") -> None:
-    """Refuse more steps of sampling than the noise schedule has.
+def check_steps(steps: int, scheduler: "DDPMScheduler", sampler: SamplerName = "ddpm") -> None:
+    """Refuse more steps of sampling than the noise schedule has, and those of DDIM that do not divide it evenly.
+
+    diffusers' DDIM takes each step over ``timesteps // steps``, however far apart the timesteps are.
 
     Raises:
         InputError: names the flag.
     """
     if steps > (most := len(scheduler.alphas_cumprod)):
         raise InputError(f"--num-inference-steps must be at most {most}, the timesteps of the prior, found {steps}.")
+    if sampler == "ddim" and most % steps:
+        fewer = next(n for n in range(steps, 0, -1) if most % n == 0)
+        raise InputError(
+            f"--num-inference-steps must divide {most}, the timesteps of the prior, with --sampler ddim, found "
+            f"{steps}: give {fewer}, or --sampler ddpm."
+        )
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -120,7 +128,7 @@ class SampleConfig:
     sampler: SamplerName = "ddpm"
     """DDPM (ancestral) or DDIM (deterministic)."""
     num_inference_steps: int = 100
-    """Network evaluations per patch."""
+    """Network evaluations per patch; with DDIM a divisor of the prior's timesteps, of which there are 1,000."""
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 32
@@ -141,7 +149,7 @@ class SampleConfig:
         spec = rgbd.RgbdSpec.load(self.prior)
         device = choose_device(self.device)
         scheduler = load_scheduler(self.prior)
-        check_steps(self.num_inference_steps, scheduler)
+        check_steps(self.num_inference_steps, scheduler, self.sampler)
         network = load_unet(self.prior).to(device)
         samples = sample_prior(
             network,

@@ -268,6 +268,16 @@ def test_more_steps_of_sampling_than_timesteps_are_refused(tmp_path):
         evaluate.evaluate(config)
 
 
+def test_steps_of_ddim_that_do_not_divide_the_timesteps_are_refused(tmp_path):
+    prior = write_prior(tmp_path / "prior")
+    message = "--num-inference-steps must divide 1000, .* --sampler ddim, found 600: give 500, or --sampler ddpm"
+    settings = {"prior": prior, "output": tmp_path / "a.png", "device": "cpu", "num_samples": 1}
+    with pytest.raises(InputError, match=message):
+        SampleConfig(**settings, sampler="ddim", num_inference_steps=600).main()
+    SampleConfig(**settings, sampler="ddim", num_inference_steps=4).main()
+    SampleConfig(**settings, sampler="ddpm", num_inference_steps=3).main()
+
+
 def test_an_output_that_cannot_be_made_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
     prior, store = write_prior(tmp_path / "prior"), write_store(tmp_path / "rooms")
     (tmp_path / "file").write_text("")
