@@ -132,6 +132,29 @@ def draw_weights(field: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
+@torch.no_grad()
+def restart(network: nn.Module) -> None:
+    """Draw a network's weights anew, tinycudann's by itself. All processes of a run get those of the first."""
+    draw_weights(network)
+    for module in network.modules():
+        native = getattr(module, "native_tcnn_module", None)
+        if native is not None:
+            params: Tensor = module.params  # pyright: ignore[reportAssignmentType]
+            params.copy_(native.initial_params(int(torch.randint(2**31, ()))))
+    if torch.distributed.is_initialized():
+        for weights in network.parameters():
+            torch.distributed.broadcast(weights, src=0)
+
+
+def in_any_process(happened: bool, device: torch.device) -> bool:
+    """Whether something happened in any process of a run."""
+    if not torch.distributed.is_initialized():
+        return happened
+    count = torch.tensor(float(happened), device=device)
+    torch.distributed.all_reduce(count)
+    return bool(count > 0)
+
+
 def colours_died(
     rgb: Float[Tensor, "rays 3"], true: Float[Tensor, "rays 3"], accumulation: Float[Tensor, "rays 1"]
 ) -> bool:

@@ -71,6 +71,7 @@ class TrainingFacts:
     """Where stereo finds the scene; None where it is off, in vain, or nothing is trained."""
 
 
+NO_IMAGE_PATCHES = "No patches of training images: they have masks or are not perspective."
 FACTS = "diffusionerf"
 """The key of `TrainingFacts`: the pipeline hands the model the data set's metadata and nothing else."""
 
@@ -324,13 +325,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if pipeline is not None:
             model: Any = pipeline.model
             self.set_ray_wishes(model.patch_request, model.stereo_request)
-            if self._image_patch_share < self.config.image_patch_share:
+            if self.config.image_patch_share > 0.0 and not self._has_image_patches:
                 if model.config.score_weight != 0.0:
-                    CONSOLE.print("[yellow]No patches of training images: they have masks, or are not perspective.")
+                    CONSOLE.print(f"[yellow]{NO_IMAGE_PATCHES}")
                 self.config.image_patch_share = 0.0  # the viewer shows it
             if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
-                # Now, not at the first patch of an image, which may come late.
-                patches.check_image_patches_fit(self.train_dataset.cameras, model.patch_spec())
+                self.check_image_patches(model.patch_spec())  # now, not at the first patch, which may come late
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:
@@ -363,16 +363,25 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         return patches.concatenate_rays([*bundles, *(p.rays.to(self.device) for p in drawn)]), batch
 
     @property
-    def _image_patch_share(self) -> float:
+    def _has_image_patches(self) -> bool:
         """Images of other than perspective cameras have no patches as the prior knows them, and those of images with
         masks would show what is not to be trained on."""
-        data = self.train_dataset
-        return self.config.image_patch_share if are_perspective(data.cameras) and not data.has_masks else 0.0
+        return are_perspective(self.train_dataset.cameras) and not self.train_dataset.has_masks
+
+    def check_image_patches(self, spec: RgbdSpec) -> None:
+        """Raise where the training images have no patches as a prior knows them.
+
+        Raises:
+            InputError: they are masked, not perspective, or too small.
+        """
+        if not self._has_image_patches:
+            raise InputError(NO_IMAGE_PATCHES)
+        patches.check_image_patches_fit(self.train_dataset.cameras, spec)
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
         """On the CPU, where the images are: what is cut is little, and a GPU would be asked for many small numbers."""
         cameras = self.train_dataset.cameras
-        if torch.rand(()) < self._image_patch_share:
+        if torch.rand(()) < self.config.image_patch_share:
             return patches.sample_image_patch(cameras, self._train_images(request.spec), request.spec)
         return patches.sample_rendered_patch(
             cameras,
@@ -384,7 +393,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def _train_images(self, spec: RgbdSpec) -> list[UInt8[Tensor, "_h _w 3"]]:
         """All training images in the order of the cameras; checked once that patches fit."""
         if self._images is None:
-            patches.check_image_patches_fit(self.train_dataset.cameras, spec)
+            self.check_image_patches(spec)
             # On black, as rays are rendered in training that meet nothing.
             images = (self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset)))
             self._images = [(255.0 * image).round().to(torch.uint8) for image in images]

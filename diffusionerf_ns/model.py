@@ -258,7 +258,7 @@ class DiffusioNeRFModel(NerfactoModel):
             self.level_mask.set_active(self.active_levels)
             if self._colours_died:
                 CONSOLE.print("[yellow]All colours had become black: the colour network begins anew.")
-                backbone.draw_weights(self.field.mlp_head)
+                backbone.restart(self.field.mlp_head)
                 self._colours_died = False
 
         if self.config.score_weight != 0.0:
@@ -325,9 +325,10 @@ class DiffusioNeRFModel(NerfactoModel):
         losses = {"rgb_loss": self.rgb_loss(image, rgb)}
         if self.training:
             if self.step % LOOK_AT_COLOURS_EVERY == LOOK_AT_COLOURS_EVERY - 1:
-                self._colours_died = backbone.colours_died(
+                died = backbone.colours_died(
                     outputs["rgb"][:count].detach(), image, outputs["accumulation"][:count].detach()
                 )
+                self._colours_died = backbone.in_any_process(died, self.device)
             if self.config.chroma_weight > 0.0:
                 losses["chroma_loss"] = self.config.chroma_weight * regularizers.chroma(rgb - image)
             losses["interlevel_loss"] = self.config.interlevel_loss_mult * interlevel_loss(

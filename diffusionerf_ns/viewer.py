@@ -27,7 +27,6 @@ from torch import Tensor
 
 from ddm_training import rgbd
 from ddm_training.errors import InputError
-from diffusionerf_ns import patches
 from diffusionerf_ns.inspection import score_picture
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.score_loss import JudgedPatch
@@ -169,10 +168,7 @@ class InspectionPanel(ViewerControl):
             )
 
         def fits() -> bool:
-            cameras = data.train_dataset.cameras
-            return share.value == 0.0 or not self._refused(
-                lambda: patches.check_image_patches_fit(cameras, self._model.patch_spec())
-            )
+            return share.value == 0.0 or not self._refused(lambda: data.check_image_patches(self._model.patch_spec()))
 
         def set_weight(_: Any) -> None:
             if on.value and slider.value > 0.0 and (self._refused(lambda: self._model.prior) or not fits()):

@@ -1,10 +1,13 @@
 """The changes to nerfacto's fields do what they say and nothing else."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.field_components.spatial_distortions import SceneContraction
 from nerfstudio.fields.nerfacto_field import NerfactoField
+from torch.multiprocessing.spawn import spawn
 
 from diffusionerf_ns import backbone
 
@@ -99,3 +102,42 @@ def test_more_hue_comes_out_of_networks_that_are_drawn_so() -> None:
 def test_colours_that_no_gradient_reaches_any_more_are_told(rendered, true, accumulation, died):
     rays = [torch.full((4, n), value) for n, value in ((3, rendered), (3, true), (1, accumulation))]
     assert backbone.colours_died(*rays) is died
+
+
+class Native(torch.nn.Module):
+    """As tinycudann's."""
+
+    def initial_params(self, seed: int) -> torch.Tensor:
+        return torch.randn(6, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_network_of_tinycudann_begins_anew_with_its_own_weights() -> None:
+    network = torch.nn.Module()
+    network.native_tcnn_module = Native()
+    network.params = torch.nn.Parameter(torch.full((6,), -50.0))
+    outer = torch.nn.Sequential(network)
+    drawn = []
+    for _ in range(2):
+        backbone.restart(outer)
+        drawn.append(network.params.detach().clone())
+        assert float(drawn[-1].abs().max()) < 10.0
+    assert not torch.equal(*drawn)
+    assert network.params.requires_grad
+
+
+def _restart_in(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    network = torch.nn.Linear(4, 3)
+    told = backbone.in_any_process(rank == 1, torch.device("cpu"))
+    silent = backbone.in_any_process(False, torch.device("cpu"))
+    backbone.restart(network)
+    torch.save((told, silent, network.weight), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_begin_anew_together_and_with_the_same_weights(tmp_path: Path) -> None:
+    spawn(_restart_in, (tmp_path,), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [(told, silent) for told, silent, _ in found] == [(True, False)] * 2
+    assert torch.equal(found[0][2], found[1][2])

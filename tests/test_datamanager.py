@@ -98,19 +98,6 @@ def test_stereo_rays_and_patches_follow_the_pixel_rays_in_one_bundle(manager):
         assert 0 <= camera < len(manager.train_dataset)
 
 
-@pytest.mark.parametrize("reason", ["fisheye", "masks"])
-def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, monkeypatch, reason):
-    manager = make(stereo_rays_per_batch=0, image_patch_share=1.0)
-    wish(manager, 1)
-    assert manager.next_train(0)[1]["patches"].rgb[0] is not None
-    if reason == "fisheye":
-        cameras = manager.train_dataset.cameras
-        cameras.camera_type = torch.full_like(cameras.camera_type, CameraType.FISHEYE.value)
-    else:
-        monkeypatch.setattr(FewViewDataset, "has_masks", True)
-    assert manager.next_train(1)[1]["patches"].rgb[0] is None
-
-
 def test_every_ray_is_a_unit_vector_whose_norm_gives_its_cosine(manager):
     wish(manager, 2, stereo=ALL_OF_STEREO)
     rays, batch = manager.next_train(0)
@@ -337,6 +324,24 @@ def test_patches_larger_than_an_image_are_found_before_the_first_step(make, tmp_
         ties(make(stereo_rays_per_batch=0), tmp_path, spec=large)
     ties(make(stereo_rays_per_batch=0, image_patch_share=0.0), tmp_path, spec=large)
     ties(make(stereo_rays_per_batch=0), tmp_path, spec=large, score_weight=0.0)
+
+
+@pytest.mark.parametrize("reason", ["fisheye", "masks"])
+def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, tmp_path, monkeypatch, reason, capsys):
+    manager = make(stereo_rays_per_batch=0, image_patch_share=1.0)
+    wish(manager, 1)
+    assert manager.next_train(0)[1]["patches"].rgb[0] is not None
+    if reason == "fisheye":
+        cameras = manager.train_dataset.cameras
+        cameras.camera_type = torch.full_like(cameras.camera_type, CameraType.FISHEYE.value)
+    else:
+        monkeypatch.setattr(FewViewDataset, "has_masks", True)
+    capsys.readouterr()
+    ties(manager, tmp_path)
+    assert "have masks or are not perspective" in " ".join(capsys.readouterr().out.split())
+    assert manager.next_train(1)[1]["patches"].rgb[0] is None
+    with pytest.raises(InputError, match="have masks or are not perspective"):  # the viewer asks
+        manager.check_image_patches(SPEC)
 
 
 @pytest.fixture

@@ -122,7 +122,10 @@ class Panel:
         self.model, self.server, self.folder = Model(**values), server, folder
         self.lock = threading.Lock()
         self.data = SimpleNamespace(
-            config=SimpleNamespace(image_patch_share=0.25), train_dataset=Data(3), eval_dataset=Data(2)
+            config=SimpleNamespace(image_patch_share=0.25),
+            train_dataset=Data(3),
+            eval_dataset=Data(2),
+            check_image_patches=lambda spec: None,
         )
         settings = SimpleNamespace(
             websocket_port=server.get_port(), websocket_port_default=7007, camera_frustum_scale=0.1
@@ -260,9 +263,11 @@ def test_a_prior_that_cannot_be_loaded_stays_off_and_training_goes_on(server, tm
 
 def test_image_patches_that_do_not_fit_are_refused(server, tmp_path):
     panel = Panel(server, tmp_path)
-    panel.data.train_dataset.cameras = Cameras(
-        torch.eye(3, 4)[None], fx=66.0, fy=66.0, cx=4.0, cy=4.0, width=8, height=8
-    )
+
+    def refuse(spec: Any) -> None:
+        raise InputError("too small")
+
+    panel.data.check_image_patches = refuse
     panel.set(Image_patches=0.5)
     assert eventually(lambda: panel.data.config.image_patch_share == 0.0)
     assert panel.handle("Image patches").value == 0.0
