@@ -91,15 +91,15 @@ def normalise(
         middle = np.zeros(3)
     poses = np.concatenate([poses[:, :, :3], poses[:, :, 3:] - middle[:, None]], axis=2)
     square = np.concatenate([poses, np.tile([[[0.0, 0.0, 0.0, 1.0]]], (len(poses), 1, 1))], axis=1)
-    oriented, transform = auto_orient_and_center_poses(
-        torch.from_numpy(square.astype(np.float32)), method=orientation_method, center_method=center_method
-    )
+    square = torch.from_numpy(square.astype(np.float32))
+    # Of "pca" nerfstudio mirrors two cameras where it turns the scene over: its transform is right, its poses are not.
+    _, transform = auto_orient_and_center_poses(square, method=orientation_method, center_method=center_method)
+    oriented = transform @ square
     scale = float(scale_factor)
     if auto_scale:
         length = float(oriented[:, :3, 3].abs().max()) if unit is None else unit
         if length > 0:  # one camera only, or all at one place: there is no length to go by
             scale /= length
-    oriented = oriented[:, :3].clone()
     oriented[:, :, 3] *= scale
     transform = transform[:3].clone()
     transform[:, 3] -= (transform[:, :3].double() @ torch.from_numpy(middle)).to(transform)
