@@ -1,9 +1,14 @@
 """Normalisation of scenes: poses stay rigid whatever the cameras, and whichever way they are oriented."""
 
+import json
+from pathlib import Path
+
+import box_room
 import numpy as np
 import pytest
 import torch
 
+from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataparsers.poses import OrientationMethod, normalise
 
 
@@ -25,3 +30,20 @@ def test_poses_are_those_of_the_capture_turned_and_shifted(method: OrientationMe
     moved[:, :, 3:] += shift
     torch.testing.assert_close(scene.poses.double(), moved, atol=1e-5, rtol=0.0)
     torch.testing.assert_close(torch.linalg.det(scene.poses[:, :, :3]), torch.ones(6), atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("method", ["up", "vertical"])
+def test_a_scene_whose_cameras_have_no_mean_up_is_left_as_it_lies(method, tmp_path: Path, capsys):
+    """Pairs of cameras at the same height, one of each upside down."""
+    folder = box_room.write_transforms(tmp_path / "box", depth=False)
+    content = json.loads((folder / "transforms.json").read_text())
+    content["frames"] = content["frames"][: len(content["frames"]) // 2 * 2]
+    for i, frame in enumerate(content["frames"]):
+        sign = 1.0 if i % 2 == 0 else -1.0
+        frame["transform_matrix"] = [[sign, 0, 0, i], [0, sign, 0, i % 3], [0, 0, 1, 0], [0, 0, 0, 1]]
+    (folder / "transforms.json").write_text(json.dumps(content))
+    parser = FewViewDataParserConfig(data=folder, orientation_method=method).setup()
+    poses = torch.cat([parser.get_dataparser_outputs(split).cameras.camera_to_worlds for split in ("train", "test")])
+    assert poses.isfinite().all()
+    assert (poses[:, 2, 2] == 1.0).all()
+    assert capsys.readouterr().out.count("up vectors cancel out") == 1

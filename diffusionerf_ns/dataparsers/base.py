@@ -149,19 +149,26 @@ class FewViewBaseParser(DataParser):
             self._capture = self.read_capture()
         capture = self._capture
         ids = list(capture.split.train if split == "train" else capture.split.test)
-        if split == "train" and not self._shown:
+        first = split == "train" and not self._shown
+        if first:
             self._shown = True
             CONSOLE.print(split_table(capture.split, capture.names, f"{capture.title}: which images are used"))
 
         scene_poses.check_poses(capture.poses, capture.names, capture.title)
+        wanted = capture.orientation or self.config.orientation_method
         scene = scene_poses.normalise(
             capture.poses,
-            orientation_method=capture.orientation or self.config.orientation_method,
+            orientation_method=wanted,
             center_method=self.config.center_method,
             auto_scale=self.config.auto_scale_poses,
             scale_factor=self.config.scale_factor,
             unit=capture.unit,
         )
+        if first and scene.orientation != wanted:
+            CONSOLE.print(
+                f"[yellow]The cameras' up vectors cancel out, so the scene cannot be oriented by {wanted!r}: it is "
+                "left as it lies. --orientation-method none says so, pca orients it by where the cameras are."
+            )
         files = self._files(capture, ids)
         sizes = np.array(check_readable(files))
         half = self.config.scene_scale

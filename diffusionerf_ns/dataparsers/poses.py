@@ -31,6 +31,8 @@ class Normalised:
     poses: Float[Tensor, "n 3 4"]
     transform: Float[Tensor, "3 4"]
     scale: float
+    orientation: OrientationMethod
+    """What it was oriented by in the end."""
 
 
 def opengl_from_llff(poses: Float[np.ndarray, "n 3 4"]) -> Float[np.ndarray, "n 3 4"]:
@@ -79,6 +81,8 @@ def normalise(
     All cameras of a capture go in, not only those chosen: so the same scene has the same coordinates whatever views
     are trained on, and test cameras line up.
 
+    Cameras whose up vectors cancel out have no mean one: their scene is left as it lies, as by "none".
+
     Args:
         poses: OpenGL c2w in units of the capture.
         auto_scale: make ``unit`` 1 in the scene; without it the capture's units stay.
@@ -94,6 +98,9 @@ def normalise(
     square = torch.from_numpy(square.astype(np.float32))
     # Of "pca" nerfstudio mirrors two cameras where it turns the scene over: its transform is right, its poses are not.
     _, transform = auto_orient_and_center_poses(square, method=orientation_method, center_method=center_method)
+    if not transform.isfinite().all():
+        orientation_method = "none"
+        _, transform = auto_orient_and_center_poses(square, method="none", center_method=center_method)
     oriented = transform @ square
     scale = float(scale_factor)
     if auto_scale:
@@ -103,7 +110,7 @@ def normalise(
     oriented[:, :, 3] *= scale
     transform = transform[:3].clone()
     transform[:, 3] -= (transform[:, :3].double() @ torch.from_numpy(middle)).to(transform)
-    return Normalised(poses=oriented, transform=transform, scale=scale)
+    return Normalised(poses=oriented, transform=transform, scale=scale, orientation=orientation_method)
 
 
 def compose(first: Float[Tensor, "3 4"], then: Float[Tensor, "3 4"]) -> Float[Tensor, "3 4"]:
