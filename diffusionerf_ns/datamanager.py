@@ -242,7 +242,9 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
     def _get_pixel_sampler(self, dataset: FewViewDataset, num_rays_per_batch: int) -> PixelSampler:
         """nerfstudio's, or where it would be its plain one, ours."""
         sampler = super()._get_pixel_sampler(dataset, num_rays_per_batch)
-        return MaskedPixelSampler(sampler.config, **sampler.kwargs) if type(sampler) is PixelSampler else sampler
+        if type(sampler) is not PixelSampler:
+            return sampler
+        return MaskedPixelSampler(sampler.config, in_training=dataset is self.train_dataset, **sampler.kwargs)
 
     def _match_images(self) -> StereoBounds | None:
         """Match the training images; keep the depth that is found. Where the scene lies; None: nothing was found."""

@@ -15,7 +15,10 @@ ALL_BLACK = "the masks of all images are black; expected white where the scene i
 
 
 class MaskedPixelSampler(PixelSampler):
-    """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn."""
+    """nerfstudio's sampler, which knows masks of two images or more that have more pixels than are drawn.
+
+    Where masks are black altogether, an evaluation draws from all pixels; a training has nothing to learn from.
+    """
 
     _small: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]]
     """Masks of which few pixels are inside, and these, by where they lie in memory: a step has the same masks as the
@@ -23,8 +26,9 @@ class MaskedPixelSampler(PixelSampler):
     _kept: tuple[tuple[Tensor, ...], list[int]] = ((), [])
     """Masks of images of several sizes, and which of them are not black."""
 
-    def __init__(self, config: PixelSamplerConfig, **kwargs: Any) -> None:
+    def __init__(self, config: PixelSamplerConfig, *, in_training: bool = True, **kwargs: Any) -> None:
         self._small = {}
+        self._in_training = in_training
         super().__init__(config, **kwargs)
 
     def sample_method(
@@ -39,7 +43,7 @@ class MaskedPixelSampler(PixelSampler):
         """Image, row and column of pixels, drawn with equal chance from all or from those inside the masks.
 
         Raises:
-            InputError: there is no pixel inside.
+            InputError: there is no pixel inside to train on.
         """
         if mask is None or self.config.ignore_mask:
             return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
@@ -56,6 +60,8 @@ class MaskedPixelSampler(PixelSampler):
                 return drawn
             drawn[outside] = (torch.rand((len(outside), 3), device=device) * size).long()
         pixels = torch.nonzero(inside).to(device)
+        if len(pixels) == 0 and not self._in_training:
+            return super().sample_method(batch_size, num_images, image_height, image_width, device=device)
         if len(pixels) == 0:
             raise InputError(ALL_BLACK)
         if sum(a.nbytes + b.nbytes for a, b in self._small.values()) > KEPT_BYTES:  # of batches that are gone
@@ -78,6 +84,8 @@ class MaskedPixelSampler(PixelSampler):
         """Those of the masks that have a pixel inside, looked for once: a step has the same masks as the one before."""
         if list(map(id, self._kept[0])) != list(map(id, masks)):
             self._kept = tuple(masks), [i for i, mask in enumerate(masks) if bool(mask.any())]
+        if not self._kept[1] and not self._in_training:
+            return list(range(len(masks)))
         if not self._kept[1]:
             raise InputError(ALL_BLACK)
         return self._kept[1]

@@ -60,6 +60,12 @@ def test_masks_without_a_pixel_are_refused():
         sampler().sample_method(64, 1, H, W, mask=torch.zeros(1, H, W, 1, dtype=torch.bool))
 
 
+def test_an_evaluation_draws_from_all_pixels_where_masks_are_black():
+    judged = MaskedPixelSampler(PixelSamplerConfig(), in_training=False)
+    drawn = judged.sample_method(500, 2, H, W, mask=torch.zeros(2, H, W, 1, dtype=torch.bool))
+    assert drawn.max(dim=0).values.tolist() == [1, H - 1, W - 1]
+
+
 def test_without_masks_it_is_nerfstudios():
     torch.manual_seed(1)
     drawn = sampler().sample_method(500, 2, H, W)

@@ -78,3 +78,14 @@ def test_black_masks_of_all_images_are_refused(folders, box):
     config.data, config.stereo_rays_per_batch = mask(enlarge(box, 1), set(range(20))), 0
     with pytest.raises(InputError, match="masks of all images are black"):
         config.setup(device="cpu", test_mode="val").next_train(0)
+
+
+@pytest.mark.parametrize("enlarged", [False, True], ids=["of one size", "of several sizes"])
+def test_black_masks_of_all_test_images_do_not_end_the_training(folders, box, enlarged):
+    test = {int(f.stem) for f in build(folders, data=box).datamanager.eval_dataset.image_filenames}
+    data = mask(enlarge(box, min(test)) if enlarged else box, test)
+    manager = build(folders, data=data, score_weight=0.0).datamanager
+    _, batch = manager.next_eval(0)
+    assert set(batch["indices"][:, 0].tolist()) == set(range(len(test)))
+    assert len(batch["image"]) == manager.get_eval_rays_per_batch()
+    assert len(manager.next_train(0)[1]["image"]) == RAYS
