@@ -214,8 +214,13 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         return data
 
     def create_eval_dataset(self) -> FewViewDataset:
-        """nerfstudio's; beside a finished run, images are shown as its views are, for `ns-render` to write them."""
+        """nerfstudio's; beside a finished run, images are shown as its views are, for `ns-render` to write them.
+
+        What is empty of views of objects cut out by their masks is empty of the images that they are compared with.
+        """
         data = super().create_eval_dataset()
+        if getattr(self.config, "outside_masks", "ignored") == "empty" and data.has_masks:
+            data.cut_out_by_masks(judge_inside=True)
         if self.test_mode != "val" and hasattr(self.config, "cut_out_flat_background"):
             for photographs in (self.train_dataset, data):
                 photographs.show_on(self.train_dataset.background)

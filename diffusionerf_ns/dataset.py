@@ -45,13 +45,19 @@ class FewViewDataset(InputDataset):
         """Whether what is outside of masks is not trained on."""
         return bool(self._dataparser_outputs.mask_filenames)
 
-    def cut_out_by_masks(self) -> None:
-        """Take what is outside of the masks for empty, as if it were transparent; they are no masks from here on."""
+    def cut_out_by_masks(self, *, judge_inside: bool = False) -> None:
+        """Take what is outside of the masks for empty, as if it were transparent; they are no masks from here on.
+
+        Args:
+            judge_inside: keep them as masks for evaluation only.
+        """
         opaque = []
         for index, path in enumerate(self._dataparser_outputs.mask_filenames or ()):
             pixels = self._read(index)
             inside = load_mask(path, *pixels.shape[:2])[..., 0].numpy()
             opaque.append(inside & (pixels[..., 3] >= cut_out.OPAQUE) if self._any_alpha else inside)
+        if judge_inside:
+            self.metadata["eval_mask_filenames"] = self._dataparser_outputs.mask_filenames
         self._dataparser_outputs = replace(self._dataparser_outputs, mask_filenames=None)
         self._by_masks = True
         self._cut_out(opaque, None)

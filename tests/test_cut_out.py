@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import box_room
 import model_steps
@@ -237,6 +238,28 @@ def test_what_is_outside_of_masks_may_be_empty_as_transparent_pixels_are(folders
     assert not ignored.has_cut_outs
     with pytest.raises(InputError, match="outside-masks empty: the training images have no masks"):
         parts(transparent, outside_masks="empty")
+
+
+@pytest.mark.parametrize("colour", ["white", "black"])
+def test_test_images_are_cut_out_by_their_masks_too(folders, masked, transparent, colour):
+    """In evaluation beside a training and after it, as those with alpha; and judged inside their masks as well."""
+
+    def photographs(data: Path, mode: Literal["val", "test"], **options: object) -> list[torch.Tensor]:
+        config = copy.deepcopy(all_methods["diffusionerf-tiny"].pipeline)
+        config.datamanager = dataclasses.replace(config.datamanager, data=data, stereo_rays_per_batch=0, **options)
+        config.model.background_color = colour
+        pipeline = config.setup(device="cpu", test_mode=mode).eval()
+        model, found = pipeline.model, pipeline.datamanager.eval_dataset
+        model.renderer_rgb.background_color = model.background
+        assert ("mask" in found[0]) == (data == masked)
+        return [model.renderer_rgb.blend_background(found[i]["image"]) for i in range(len(found))]
+
+    modes: tuple[Literal["val", "test"], ...] = ("val", "test")
+    for mode in modes:
+        by_masks, by_alpha = photographs(masked, mode, outside_masks="empty"), photographs(transparent, mode)
+        assert by_masks[0][0, 0].tolist() == [float(colour == "white")] * 3
+        for mine, alpha in zip(by_masks, by_alpha):
+            torch.testing.assert_close(mine, alpha, atol=1.0 / 255, rtol=0.0)
 
 
 def test_an_alpha_channel_that_hides_nothing_is_no_cut_out(folders, tmp_path):
