@@ -24,7 +24,8 @@ class FewViewDataset(InputDataset):
     """nerfstudio's dataset, and in each item:
 
     * "depth_image" [h, w, 1], planar depth in metres, 0 where unknown: where the data parser knows depth files.
-      Times ``metadata["scene_units_per_metre"]`` it is in scene units.
+      Times ``metadata["scene_units_per_metre"]`` it is in scene units. It is unknown outside of masks that are trained
+      by and where images are transparent: a model is not asked for what was there, and rays may well meet nothing.
     * "mask" [h, w, 1], bool: from ``mask_filenames`` (training pixels are drawn by it too), else from
       ``metadata["eval_mask_filenames"]`` (which data parsers give for test images only).
     """
@@ -166,11 +167,16 @@ class FewViewDataset(InputDataset):
         depths = self.metadata.get("depth_filenames")
         if depths and any(depth is not None for depth in depths):
             path = depths[image_idx]
-            data["depth_image"] = (
+            depth = (
                 torch.zeros(height, width, 1)
                 if path is None
                 else load_depth(path, height, width, float(self.metadata["depth_unit_scale_factor"]))
             )
+            if self.has_masks:
+                depth[~data["mask"]] = 0.0
+            if self._opaque is not None or self._any_alpha:
+                depth[torch.from_numpy(self._with_alpha(image_idx)[..., 3] < cut_out.OPAQUE)] = 0.0
+            data["depth_image"] = depth
         data.update(self.get_metadata(data))
         return data
 

@@ -25,7 +25,8 @@ def judge_view(
     Args:
         outputs: of the model for the view.
         true: colours in [0, 1].
-        z: planar median depth, metres, judged where the batch has true depth; None: it is not judged.
+        z: planar median depth, metres, judged where the batch has true depth, which data sets give inside of masks that
+            are trained by and where images are not transparent; None: it is not judged.
         batch: the data set's item: "mask" and "depth_image" where the capture has them.
         networks: for LPIPS.
         protocol: that names the metrics, e.g. "llff-regnerf/psnr"; plain "psnr", "ssim" and "lpips" are nerfstudio's.

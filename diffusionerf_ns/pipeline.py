@@ -135,8 +135,8 @@ class DiffusioNeRFPipeline(VanillaPipeline):
     ) -> dict[str, Any]:
         """Means over the test images; "per_image" beside them when asked outside of training (``step`` is None).
 
-        Depth is judged where there is true depth, and within masks where there are any: the means are over the images
-        that have some. Deviations of a single image are 0.
+        Depth is judged where there is true depth, within masks that are trained by and not where images are
+        transparent: the means are over the images that have some. Deviations of a single image are 0.
         """
         model: Any = self.model
         model.image_metrics = []

@@ -11,6 +11,7 @@ from small_capture import make_capture, parse
 from ddm_training.errors import InputError
 from diffusionerf_ns import dataset as data_module
 from diffusionerf_ns.dataset import FewViewDataset, load_depth, load_mask
+from diffusionerf_ns.metrics import evaluate_depth
 
 
 def test_masks_and_depth_of_another_shape_are_refused(tmp_path):
@@ -63,6 +64,32 @@ def test_one_image_with_alpha_gives_all_of_them_a_channel_for_it(tmp_path):
     assert dataset.get_numpy_image(1)[0, 0].tolist() == [10, 20, 30, 128]
     assert dataset.get_numpy_image(2)[..., 3].min() == 255
     torch.stack([dataset[i]["image"] for i in range(3)])
+
+
+def test_depth_is_not_judged_where_a_model_is_not_asked_for_it(tmp_path):
+    """Outside of masks that are trained by, and where images are transparent; beside a finished run too."""
+    make_capture(tmp_path / "masked", 3, mask=True, depth=True)
+    make_capture(tmp_path / "alpha", 3, depth=True)
+    make_capture(tmp_path / "plain", 3, depth=True)
+    masked, alpha, plain = (parse(tmp_path / name) for name in ("masked", "alpha", "plain"))
+    half = Image.open(tmp_path / "masked" / "masks" / "f00.png")
+    for path in alpha.image_filenames:
+        image = Image.open(path)
+        image.putalpha(half)
+        image.save(path)
+    shown, cut = FewViewDataset(alpha), FewViewDataset(masked)
+    shown.show_on(torch.ones(3))
+    cut.cut_out_by_masks(judge_inside=True)
+    inside = load_mask(tmp_path / "masked" / "masks" / "f00.png", 30, 40)
+    for data in (FewViewDataset(masked), FewViewDataset(alpha), shown, cut):
+        depth = data[0]["depth_image"]
+        assert torch.equal(depth > 0.0, inside)
+        wrong = torch.where(inside, depth, 99.0)[..., 0]
+        assert evaluate_depth(wrong, depth[..., 0])["depth_rmse"] == 0.0
+    whole = FewViewDataset(plain)
+    whole.metadata["eval_mask_filenames"] = masked.mask_filenames
+    assert "mask" in whole[0]
+    assert (whole[0]["depth_image"] == 1.0).all(), "masks for evaluation only are not trained by"
 
 
 @pytest.mark.parametrize(("room", "once"), [(3 * 40 * 30 * 3, True), (1, False)])

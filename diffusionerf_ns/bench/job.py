@@ -250,7 +250,8 @@ def render_test_image(pipeline: Any, index: int) -> TestImage:
     """Render the view of a test image.
 
     Depth is the median depth along the ray, taken to planar depth, and to metres where the capture knows them. Metrics
-    of depth in results are of it, for our model and nerfacto alike.
+    of depth in results are of it, for our model and nerfacto alike. True depth is where the data set gives it:
+    inside of masks that are trained by, and not where images are transparent.
     """
     dataset = pipeline.datamanager.eval_dataset
     data = dataset[index]
