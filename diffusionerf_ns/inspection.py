@@ -145,7 +145,8 @@ class ViewContext:
     hidden: Callable[[Float[Tensor, "n 3"]], Bool[Tensor, " n"]] | None = None
     """Whether no training image shows a point, for such pixels to be filled; None fills none."""
     fill_empty: bool = True
-    """Whether that goes for rays that meet nothing too; not where there is a background that shall be seen."""
+    """Whether that goes for rays that meet nothing too; not where there is a background that shall be seen, from which
+    nothing is filled either."""
 
 
 def in_viewer() -> bool:
@@ -235,7 +236,9 @@ class _View:
         rgb, refined = self.rgb, self._context.refined
         if refined is not None and are_perspective(self._camera):
             rgb = refined(rgb, self.z, self._camera)
-        return rgb if self._context.hidden is None else unseen.fill(rgb, self.unseen())
+        if self._context.hidden is None:
+            return rgb
+        return unseen.fill(rgb, self.unseen(), None if self._context.fill_empty else self._empty())
 
     def training_cameras(self) -> Int[Tensor, "h w"]:
         count = self._context.count
@@ -249,7 +252,10 @@ class _View:
         hidden = self._context.hidden
         assert hidden is not None
         nowhere = self._of_surfaces(self.ready["expected_depth"], hidden)
-        return nowhere if self._context.fill_empty else nowhere & (self.accumulation[..., 0] > EMPTY).to(nowhere.device)
+        return nowhere if self._context.fill_empty else nowhere & ~self._empty().to(nowhere.device)
+
+    def _empty(self) -> Bool[Tensor, "h w"]:
+        return ~(self.accumulation[..., 0] > EMPTY)
 
     def _of_surfaces(self, depth: Float[Tensor, "h w 1"], judge: Callable[[Tensor], Tensor]) -> Tensor:
         """What is said of the points at that distance along the rays, [h, w]."""

@@ -106,33 +106,63 @@ class ShownSurfaces:
         return finite & ~shown
 
 
-def fill(rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"]) -> Float[Tensor, "h w 3"]:
-    """Colours of a view with those of unseen pixels spread from the pixels around; as they are if all are unseen."""
-    if not bool(unseen.any()) or bool(unseen.all()):
+def fill(
+    rgb: Float[Tensor, "h w 3"], unseen: Bool[Tensor, "h w"], empty: Bool[Tensor, "h w"] | None = None
+) -> Float[Tensor, "h w 3"]:
+    """Colours of a view with those of unseen pixels spread from the pixels around.
+
+    Args:
+        rgb: colours of the view.
+        unseen: pixels to fill; those that nothing known is connected to stay as they are.
+        empty: pixels that show a background: they stay, and nothing is spread from or across them. None: none do.
+    """
+    seen = ~unseen if empty is None else ~(unseen | empty)
+    if not bool(unseen.any()) or not bool(seen.any()):
         return rgb
     scale = min((MAX_PIXELS / unseen.numel()) ** 0.5, 1.0)
     size = tuple(max(round(length * scale), 1) for length in unseen.shape)
-    seen = (~unseen)[None, None].to(rgb)
+    seen = seen[None, None].to(rgb)
     known = F.interpolate(seen, size=size, mode="area")
     small = F.interpolate(rgb.permute(2, 0, 1)[None] * seen, size=size, mode="area") / known.clamp_min(1e-6)
-    values = fill_harmonic(small[0].permute(1, 2, 0).cpu().double().numpy(), (known[0, 0] <= 0.0).cpu().numpy())
+    hole, apart = (known[0, 0] <= 0.0).cpu().numpy(), None
+    if empty is not None:
+        there = F.interpolate((~empty)[None, None].to(rgb), size=size, mode="area")[0, 0] > 0.0
+        apart = _apart(there.cpu().numpy(), hole)
+        hole &= ~apart
+    values = fill_harmonic(small[0].permute(1, 2, 0).cpu().double().numpy(), hole, apart)
     large = F.interpolate(torch.from_numpy(values).to(rgb).permute(2, 0, 1)[None], size=unseen.shape, mode="bilinear")
     filled = large[0].permute(1, 2, 0)
+    if apart is not None:  # there, values are 0
+        share = F.interpolate(torch.from_numpy(~apart)[None, None].to(rgb), size=unseen.shape, mode="bilinear")[0, 0]
+        filled, unseen = filled / share.clamp_min(1e-6)[..., None], unseen & (share > 0.0)
     return torch.where(unseen[..., None], filled, rgb)
 
 
-def fill_harmonic(x: Float[np.ndarray, "h w c"], hole: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w c"]:
+def _apart(there: Bool[np.ndarray, "h w"], hole: Bool[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    """Pixels that are not connected, by pixels that are there, to any outside the hole."""
+    from scipy.ndimage import label
+
+    parts = np.zeros(there.shape, dtype=np.int32)  # 0 where nothing is
+    label(there, output=parts)
+    return ~np.isin(parts, parts[there & ~hole])
+
+
+def fill_harmonic(
+    x: Float[np.ndarray, "h w c"], hole: Bool[np.ndarray, "h w"], apart: Bool[np.ndarray, "h w"] | None = None
+) -> Float[np.ndarray, "h w c"]:
     """``x`` with its hole filled by the solution of Laplace's equation: each pixel is the mean of its neighbours.
 
     Args:
         x: values; those in the hole are ignored.
         hole: some pixels, not all.
+        apart: pixels outside the hole that count as nobody's neighbours; each part of the hole has others. None: none.
     """
     from scipy.sparse import coo_matrix, diags  # here: nerfstudio loads this module in each of its commands
     from scipy.sparse.linalg import spsolve
 
     if not hole.any():
         return x
+    apart = np.zeros_like(hole) if apart is None else apart
     values, unknown = x.reshape(-1, x.shape[-1]).copy(), hole.ravel()
     count = int(unknown.sum())
     place = np.cumsum(unknown) - 1  # of an unknown pixel among the equations
@@ -141,7 +171,8 @@ def fill_harmonic(x: Float[np.ndarray, "h w c"], hole: Bool[np.ndarray, "h w"]) 
         [np.stack([a.ravel(), b.ravel()]) for a, b in ((grid[:, :-1], grid[:, 1:]), (grid[:-1], grid[1:]))], axis=1
     )
     pixel, neighbour = np.concatenate([links, links[::-1]], axis=1)
-    pixel, neighbour = pixel[unknown[pixel]], neighbour[unknown[pixel]]
+    linked = unknown[pixel] & ~apart.ravel()[neighbour]
+    pixel, neighbour = pixel[linked], neighbour[linked]
     row, free = place[pixel], unknown[neighbour]
     between = coo_matrix((np.ones(free.sum()), (row[free], place[neighbour[free]])), shape=(count, count))
     known = coo_matrix((np.ones((~free).sum()), (row[~free], neighbour[~free])), shape=(count, hole.size))

@@ -254,6 +254,16 @@ def test_a_background_that_shall_be_seen_is_left_alone(fill_empty):
     assert torch.equal(outputs["rgb"][:10], ready["rgb"][:10]) != fill_empty
 
 
+def test_what_is_filled_of_an_object_takes_nothing_of_its_background():
+    ready = rendered(20, 30)
+    ready["rgb"][:10], ready["rgb"][10:] = 1.0, torch.tensor([0.9, 0.1, 0.1])
+    ready["accumulation"][:10] = 0.0
+    ready["rgb"][10:, 15:] = 0.0
+    known = CountingPrior()
+    outputs = inspection.view_outputs(ready, camera(20, 30), context(known, hidden=right, fill_empty=False))
+    torch.testing.assert_close(outputs["rgb"][10:], torch.tensor([0.9, 0.1, 0.1]).expand(10, 30, 3))
+
+
 def test_without_training_views_nothing_is_filled():
     outputs, _, ready = view(hidden=None)
     assert outputs["rgb"] is ready["rgb"]

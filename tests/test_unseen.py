@@ -177,3 +177,36 @@ def test_each_filled_pixel_is_the_mean_of_its_neighbours():
 def test_a_view_of_which_everything_or_nothing_is_known_stays_as_it_is(value):
     rgb = torch.rand(8, 9, 3)
     assert torch.equal(unseen.fill(rgb, torch.full((8, 9), value)), rgb)
+
+
+RED = torch.tensor([0.9, 0.1, 0.1])
+
+
+def disc_on_white(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A red disc before white whose right half nobody saw, and is green; that half; and what is empty."""
+    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    empty = (v - height / 2) ** 2 + (u - width / 2) ** 2 > (0.4 * height) ** 2
+    half = (u > width / 2) & ~empty
+    rgb = torch.where(empty[..., None], torch.ones(3), RED)
+    return torch.where(half[..., None], torch.tensor([0.0, 1.0, 0.0]), rgb), half, empty
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (480, 640), (611, 743)])
+def test_an_object_goes_on_in_its_own_colours_and_not_in_those_of_the_background(height, width):
+    rgb, half, empty = disc_on_white(height, width)
+    filled = unseen.fill(rgb, half, empty)
+    torch.testing.assert_close(filled[half], RED.expand(int(half.sum()), 3), atol=1e-4, rtol=0.0)
+    assert torch.equal(filled[~half], rgb[~half])
+
+
+def test_a_part_of_which_nothing_is_seen_stays_as_it_is():
+    rgb, half, empty = disc_on_white(40, 60)
+    empty[:, 28:32] = True
+    half &= ~empty
+    assert torch.equal(unseen.fill(rgb, half, empty), rgb)
+    assert torch.equal(unseen.fill(rgb, ~empty, empty), rgb)
+
+
+def test_where_nothing_is_empty_a_hole_is_filled_as_ever():
+    rgb, there = torch.rand(480, 640, 3), hole(480, 640)
+    torch.testing.assert_close(unseen.fill(rgb, there, torch.zeros_like(there)), unseen.fill(rgb, there))
