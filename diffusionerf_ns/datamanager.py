@@ -101,7 +101,7 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: DiffusioNeRFDataManager)
     image_patch_share: float = 0.25
     """Share of patches whose colours come from a training image; the others are rendered from perturbed training poses.
-    The paper's value. None of images with masks, or of other than perspective cameras."""
+    The paper's value. None of images with masks, of other than perspective cameras, or too narrow for a patch."""
     center_jitter: float = 0.2
     """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned
     into scene units by the metric scale."""
@@ -337,7 +337,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
                     CONSOLE.print(f"[yellow]{NO_IMAGE_PATCHES}")
                 self.config.image_patch_share = 0.0  # the viewer shows it
             if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
-                self.check_image_patches(model.patch_spec())  # now, not at the first patch, which may come late
+                spec = model.patch_spec()
+                try:
+                    self.check_image_patches(spec)  # now, not at the first patch, which may come late
+                except InputError as error:
+                    CONSOLE.print(f"[yellow]No patches of training images: {escape(str(error))}")
+                    self.config.image_patch_share = 0.0
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:

@@ -23,6 +23,8 @@ from ddm_training.rgbd import RgbdSpec
 
 Colours = Float[Tensor, "_h _w 3"] | UInt8[Tensor, "_h _w 3"]
 """In [0, 1], or of 255."""
+ROUNDING = 1.0 + 1e-6
+"""By which a patch that is made to fit may come out larger."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def image_patch_focal(spec: RgbdSpec, image_focal: float) -> float:
 
 
 def check_image_patches_fit(cameras: Cameras, spec: RgbdSpec) -> None:
-    """Raise where a patch of the prior's pixel scale does not lie wholly inside a training image.
+    """Raise where a patch of none of the pixel scales that the prior knows lies wholly inside a training image.
 
     Raises:
         InputError: names the image's size, the patch's size in its pixels, and what to do.
@@ -138,19 +140,26 @@ def check_image_patches_fit(cameras: Cameras, spec: RgbdSpec) -> None:
     for index in range(len(cameras)):
         side = _window_side(cameras, index, spec)
         width, height = int(cameras.width[index]), int(cameras.height[index])
-        if side[0] > width or side[1] > height:
+        if side[0] > width * ROUNDING or side[1] > height * ROUNDING:
+            focal = spec.patch_size * float(cameras.fx[index]) / side[0]
             raise InputError(
-                f"a patch of the prior ({spec.patch_size} pixels at a focal length of {spec.focal:g}) covers "
+                f"a patch of the prior ({spec.patch_size} pixels at a focal length of {focal:g}) covers "
                 f"{side[0]:.0f} x {side[1]:.0f} pixels of training image {index}, which has only {width} x {height}: "
-                "give larger images or a wider field of view, a prior with smaller patches, or switch patches of "
-                "images off with --pipeline.datamanager.image-patch-share 0."
+                "give a wider field of view, a prior with smaller patches, or switch patches of images off with "
+                "--pipeline.datamanager.image-patch-share 0."
             )
 
 
 def _window_side(cameras: Cameras, index: int, spec: RgbdSpec) -> tuple[float, float]:
-    """Width and height in image pixels of a patch cut from that image."""
+    """Width and height in image pixels of a patch cut from that image.
+
+    Where a patch of `image_patch_focal` is larger than the image, its focal length is longer, by as much as makes it
+    fit, but not longer than the prior knows, nor than the image's.
+    """
     fx, fy = float(cameras.fx[index]), float(cameras.fy[index])
     focal = image_patch_focal(spec, fx)
+    fitting = spec.patch_size * max(fx / int(cameras.width[index]), fy / int(cameras.height[index]))
+    focal = max(focal, min(fitting, spec.focal_range[1], fx))
     return spec.patch_size * fx / focal, spec.patch_size * fy / focal
 
 
@@ -172,7 +181,7 @@ def sample_image_patch(
     camera = int(torch.randint(len(cameras), (1,), generator=generator))
     side = torch.tensor(_window_side(cameras, camera, spec))
     size = torch.tensor([float(cameras.width[camera]), float(cameras.height[camera])])
-    corner = torch.rand(2, generator=generator) * (size - side)
+    corner = torch.rand(2, generator=generator) * (size - side).clamp_min(0.0)
     return cut_image_patch(cameras, images[camera], camera, spec, (float(corner[0]), float(corner[1])))
 
 

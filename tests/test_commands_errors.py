@@ -116,18 +116,12 @@ def with_other_widths(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [8, 16]}))
 
 
-def with_large_patches(folder: Path) -> None:
-    shutil.rmtree(folder)
-    box_room.write_prior(folder, patch_size=80)  # images are 72 pixels high, at the prior's focal length
-
-
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (without_spec, "has no rgbd.json"),
         (with_three_channels, "3 from 3 channels"),
         (with_other_widths, "do not fit"),
-        (with_large_patches, "which has only 96 x 72"),
     ],
 )
 def test_a_prior_that_cannot_be_used_is_refused_before_the_first_step(
@@ -135,8 +129,7 @@ def test_a_prior_that_cannot_be_used_is_refused_before_the_first_step(
 ):
     bad = Path(shutil.copytree(prior, tmp_path / "prior"))
     damage(bad)
-    # An image patch is rare enough that the first steps would often do without one.
-    flags = ("--pipeline.datamanager.image-patch-share", 0.001, "--logging.local-writer.enable", "True")
+    flags = ("--logging.local-writer.enable", "True")
     message = refused(commands, *train_arguments(capture, bad, "bad-prior", *flags))
     assert expected in message
 

@@ -233,9 +233,40 @@ def test_a_patch_larger_than_an_image_raises_with_both_sizes():
 
 
 def test_unequal_focal_lengths_are_checked_each_against_its_own_side():
-    patches.check_image_patches_fit(camera(fx=80.0, fy=40.0, width=32, height=16), SPEC)
+    spec = RgbdSpec(patch_size=16, focal=40.0, focal_range=(30.0, 40.0))
+    patches.check_image_patches_fit(camera(fx=80.0, fy=40.0, width=32, height=16), spec)
     with pytest.raises(InputError, match="32 x 16 pixels"):
-        patches.check_image_patches_fit(camera(fx=80.0, fy=40.0, width=31, height=99), SPEC)
+        patches.check_image_patches_fit(camera(fx=80.0, fy=40.0, width=31, height=99), spec)
+
+
+BUILTIN = RgbdSpec(patch_size=48, focal=175.0, focal_range=(60.0, 270.0))
+
+
+@pytest.mark.parametrize("width", [252, 1008, 1013])
+def test_a_patch_of_a_telephoto_image_has_the_shortest_focal_length_of_the_prior_that_fits(width):
+    """98 mm on 35 mm film and more: larger images would not help, as the focal length grows with them."""
+    height, draw = width * 3 // 4, generator(12)
+    cameras = camera(fx=width * 3.33, fy=width * 3.33, cx=width / 2, cy=height / 2, width=width, height=height)
+    patches.check_image_patches_fit(cameras, BUILTIN)
+    for _ in range(5):
+        patch = patches.sample_image_patch(cameras, [torch.rand(height, width, 3)], BUILTIN, generator=draw)
+        assert patch.rgb is not None
+        assert patch.rgb.isfinite().all()
+        _, v = pixel_coordinates(patch.rays, IDENTITY, cameras)
+        assert float(v[-1] - v[0]) == pytest.approx(height * 47 / 48, rel=1e-3)
+
+
+def test_a_patch_of_the_longest_focal_length_that_does_not_fit_is_refused_without_asking_for_larger_images():
+    with pytest.raises(
+        InputError, match=r"at a focal length of 270\) covers 213 x 213 .* only 252 x 189: give a wider"
+    ):
+        patches.check_image_patches_fit(camera(fx=1200.0, fy=1200.0, width=252, height=189), BUILTIN)
+
+
+@pytest.mark.parametrize(("focal", "side"), [(10.0, 16 / 3), (35.0, 16.0), (40.0, 16.0), (97.0, 38.8)])
+def test_a_patch_that_fits_keeps_the_priors_focal_length(focal, side):
+    cameras = camera(fx=focal, fy=focal)
+    assert patches._window_side(cameras, 0, SPEC) == pytest.approx((side, side), rel=1e-12)
 
 
 @pytest.mark.parametrize("of_an_image", [True, False])
