@@ -23,6 +23,8 @@ from ddm_training.rgbd import RgbdSpec
 
 Colours = Float[Tensor, "_h _w 3"] | UInt8[Tensor, "_h _w 3"]
 """In [0, 1], or of 255."""
+OF_PATCH = "of_patch"
+"""Metadata of rays, [n, 1]: whether they are a patch's. Where the key is missing, none are."""
 ROUNDING = 1.0 + 1e-6
 """By which a patch that is made to fit may come out larger."""
 
@@ -32,7 +34,7 @@ class Patch:
     """One patch: its rays in row-major order, and its colours where they are known."""
 
     rays: RayBundle
-    """[P * P] rays; ``metadata["directions_norm"]`` is 1 / cosine to the optical axis."""
+    """[P * P] rays; ``metadata["directions_norm"]`` is 1 / cosine to the optical axis, ``metadata[OF_PATCH]`` True."""
     rgb: Float[Tensor, "p p 3"] | None
     """Colours in [0, 1] of a patch of a training image; None for a patch that is rendered whole."""
     camera: int
@@ -64,7 +66,7 @@ def window_directions(
 
 
 def camera_rays(directions: Float[Tensor, "p p 3"], pose: Float[Tensor, "3 4"], focal: float, camera: int) -> RayBundle:
-    """Rays of camera-space directions (x, y, -1) seen from a pose, flattened row by row."""
+    """Rays of a patch: camera-space directions (x, y, -1) seen from a pose, flattened row by row."""
     flat = directions.reshape(-1, 3).to(pose)
     norm = flat.norm(dim=-1, keepdim=True)
     return RayBundle(
@@ -72,7 +74,7 @@ def camera_rays(directions: Float[Tensor, "p p 3"], pose: Float[Tensor, "3 4"], 
         directions=(flat / norm) @ pose[:, :3].T,
         pixel_area=torch.full_like(norm, 1.0 / focal**2),
         camera_indices=torch.full_like(norm, camera, dtype=torch.int64),
-        metadata={"directions_norm": norm},
+        metadata={"directions_norm": norm, OF_PATCH: torch.ones_like(norm, dtype=torch.bool)},
     )
 
 
@@ -200,7 +202,8 @@ def cut_image_patch(
         camera_indices=torch.full((size * size, 1), camera, device=cameras.device, dtype=torch.int64),
         coords=torch.stack([v, u], dim=-1).reshape(-1, 2).to(cameras.device),
     )
-    rays.metadata = {"directions_norm": rays.metadata["directions_norm"]}
+    norm = rays.metadata["directions_norm"]
+    rays.metadata = {"directions_norm": norm, OF_PATCH: torch.ones_like(norm, dtype=torch.bool)}
     rows, wy = _window(corner[1], side[1], size, image.shape[0])
     columns, wx = _window(corner[0], side[0], size, image.shape[1])
     window = image[rows, columns]
@@ -217,11 +220,17 @@ def _window(start: float, length: float, count: int, pixels: int) -> tuple[slice
 
 
 def concatenate_rays(bundles: list[RayBundle]) -> RayBundle:
-    """One bundle of several flat ones; of the metadata only ``directions_norm`` is kept, since all of ours have it."""
+    """One bundle of several flat ones; of the metadata ``directions_norm`` is kept, which all of ours have, and
+    `OF_PATCH` where there is one."""
+    norms = [b.metadata["directions_norm"] for b in bundles]
+    metadata = {"directions_norm": torch.cat(norms)}
+    if any(OF_PATCH in b.metadata for b in bundles):
+        none = (torch.zeros_like(norm, dtype=torch.bool) for norm in norms)
+        metadata[OF_PATCH] = torch.cat([b.metadata.get(OF_PATCH, default) for b, default in zip(bundles, none)])
     return RayBundle(
         origins=torch.cat([b.origins for b in bundles]),
         directions=torch.cat([b.directions for b in bundles]),
         pixel_area=torch.cat([b.pixel_area for b in bundles]),
         camera_indices=torch.cat([b.camera_indices for b in bundles]),  # pyright: ignore[reportArgumentType]
-        metadata={"directions_norm": torch.cat([b.metadata["directions_norm"] for b in bundles])},
+        metadata=metadata,
     )

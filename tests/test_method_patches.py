@@ -306,7 +306,9 @@ def test_concatenated_rays_keep_their_order_and_directions_norm():
     patch = patches.sample_rendered_patch(camera(), SPEC, jitter=0.1, max_angle=0.1, generator=generator(10))
     both = patches.concatenate_rays([rays, patch.rays])
     assert len(both) == len(rays) + 256
-    assert list(both.metadata) == ["directions_norm"]
+    assert list(both.metadata) == ["directions_norm", patches.OF_PATCH]
+    assert both.metadata[patches.OF_PATCH][:, 0].tolist() == [False] * len(rays) + [True] * 256
+    assert list(patches.concatenate_rays([rays, rays]).metadata) == ["directions_norm"]
     for name in ("origins", "directions", "pixel_area", "camera_indices"):
         assert torch.equal(getattr(both, name)[: len(rays)], getattr(rays, name))
         assert torch.equal(getattr(both, name)[len(rays) :], getattr(patch.rays, name))

@@ -315,6 +315,22 @@ def test_poses_learn_where_they_are_asked_to(folders):
     assert bool((gradient != 0.0).any())
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_patches_do_not_move_the_cameras(folders, share):
+    """Those that are rendered come from poses that no camera has."""
+    options = {"camera_optimizer": CameraOptimizerConfig(mode="SO3xR3"), "share": share}
+    pipeline, _ = with_known_prior(folders, **options)
+    set_step(pipeline, 1)
+    outputs, batch, losses, _ = step(pipeline)
+    poses = pipeline.model.camera_optimizer.pose_adjustment
+    first = batch["patches"].first_ray
+    of_patches = losses["score_loss"] + outputs["rgb"][first:].sum() + outputs["expected_depth"][first:].sum()
+    of_patches.backward(retain_graph=True)
+    assert poses.grad is None or not bool(poses.grad.any())
+    losses["rgb_loss"].backward()
+    assert bool(poses.grad.any()), "pixel rays do"
+
+
 def test_normals_learn_where_they_are_asked_for(folders):
     pipeline = build(folders, predict_normals=True, score_weight=0.0)
     losses = step(pipeline)[2]
