@@ -101,7 +101,7 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: DiffusioNeRFDataManager)
     image_patch_share: float = 0.25
     """Share of patches whose colours come from a training image; the others are rendered from perturbed training poses.
-    The paper's value. None of images with masks, of other than perspective cameras, or too narrow for a patch."""
+    The paper's value. None where images have masks or are not perspective, or one is too narrow for a patch."""
     center_jitter: float = 0.2
     """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned
     into scene units by the metric scale."""

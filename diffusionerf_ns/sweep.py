@@ -63,9 +63,11 @@ def agreed_depth(
         views: all views.
         nearest: for each, the others that it is matched with.
         ranges: near and far end of the depths that are swept in each, scene units, or in shares of the guess.
-        step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views.
+        step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views; with
+            guesses, a point at their median.
         guesses: of planar depth of each view, 0 where there is none; None: depths themselves are swept.
-        known: planar depth of each view that an earlier sweep found and that stands, 0 where it found none.
+        known: planar depth of each view that an earlier sweep found, 0 where it found none. It is not looked for again,
+            but is judged as what is found, and left out of what is returned where it is contradicted or not confirmed.
     """
     depths = []
     for index, others in enumerate(nearest):

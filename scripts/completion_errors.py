@@ -38,7 +38,7 @@ def matched_views(capture: Path, guess: completion.Completer) -> tuple[list[Matc
 
     def record(views: Sequence[MatchedView]) -> list[completion.Completed]:
         found.extend(views)
-        return completion.alone(completion.by_membrane)(views)
+        return completion.BY_MEMBRANE(views)
 
     factor = TEST_SIZES.get(capture.name)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -122,7 +122,7 @@ def main() -> None:
     completers = (
         partial(complete_together, network, steps=DiffusioNeRFDataManagerConfig().completion_steps),
         completion.alone(network.complete),
-        completion.alone(completion.by_membrane),
+        completion.BY_MEMBRANE,
     )
     for capture in captures:
         views, truth, before = matched_views(capture, completers[1])

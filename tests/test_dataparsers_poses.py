@@ -33,6 +33,20 @@ def test_poses_are_those_of_the_capture_turned_and_shifted(method: OrientationMe
 
 
 @pytest.mark.parametrize("method", ["up", "vertical"])
+@pytest.mark.parametrize("turns", [2, 3, 4])
+def test_up_vectors_that_cancel_out_but_for_rounding_turn_no_scene(method: OrientationMethod, turns: int):
+    """Cameras that look down and are turned evenly about their axes: the x axes of three or more span a plane."""
+    angles = np.arange(turns) * 2.0 * np.pi / turns
+    poses = np.stack([np.eye(3, 4) for _ in angles])
+    for pose, angle in zip(poses, angles):
+        pose[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        pose[:, 3] = [angle, 0.5 * angle, 0.0]
+    scene = normalise(poses, orientation_method=method, auto_scale=False)
+    assert scene.orientation == "none"
+    assert torch.equal(scene.transform[:, :3], torch.eye(3))
+
+
+@pytest.mark.parametrize("method", ["up", "vertical"])
 def test_a_scene_whose_cameras_have_no_mean_up_is_left_as_it_lies(method, tmp_path: Path, capsys):
     """Pairs of cameras at the same height, one of each upside down."""
     folder = box_room.write_transforms(tmp_path / "box", depth=False)

@@ -172,7 +172,7 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
     """Set fields by dotted path, in place.
 
     Raises:
-        InputError: a path names no field, or a value is a text where a number, true or false stands.
+        InputError: a path names no field, or a value is a text or none where a number, true or false stands.
     """
     for path, value in values.items():
         owner, name = _owner(config, path), path.split(".")[-1]
@@ -181,9 +181,10 @@ def override(config: Any, values: Mapping[str, Any]) -> None:
         current = getattr(owner, name)
         if isinstance(current, tuple) and isinstance(value, list):  # JSON has no tuples
             value = tuple(value)
-        if isinstance(current, bool | int | float) and isinstance(value, str):
+        if isinstance(current, bool | int | float) and (value is None or isinstance(value, str)):
             expected = "true or false" if isinstance(current, bool) else "a number"
-            raise InputError(f"override {path!r}: expected {expected}, found the text {value!r}.")
+            found = "none" if value is None else f"the text {value!r}"
+            raise InputError(f"override {path!r}: expected {expected}, found {found}.")
         setattr(owner, name, value)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ddm_training.errors import InputError
 
 FAR_OFF = 1000.0  # times the cameras' spread from the origin: there float32 would round them
+LEAST_MEAN_UP = 1e-3  # length of the mean of the cameras' unit up vectors: with less they cancel out
 
 OrientationMethod = Literal["pca", "up", "vertical", "none"]
 CenterMethod = Literal["poses", "focus", "none"]
@@ -96,11 +97,10 @@ def normalise(
     poses = np.concatenate([poses[:, :, :3], poses[:, :, 3:] - middle[:, None]], axis=2)
     square = np.concatenate([poses, np.tile([[[0.0, 0.0, 0.0, 1.0]]], (len(poses), 1, 1))], axis=1)
     square = torch.from_numpy(square.astype(np.float32))
+    if orientation_method in ("up", "vertical") and np.linalg.norm(poses[:, :3, 1].mean(axis=0)) < LEAST_MEAN_UP:
+        orientation_method = "none"  # nerfstudio would divide by it
     # Of "pca" nerfstudio mirrors two cameras where it turns the scene over: its transform is right, its poses are not.
     _, transform = auto_orient_and_center_poses(square, method=orientation_method, center_method=center_method)
-    if not transform.isfinite().all():
-        orientation_method = "none"
-        _, transform = auto_orient_and_center_poses(square, method="none", center_method=center_method)
     oriented = transform @ square
     scale = float(scale_factor)
     if auto_scale:
