@@ -31,7 +31,7 @@ from diffusionerf_ns.gradients import check_finite
 from diffusionerf_ns.hash_grid import speed_up_hash_grids
 from diffusionerf_ns.lpips import LpipsNetworks, no_lpips_download
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
-from diffusionerf_ns.patches import OF_PATCH
+from diffusionerf_ns.patches import hold_patches
 from diffusionerf_ns.prior import PatchPrior
 from diffusionerf_ns.score_loss import JudgedPatch, score_loss
 from diffusionerf_ns.stereo_rays import StereoBatch
@@ -104,7 +104,7 @@ class DiffusioNeRFModel(NerfactoModel):
         if not c.predict_normals and c.camera_optimizer.mode == "off":
             speed_up_hash_grids(self)
         if c.camera_optimizer.mode != "off":  # which has moved the rays when they are sampled
-            self.proposal_sampler.register_forward_pre_hook(_hold_patches)
+            self.proposal_sampler.register_forward_pre_hook(lambda _, args: hold_patches(args[0]))
 
     # The prior
 
@@ -389,15 +389,6 @@ class DiffusioNeRFModel(NerfactoModel):
                 torch.distributed.broadcast(scale, src=0)
             self.set_metric_scale(float(scale))
             CONSOLE.print(f"Metric scale: {self._known_scale:.4g} metres per scene unit, from rendered depth.")
-
-
-def _hold_patches(_: object, args: tuple[RayBundle]) -> None:
-    """Before sampling: no gradient of patches reaches the poses of cameras, which the prior knows nothing of."""
-    rays = args[0]
-    of_patch = rays.metadata.get(OF_PATCH)
-    if of_patch is not None:
-        rays.origins = torch.where(of_patch, rays.origins.detach(), rays.origins)
-        rays.directions = torch.where(of_patch, rays.directions.detach(), rays.directions)
 
 
 def _take_metric_scale(model: DiffusioNeRFModel, _: object) -> None:

@@ -234,3 +234,11 @@ def concatenate_rays(bundles: list[RayBundle]) -> RayBundle:
         camera_indices=torch.cat([b.camera_indices for b in bundles]),  # pyright: ignore[reportArgumentType]
         metadata=metadata,
     )
+
+
+def hold_patches(rays: RayBundle) -> None:
+    """Keep gradients of patches from the poses of cameras, which the prior knows nothing of. In place."""
+    of_patch = rays.metadata.get(OF_PATCH)
+    if of_patch is not None:
+        rays.origins = torch.where(of_patch, rays.origins.detach(), rays.origins)
+        rays.directions = torch.where(of_patch, rays.directions.detach(), rays.directions)

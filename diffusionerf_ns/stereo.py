@@ -217,9 +217,8 @@ def _match_along(guess: completion.Completer, matched: list[MatchedView]) -> lis
     depths = agreed_depth([v.view for v in matched], nearest, [AROUND] * len(matched), STEP, guesses, known)
     more = []
     for view, depth in zip(matched, depths):
-        # What was known stays, also where what is found now contradicts it.
-        both = torch.where(view.depth > 0, view.depth, _inside(depth, view.mask))
-        more.append(replace(view, depth=torch.where(view.depth > 0, both, completion.without_speckle(both))))
+        found = completion.without_speckle(_inside(depth, view.mask))
+        more.append(replace(view, depth=torch.where(view.depth > 0, view.depth, found)))
     return more
 
 

@@ -66,8 +66,8 @@ def agreed_depth(
         step: between two depths of the sweep, in pixels that a point moves in the farthest of the other views; with
             guesses, a point at their median.
         guesses: of planar depth of each view, 0 where there is none; None: depths themselves are swept.
-        known: planar depth of each view that an earlier sweep found, 0 where it found none. It is not looked for again,
-            but is judged as what is found, and left out of what is returned where it is contradicted or not confirmed.
+        known: planar depth of each view that an earlier sweep found and that stands, 0 where it found none. It says as
+            much of the other views as what is found.
     """
     depths = []
     for index, others in enumerate(nearest):
@@ -79,10 +79,11 @@ def agreed_depth(
         torch.where(confirmed(index, views, others, depths, TOLERANCE), depths[index], 0.0)
         for index, others in enumerate(nearest)
     ]
-    return [
+    kept = [
         torch.where(contradicted(index, views, others, agreed, SEEN_THROUGH), 0.0, agreed[index])
         for index, others in enumerate(nearest)
     ]
+    return kept if known is None else [torch.where(before > 0, before, now) for before, now in zip(known, kept)]
 
 
 def _sweep(
