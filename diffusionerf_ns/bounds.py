@@ -23,7 +23,7 @@ class StereoBounds:
     """Where stereo of the training images finds the scene."""
 
     near: float
-    """Planar depth of the nearest surfaces (2 % quantile), scene units."""
+    """Planar depth of the nearest surfaces (2 % quantile, or of a small object well before it), scene units."""
     far: float
     """Planar depth of the farthest (98 %), scene units."""
     median_disparity: float

@@ -145,11 +145,11 @@ class DiffusioNeRFModelConfig(NerfactoModelConfig):
 
     # Where the rays begin and end
     near_margin: float = 0.75
-    """Rays begin at this times the capture's near bound, or at `stereo_near_margin` times the nearest depth (2 %
-    quantile) that stereo finds, whichever is farther; where neither is known, at `near_plane`. A `near_plane` other
-    than nerfacto's .05 is a lower limit in training, and a `far_plane` other than its 1,000 an upper one. After
-    training, views that are nearer to the scene than all training images begin nearer in proportion (with up to 32
-    perspective training images)."""
+    """Rays begin at this times the capture's near bound, or at `stereo_near_margin` times the nearest depth
+    (`StereoBounds.near`) that stereo finds, whichever is farther; where neither is known, at `near_plane`. A
+    `near_plane` other than nerfacto's .05 is a lower limit in training, and a `far_plane` other than its 1,000 an
+    upper one. After training, views that are nearer to the scene than all training images begin nearer in proportion
+    (with up to 32 perspective training images)."""
     stereo_near_margin: float = 0.6
     """See `near_margin`. Not all surfaces can be matched: room is left in front of the nearest match."""
     far_margin: float = 1.25

@@ -19,6 +19,7 @@ SAME_PLACE = 0.01  # of the largest b: a picture from nearer by looks the same a
 LEAST_BASELINE = 0.05  # of the depth: from nearer by a wrong depth looks as good as the right one
 LEAST_POINTS = 200  # that lie in a view, to say how deep it is
 BEFORE, BEHIND = 0.7, 1.5  # times the nearest and the farthest depth: the room that is left around them
+NEAREST = 0.002  # of the pixels, without speckle: an object that so few show counts, if it stands well before the rest
 
 
 def farthest_point_sampling(positions: Float[Tensor, "n 3"], count: int) -> list[int]:
@@ -64,6 +65,19 @@ def depth_quantiles(
         inside = z[(grid.abs() < 1.0).all(dim=-1)].numpy()
         found.append(np.quantile(inside, quantiles).tolist() if len(inside) >= LEAST_POINTS else None)
     return found
+
+
+def near_end(near: float, depth: Float[Tensor, " k"]) -> float:
+    """Where depth begins: ``near``, unless some of it lies so much nearer that the room before ``near`` leaves it out.
+
+    A quantile that is safe from wrong depth also leaves out a small object that stands before everything else.
+
+    Args:
+        near: a low quantile of depth.
+        depth: of all pixels whose depth is known, without speckle.
+    """
+    nearest = float(np.quantile(depth.numpy(), NEAREST)) if len(depth) else near
+    return nearest if nearest < BEFORE * near else near
 
 
 def widened(near: float, far: float, own: Sequence[Sequence[float] | None]) -> list[tuple[float, float]]:

@@ -59,8 +59,10 @@ class MatchedDepth:
         return len(self.depth)
 
     def near_far(self, cameras: Cameras) -> tuple[float, float]:
-        """Quantiles .02 and .98 of depth, scene units; those of a view that they would leave out, as a close-up's."""
+        """Quantiles .02 and .98 of depth, scene units; what they would leave out, as a close-up or a small near object
+        (`overlap.near_end`), counts as well."""
         near, far = map(float, np.quantile(self.depth.numpy(), [0.02, 0.98]))
+        near = overlap.near_end(near, self.depth)
         points = self._some_points(cameras).cpu()
         frusta = Projections(cameras.to("cpu"))
         own: list[list[float] | None] = []
@@ -106,7 +108,7 @@ class _Scene:
     near: float
     middle: float
     far: float
-    """Quantiles `SCENE_QUANTILES` of planar depth in all views, scene units."""
+    """Quantiles `SCENE_QUANTILES` of planar depth in all views, scene units; near by `overlap.near_end`."""
 
 
 @torch.no_grad()
@@ -177,6 +179,8 @@ def _locate_scene(
     if len(found) < MIN_MATCHES:
         return None
     near, middle, far = map(float, np.quantile(found.numpy(), SCENE_QUANTILES))
+    islands = [completion.without_speckle(d) for d in depths]
+    near = overlap.near_end(near, torch.cat([d[d > 0] for d in islands]))
     return _Scene(overlap.points_of(views, depths), near, middle, far)
 
 

@@ -86,6 +86,16 @@ def test_bounds_of_views_alike_are_those_of_all_matches():
     assert found.near_far(cameras) == pytest.approx(np.quantile(found.depth.numpy(), [0.02, 0.98]).tolist())
 
 
+@pytest.mark.parametrize(("depth", "expected"), [(1.0, 1.0), (1.45, 2.0), (None, 2.0)])
+def test_depth_begins_with_what_stands_well_before_the_rest(depth: float | None, expected: float):
+    """Something at ``depth`` that 1 % of the pixels show, before a scene that begins at 2."""
+    known = torch.linspace(2.0, 4.0, 10_000)
+    if depth is not None:
+        known[:100] = depth
+    assert overlap.near_end(2.0, known) == pytest.approx(expected, rel=0.01)
+    assert overlap.near_end(2.0, known[:0]) == 2.0
+
+
 def test_frames_of_a_film_are_compared_with_those_some_way_off():
     """The four next to a frame are a tenth of a pixel's depth away: any depth looks right."""
     centres = [(0.03 * i, 0.0, 0.0) for i in range(9)]

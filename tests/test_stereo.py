@@ -151,21 +151,35 @@ def test_unrelated_images_give_next_to_nothing() -> None:
     assert found.share < stereo.CHANCE
 
 
+def square_before_a_wall(centre: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Image of a textured square 1.5 units away before a wall 6 units away, and the pixels that show the square."""
+    wall, _ = plane_view(centre, 6.0, 0.0)
+    square, z = plane_view(centre, 1.5, 0.0)
+    x = centre[0] + z * (np.arange(WIDTH) + 0.5 - WIDTH / 2) / FOCAL
+    y = centre[1] - z * (np.arange(HEIGHT) + 0.5 - HEIGHT / 2)[:, None] / FOCAL
+    shown = (np.abs(x) < 0.08) & (np.abs(y) < 0.08)
+    return np.where(shown[..., None], square, wall), shown
+
+
 def test_a_small_object_within_masks_is_looked_for_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stereo, "MIN_MATCHES", 20)
-    images, masks = [], []
-    for centre in CENTRES:
-        far, _ = plane_view(centre, 6.0, 0.0)
-        near, z = plane_view(centre, 1.5, 0.0)
-        x = centre[0] + z * (np.arange(WIDTH) + 0.5 - WIDTH / 2) / FOCAL
-        y = centre[1] - z * (np.arange(HEIGHT) + 0.5 - HEIGHT / 2)[:, None] / FOCAL
-        mask = (np.abs(x) < 0.08) & (np.abs(y) < 0.08)
-        images.append(np.where(mask[..., None], near, far))
-        masks.append(torch.from_numpy(mask))
-    assert 0.01 < float(torch.stack(masks).double().mean()) < 0.03
-    found = stereo.match(make_cameras(CENTRES), images, masks)
+    images, masks = zip(*map(square_before_a_wall, CENTRES))
+    assert 0.01 < np.mean(masks) < 0.03
+    found = stereo.match(make_cameras(CENTRES), images, list(map(torch.from_numpy, masks)))
     assert float(found.depth.median()) == pytest.approx(1.5, rel=0.03)
     assert found.share > 0.3, "of the pixels inside"
+
+
+def test_a_small_object_before_everything_else_is_matched_and_depth_begins_with_it() -> None:
+    """Fewer pixels show it than the quantiles leave out that say where a scene lies."""
+    images, shown = zip(*map(square_before_a_wall, CENTRES))
+    assert np.mean(shown) < stereo.SCENE_QUANTILES[0]
+    found = match(make_cameras(CENTRES), list(images))
+    assert found.near_far(make_cameras(CENTRES))[0] == pytest.approx(1.5, rel=0.03)
+    inside = [shown[i][int(p[1]), int(p[0])] for i, p in zip(found.view.tolist(), found.pixel.tolist())]
+    depth = found.depth[torch.tensor(inside)]
+    assert len(depth) > 0.3 * np.sum(shown)
+    assert float(depth.median()) == pytest.approx(1.5, rel=0.03), "windows at its borders match the wall"
 
 
 def test_depth_between_the_matches_is_about_that_of_the_surface_around() -> None:
