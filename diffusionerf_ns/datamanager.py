@@ -2,16 +2,13 @@
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, UInt8
-from nerfstudio.cameras.cameras import Cameras
+from jaxtyping import UInt8
 from nerfstudio.cameras.rays import RayBundle
 from nerfstudio.data.datamanagers.base_datamanager import (
     VanillaDataManager,
@@ -27,71 +24,17 @@ from torch import Tensor
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import completion, patches, refine, stereo
-from diffusionerf_ns.agreement import can_complete_together, complete_together
+from diffusionerf_ns import patches, refine
 from diffusionerf_ns.bounds import StereoBounds
-from diffusionerf_ns.dataset import FewViewDataset, load_mask
+from diffusionerf_ns.contract import FACTS, PatchBatch, PatchRequest, StereoRequest, TrainingFacts
+from diffusionerf_ns.dataset import FewViewDataset
 from diffusionerf_ns.errors import show_input_errors_plainly
+from diffusionerf_ns.image_matching import match_images
 from diffusionerf_ns.pixel_sampler import MaskedPixelSampler
 from diffusionerf_ns.stereo_rays import StereoRays
 from diffusionerf_ns.visibility import are_perspective
 
-
-@dataclass(frozen=True)
-class PatchBatch:
-    """What the model needs to know of the patches at the end of a ray bundle."""
-
-    first_ray: int
-    """Rays before this one are pixel rays."""
-    size: int
-    """P: each patch has P * P rays, row by row."""
-    rgb: list[Float[Tensor, "p p 3"] | None]
-    """Per patch, the colours in [0, 1] of a training image, or None where the patch's colours are rendered."""
-    cameras: list[int]
-    """Per patch, the training camera that it comes from or is near to."""
-    poses: list[Float[Tensor, "3 4"]]
-    """Per patch, camera-to-world of its camera."""
-
-    def __len__(self) -> int:
-        return len(self.rgb)
-
-
-@dataclass(frozen=True)
-class TrainingFacts:
-    """What the model is told of the training images: ``metadata[FACTS]`` of their data set."""
-
-    cameras: Cameras
-    has_cut_outs: bool
-    """Whether part of the images is empty, see `FewViewDataset.find_cut_outs`."""
-    background: Float[Tensor, "3"] | None
-    """Of cut-outs the colour to show them on, in [0, 1]; None where it is not known."""
-    fine_detail: list[tuple[float, float]]
-    """Focal length and detail of the photographs, see `refine.detail_by_scale`."""
-    stereo: StereoBounds | None
-    """Where stereo finds the scene; None where it is off, in vain, or nothing is trained."""
-
-
 NO_IMAGE_PATCHES = "No patches of training images: they have masks or are not perspective."
-FACTS = "diffusionerf"
-"""The key of `TrainingFacts`: the pipeline hands the model the data set's metadata and nothing else."""
-
-
-@dataclass(frozen=True)
-class PatchRequest:
-    """What the model wants of the next step's patches."""
-
-    spec: RgbdSpec
-    count: int
-    metric_scale: float
-    """Metres per scene unit."""
-
-
-@dataclass(frozen=True)
-class StereoRequest:
-    """What the model wants of stereo in the next step: completed depth of the pixel rays, and perhaps own rays."""
-
-    matched_rays: bool
-    """Whether rays through matched pixels are wanted."""
 
 
 @dataclass
@@ -178,9 +121,12 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             (data.image_on(i, data.background), data.opaque(i), float(data.cameras.fx[i])) for i in range(len(data))
         )
         self.stereo_rays: StereoRays | None = None
-        wanted = test_mode == "val" and getattr(config, "stereo_rays_per_batch", 0) > 0 and len(data) > 1
-        found = self._match_images() if wanted else None
-        data.metadata[FACTS] = TrainingFacts(data.cameras, data.has_cut_outs, data.background, detail, found)
+        bounds: StereoBounds | None = None
+        if test_mode == "val" and getattr(config, "stereo_rays_per_batch", 0) > 0 and len(data) > 1:
+            found = match_images(data, self.config, self.device)
+            if found is not None:
+                bounds, self.stereo_rays = found
+        data.metadata[FACTS] = TrainingFacts(data.cameras, data.has_cut_outs, data.background, detail, bounds)
 
     @property
     def dataset_type(self) -> type[FewViewDataset]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -232,17 +178,14 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
 
     def _warn_of_black_masks(self) -> None:
         """Say which masks leave out a whole training image."""
+        data = self.train_dataset
         for i, path in enumerate(self.train_dataparser_outputs.mask_filenames or ()):
-            if not self._mask(i, path).any():
+            inside = data.inside_mask(i)
+            if inside is not None and not inside.any():
                 CONSOLE.print(
                     f"[yellow]Mask {escape(str(path))} is black: nothing of that training image is used. Masks are "
                     "white where the scene is."
                 )
-
-    def _mask(self, index: int, path: Path) -> Bool[Tensor, "h w"]:
-        """The mask of a training image, without its image."""
-        cameras = self.train_dataset.cameras
-        return load_mask(path, int(cameras.height[index]), int(cameras.width[index]))[..., 0]
 
     def _get_pixel_sampler(self, dataset: FewViewDataset, num_rays_per_batch: int) -> PixelSampler:
         """nerfstudio's, or where it would be its plain one, ours."""
@@ -250,67 +193,6 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         if type(sampler) is not PixelSampler:
             return sampler
         return MaskedPixelSampler(sampler.config, in_training=dataset is self.train_dataset, **sampler.kwargs)
-
-    def _match_images(self) -> StereoBounds | None:
-        """Match the training images; keep the depth that is found. Where the scene lies; None: nothing was found."""
-        cameras = self.train_dataset.cameras
-        if not are_perspective(cameras):
-            CONSOLE.print("[yellow]Stereo is left out: it is made for perspective cameras.")
-            return None
-        by, complete, guess = self._completers()
-        started = time.perf_counter()
-        images = [self.train_dataset.get_numpy_image(i) for i in range(len(self.train_dataset))]
-        masks = [self._belongs(i) for i in range(len(images))]
-        images = [image[..., :3] for image in images]
-        count = min(len(images), stereo.FINE_VIEWS)
-        with CONSOLE.status(f"Matching {count} of {len(images)} training images and completing their depth..."):
-            matched = stereo.match(cameras, images, masks, complete, guess)
-        seconds = time.perf_counter() - started
-        if matched.completed is None:
-            CONSOLE.print(
-                "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap, texture, or "
-                "cameras too close to one another may be the reason): training goes on without it."
-            )
-            return None
-        near, far = matched.near_far(cameras)
-        CONSOLE.print(
-            f"Stereo: {len(matched):,} matched pixels at depths of {near:.3g} to {far:.3g} scene units, {escape(by)} "
-            f"between them, in {seconds:.1f} s."
-        )
-        if matched.share < stereo.CHANCE:
-            CONSOLE.print(
-                f"[yellow]These are {100 * matched.share:.1f} % of the pixels, no more than photographs of different "
-                "places have by chance: if views turn out wrong, check that the poses are right and that the training "
-                "images show the same things."
-            )
-        self.stereo_rays = StereoRays(
-            matched, matched.completed, cameras, self.config.stereo_rays_per_batch, self.device
-        )
-        centre, radius = matched.content_cube(cameras)
-        low, high = ([f"{c + sign * radius:.2f}" for c in centre] for sign in (-1.0, 1.0))
-        CONSOLE.print(f"Most of it lies between ({', '.join(low)}) and ({', '.join(high)}), scene units.")
-        return StereoBounds(near, far, matched.median_disparity(), centre, radius)
-
-    def _belongs(self, index: int) -> Bool[Tensor, "h w"] | None:
-        """Pixels of a training image that are of the scene, by its mask and by its alpha; None: all."""
-        paths = self.train_dataparser_outputs.mask_filenames
-        inside = None if paths is None else self._mask(index, paths[index])
-        opaque = self.train_dataset.opaque(index)
-        return opaque if inside is None else inside if opaque is None else inside & opaque
-
-    def _completers(self) -> tuple[str, completion.Completer, completion.Completer]:
-        """What completes depth, by the configuration: in words, as a function, and as a quicker one for guesses."""
-        prior = self.config.completion_prior
-        if self.config.completion == "prior" and prior is not None:
-            network = completion.find_network(prior, self.config.completion_revision)
-            if network is not None:
-                steps = self.config.completion_steps
-                together = can_complete_together(len(self.train_dataset), steps)
-                how = "images together" if together else "each image alone"
-                words = f"completed by the prior {prior} ({how})"
-                return words, partial(complete_together, network, steps=steps), completion.alone(network.complete)
-            CONSOLE.print(f"The prior {escape(prior)} has no network that completes depth.")
-        return "interpolated", completion.BY_MEMBRANE, completion.BY_MEMBRANE
 
     def set_ray_wishes(
         self, patches: Callable[[], PatchRequest | None], stereo: Callable[[], StereoRequest | None]

@@ -102,6 +102,19 @@ class FewViewDataset(InputDataset):
         """Pixels of an image that are not empty; None: all of all images."""
         return None if self._opaque is None else torch.from_numpy(self._opaque[image_idx])
 
+    def inside_mask(self, image_idx: int) -> Bool[Tensor, "h w"] | None:
+        """Pixels of an image that its mask lets be trained on; the image is not read. None: the set has no masks."""
+        paths = self._dataparser_outputs.mask_filenames
+        if not paths:
+            return None
+        size = int(self.cameras.height[image_idx]), int(self.cameras.width[image_idx])
+        return load_mask(paths[image_idx], *size)[..., 0]
+
+    def belongs(self, image_idx: int) -> Bool[Tensor, "h w"] | None:
+        """Pixels of an image that are of the scene, by its mask and by what is empty; None: all."""
+        inside, opaque = self.inside_mask(image_idx), self.opaque(image_idx)
+        return opaque if inside is None else inside if opaque is None else inside & opaque
+
     def image_on(self, image_idx: int, colour: Float[Tensor, "3"] | None) -> Float[Tensor, "h w 3"]:
         """The image in [0, 1] on a background of that colour, else on black."""
         image = torch.from_numpy(self._with_alpha(image_idx).astype(np.float32) / 255.0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ddm_training import rgbd
 from diffusionerf_ns import backbone, inspection, metrics, regularizers, schedules
 from diffusionerf_ns.bounds import BoundsCollider, first_metric_scale, metric_scale_from_disparity
-from diffusionerf_ns.datamanager import FACTS, PatchBatch, PatchRequest, StereoRequest, TrainingFacts
+from diffusionerf_ns.contract import FACTS, PatchBatch, PatchRequest, StereoRequest, TrainingFacts
 from diffusionerf_ns.evaluation import judge_view
 from diffusionerf_ns.geometric_losses import geometric_losses, normals_losses, stereo_losses
 from diffusionerf_ns.gradients import check_finite

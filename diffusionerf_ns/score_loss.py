@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddm_training import rgbd
 from diffusionerf_ns import regularizers
-from diffusionerf_ns.datamanager import PatchBatch
+from diffusionerf_ns.contract import PatchBatch
 from diffusionerf_ns.model_config import DiffusioNeRFModelConfig
 from diffusionerf_ns.prior import PatchPrior
 

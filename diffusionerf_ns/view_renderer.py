@@ -13,7 +13,7 @@ from diffusionerf_ns import inspection, refine, unseen
 from diffusionerf_ns.surfaces import FieldSurfaces
 
 if TYPE_CHECKING:
-    from diffusionerf_ns.datamanager import TrainingFacts
+    from diffusionerf_ns.contract import TrainingFacts
     from diffusionerf_ns.model import DiffusioNeRFModel
 
 

@@ -14,17 +14,11 @@ from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataPars
 from nerfstudio.engine.callbacks import TrainingCallbackAttributes
 from PIL import Image
 
-from ddm_training.completion import FOLDER, CompletionSpec, make_network, save_completer
 from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
-from diffusionerf_ns import completion, patches
-from diffusionerf_ns.datamanager import (
-    FACTS,
-    DiffusioNeRFDataManager,
-    DiffusioNeRFDataManagerConfig,
-    PatchRequest,
-    StereoRequest,
-)
+from diffusionerf_ns import patches
+from diffusionerf_ns.contract import FACTS, PatchRequest, StereoRequest
+from diffusionerf_ns.datamanager import DiffusioNeRFDataManager, DiffusioNeRFDataManagerConfig
 from diffusionerf_ns.dataparsers.few_view import FewViewDataParserConfig
 from diffusionerf_ns.dataset import FewViewDataset
 
@@ -215,37 +209,6 @@ def test_pixel_rays_are_told_about_where_their_walls_are(make):
     assert float(((roughly / true - 1.0)[sure].abs() > 0.2).float().mean()) < 0.02
 
 
-def test_depth_is_completed_by_the_network_of_a_prior_that_has_one(make, tmp_path, capsys):
-    torch.manual_seed(0)
-    network = make_network()
-    torch.nn.init.constant_(network.conv_out.bias, 0.0)
-    save_completer(tmp_path / FOLDER, network, CompletionSpec(size=(32, 24)))
-    completed = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path), completion_steps=2)
-    assert f"completed by the prior {tmp_path}" in " ".join(capsys.readouterr().out.split()).replace("/ ", "/")
-    interpolated = make(stereo_rays_per_batch=24, completion="membrane", completion_prior=str(tmp_path))
-    assert "interpolated between them" in " ".join(capsys.readouterr().out.split())
-    # Its correction is nought, so it gives the membrane of few pixels, and an error of e^0 and what enlarging adds.
-    assert bool((completed.stereo_rays.completed.error >= 1.0).all())
-    assert float(completed.stereo_rays.completed.error.median()) < 1.1
-    assert bool(interpolated.stereo_rays.completed.error.isinf().all())
-    both = (completed.stereo_rays.completed.values > 0) & (interpolated.stereo_rays.completed.values > 0)
-    assert both.float().mean() > 0.8
-    ratio = (completed.stereo_rays.completed.values / interpolated.stereo_rays.completed.values)[both]
-    assert 0.0 < (ratio - 1.0).abs().median() < 0.03
-
-
-def test_a_prior_without_a_network_interpolates_and_says_so(make, tmp_path, capsys):
-    manager = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
-    assert "has no network that completes depth" in " ".join(capsys.readouterr().out.split())
-    assert bool(manager.stereo_rays.completed.error.isinf().all())
-
-
-def test_a_damaged_network_stops_the_run_before_it_starts(make, tmp_path):
-    (tmp_path / FOLDER).mkdir()
-    with pytest.raises(InputError, match="is no completion network"):
-        make(stereo_rays_per_batch=24, completion_prior=str(tmp_path))
-
-
 def test_rays_through_matched_pixels_are_made_only_where_they_are_wanted(manager):
     wish(manager, 1, stereo=StereoRequest(matched_rays=False))
     rays, batch = manager.next_train(0)
@@ -253,16 +216,6 @@ def test_rays_through_matched_pixels_are_made_only_where_they_are_wanted(manager
     assert len(rays[batch["stereo"].rays]) == len(batch["stereo"].distance) == 0
     assert batch["stereo"].completed.shape == (RAYS,)
     assert batch["patches"].first_ray == RAYS
-
-
-def test_the_model_is_told_how_deep_the_scene_lies(manager):
-    found = manager.train_dataset.metadata[FACTS].stereo
-    units = manager.train_dataset.metadata["scene_units_per_metre"]
-    depth = np.concatenate(
-        [np.asarray(Image.open(manager.config.data / "depth" / f"{i:03d}.png")).ravel() / 1000 for i in (0, 2, 4, 5)]
-    )
-    low, high = np.quantile(depth, [0.01, 0.99]) * units
-    assert low * 0.9 < found.near < 1 / found.median_disparity < found.far < high * 1.1
 
 
 def test_the_model_is_told_how_much_fine_detail_the_photographs_have(manager):
@@ -389,20 +342,6 @@ def test_a_share_that_is_none_is_refused(share):
 def test_a_negative_number_of_completion_steps_is_refused():
     with pytest.raises(InputError, match=r"completion-steps must be 0 or more, found -1"):
         DiffusioNeRFDataManagerConfig(completion_steps=-1)
-
-
-@pytest.mark.parametrize("steps", [0, 7])
-def test_the_images_are_completed_together_in_as_many_steps_as_are_asked_for(make, tmp_path, monkeypatch, steps):
-    asked = []
-
-    def complete(network, views, steps):
-        asked.append((len(views), steps))
-        return completion.alone(network.complete)(views)
-
-    monkeypatch.setattr("diffusionerf_ns.datamanager.complete_together", complete)
-    save_completer(tmp_path / FOLDER, make_network(), CompletionSpec(size=(32, 24)))
-    manager = make(stereo_rays_per_batch=24, completion_prior=str(tmp_path), completion_steps=steps)
-    assert asked == [(len(manager.train_dataset), steps)]
 
 
 def test_nerfstudios_own_data_parsers_work_too(make, capture):

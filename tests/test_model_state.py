@@ -15,7 +15,7 @@ from nerfstudio.engine.callbacks import TrainingCallbackLocation
 
 from ddm_training.errors import InputError
 from diffusionerf_ns.bounds import StereoBounds
-from diffusionerf_ns.datamanager import FACTS
+from diffusionerf_ns.contract import FACTS
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures
 

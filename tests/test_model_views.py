@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusionerf_ns import inspection, surfaces, unseen
 from diffusionerf_ns import model as model_module
-from diffusionerf_ns.datamanager import FACTS
+from diffusionerf_ns.contract import FACTS
 from diffusionerf_ns.refine import ViewRefiner
 
 folders, stereo_once = model_steps.folders, model_steps.stereo_once  # fixtures

@@ -26,7 +26,7 @@ from ddm_training.errors import InputError
 from ddm_training.rgbd import RgbdSpec
 from ddm_training.unet import make_scheduler
 from diffusionerf_ns import viewer as ours
-from diffusionerf_ns.datamanager import PatchBatch
+from diffusionerf_ns.contract import PatchBatch
 from diffusionerf_ns.inspection import DepthRange
 from diffusionerf_ns.patches import camera_rays, random_rotation, window_directions
 from diffusionerf_ns.prior import PatchPrior
