@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -21,7 +21,7 @@ class MatchingSettings(Protocol):
     """What a run says of it, see `DiffusioNeRFDataManagerConfig`."""
 
     stereo_rays_per_batch: int
-    completion: str
+    completion: Literal["prior", "membrane"]
     completion_prior: str | None
     completion_revision: str | None
     completion_steps: int
