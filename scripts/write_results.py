@@ -15,7 +15,7 @@ from PIL import Image
 from ddm_training.errors import InputError
 from ddm_training.files import write_whole
 from diffusionerf_ns.bench.results import none_held_out, read_entries
-from diffusionerf_ns.bench.table import Mean, Setting, all_have, over_scenes, setting_of
+from diffusionerf_ns.bench.summary import Mean, Setting, all_have, over_scenes, setting_of
 from diffusionerf_ns.bench.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]

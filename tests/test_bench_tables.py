@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from ddm_training.errors import InputError
-from diffusionerf_ns.bench import peers, pictures, results, table, variants
+from diffusionerf_ns.bench import peers, pictures, results, summary, table, variants
 from diffusionerf_ns.bench.jobs import Job, make_jobs
 from diffusionerf_ns.bench.plot import draw_plots
 from diffusionerf_ns.dataparsers.base import Source
@@ -22,12 +22,12 @@ def test_scenes_weigh_equally_and_the_deviation_is_over_seeds(tmp_path: Path) ->
     values = {("fern", 0): 10.0, ("fern", 1): 14.0, ("room", 0): 20.0, ("room", 1): 22.0}
     jobs = make_jobs([Path("fern"), Path("room")], views=[3], seeds=[0, 1], variant_names=["full"])
     rows = [fake_result(job, "h", psnr=values[job.scene, job.seed], ssim=0.5) for job in jobs]
-    ((_, (row,)),) = table.summarise_runs(rows).items()
+    ((_, (row,)),) = summary.summarise_runs(rows).items()
     assert row.means["psnr"].value == pytest.approx((12.0 + 21.0) / 2)
     assert row.means["psnr"].deviation == pytest.approx(math.sqrt(((15.0 - 16.5) ** 2 + (18.0 - 16.5) ** 2) / 1))
     # A seed that only one scene has must not shift the weights of the scenes, nor count in the deviation.
     more = fake_result(Job(scene="fern", data="fern", views=3, variant="full", seed=2), "h", psnr=18.0, ssim=0.5)
-    ((_, (row,)),) = table.summarise_runs([*rows, more]).items()
+    ((_, (row,)),) = summary.summarise_runs([*rows, more]).items()
     assert row.means["psnr"].value == pytest.approx((14.0 + 21.0) / 2)
     assert row.means["psnr"].deviation == pytest.approx(math.sqrt(4.5))
 
@@ -36,12 +36,12 @@ def test_runs_of_other_protocols_sizes_or_lengths_are_never_averaged(tmp_path: P
     job = Job(scene="fern", data="fern", views=3, variant="full")
     base = fake_result(job, "h", psnr=10.0, ssim=0.5)
     changed = [base | {"protocol": "nerfstudio"}, base | {"image_size": [252, 189]}, base | {"steps": 50}]
-    assert len(table.summarise_runs([base, *changed])) == 4
+    assert len(summary.summarise_runs([base, *changed])) == 4
 
 
 def test_every_kind_of_capture_has_a_heading_of_its_own() -> None:
-    assert sorted(table.DATASETS) == sorted(get_args(Source))
-    assert len(set(table.DATASETS.values())) == len(table.DATASETS)
+    assert sorted(summary.DATASETS) == sorted(get_args(Source))
+    assert len(set(summary.DATASETS.values())) == len(summary.DATASETS)
 
 
 def test_tables_put_published_numbers_beside_ours_and_name_what_is_missing(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_the_ablation_is_over_the_scenes_that_all_of_its_rows_have(tmp_path: Pat
 
 def test_published_numbers_stand_only_beside_their_own_protocol() -> None:
     job = Job(scene="fern", data="fern", views=3, variant="full")
-    setting = next(iter(table.summarise_runs([fake_result(job, "h", psnr=1.0, ssim=0.5)])))
+    setting = next(iter(summary.summarise_runs([fake_result(job, "h", psnr=1.0, ssim=0.5)])))
     assert table._peers_of(setting, peers.read_peers())
-    other = table.Setting(**(vars(setting) | {"protocol": "nerfstudio"}))
+    other = summary.Setting(**(vars(setting) | {"protocol": "nerfstudio"}))
     assert table._peers_of(other, peers.read_peers()) == []
 
 

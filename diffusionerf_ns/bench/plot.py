@@ -11,7 +11,7 @@ from ddm_training.errors import InputError
 from ddm_training.files import make_folder
 from diffusionerf_ns.bench.peers import PEER_SCENES, read_peers
 from diffusionerf_ns.bench.results import Entry, none_held_out, read_entries
-from diffusionerf_ns.bench.table import DATASETS, rank_of, summarise_runs, title_of
+from diffusionerf_ns.bench.summary import DATASETS, rank_of, summarise_runs, title_of
 from diffusionerf_ns.bench.variants import VARIANTS
 
 
