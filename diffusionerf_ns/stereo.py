@@ -24,6 +24,8 @@ from diffusionerf_ns.visibility import Projections
 
 COARSE_WIDTH, COARSE_STEP = 160, 2.5  # pixels: the sweep that finds where the scene lies
 WIDTH, STEP = 256, 0.5  # pixels: the sweep whose depth is used
+DISTANT = (10.0, 400.0)  # largest distances of the cameras: where a scene is looked for that is not found nearer
+DISTANT_STEP = 0.25  # pixels of images of `WIDTH`: they tell such movements apart, if not well
 COARSE_VIEWS, FINE_VIEWS = 12, 32  # of more, those that are far from one another; the others' depth stays unknown
 ENOUGH_AGREE = 0.25  # of the pixels: where the coarse sweep finds less, it is tried from nearer by as well
 CLEARLY_MORE = 1.25  # times as many: where both see the scene the nearer sweep finds less
@@ -105,6 +107,8 @@ class _Scene:
 
     points: Float[Tensor, "k 3"]
     """Of its surfaces, in the world."""
+    step: float
+    """Pixels of the sweep that can tell its depths apart."""
     near: float
     middle: float
     far: float
@@ -170,8 +174,14 @@ def _locate_scene(
     Args:
         distance: of the cameras of all images.
     """
+    distance, step = distance[chosen][:, chosen], STEP
     views = [View.taken_by(cameras, i, images[i], COARSE_WIDTH) for i in chosen]
-    depths = _coarse_depth(views, distance[chosen][:, chosen])
+    depths = _coarse_depth(views, distance)
+    if _share_known(depths) < CHANCE:
+        large = [View.taken_by(cameras, i, images[i], WIDTH) for i in chosen]
+        distant = _distant_depth(large, distance)
+        if _share_known(distant) >= CHANCE:
+            views, depths, step = large, distant, 0.5 * DISTANT_STEP
     inside = [_inside(d, _small_mask(masks[i], d.shape)) for i, d in zip(chosen, depths)]
     if sum(int((d > 0).sum()) for d in inside) >= MIN_MATCHES:
         depths = inside
@@ -181,7 +191,7 @@ def _locate_scene(
     near, middle, far = map(float, np.quantile(found.numpy(), SCENE_QUANTILES))
     islands = [completion.without_speckle(d) for d in depths]
     near = overlap.near_end(near, torch.cat([d[d > 0] for d in islands]))
-    return _Scene(overlap.points_of(views, depths), near, middle, far)
+    return _Scene(overlap.points_of(views, depths), step, near, middle, far)
 
 
 def _match_fine(
@@ -203,7 +213,8 @@ def _match_fine(
     same_place = overlap.SAME_PLACE * float(distance.max())
     least = [max(same_place, overlap.LEAST_BASELINE * (q[1] if q else scene.middle)) for q in own]
     nearest = overlap.neighbours(distance[chosen][:, chosen], least)
-    depths = agreed_depth(views, nearest, [(overlap.BEFORE * low, overlap.BEHIND * high) for low, high in ranges], STEP)
+    ends = [(overlap.BEFORE * low, overlap.BEHIND * high) for low, high in ranges]
+    depths = agreed_depth(views, nearest, ends, scene.step)
     matched = []
     for index, view, depth, others in zip(chosen, views, depths, nearest):
         mask = _small_mask(masks[index], depth.shape)
@@ -262,6 +273,14 @@ def _coarse_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Flo
         return depths
     nearer = agreed_depth(views, nearest, [(begin, 50.0 * baseline) for begin in begins], COARSE_STEP)
     return nearer if _share_known(nearer) > CLEARLY_MORE * _share_known(depths) else depths
+
+
+def _distant_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Float[Tensor, "_h _w"]]:
+    """Agreed depth of a sweep over depths at which the scene hardly moves from camera to camera."""
+    baseline = float(distance.max())
+    nearest = overlap.neighbours(distance, [overlap.SAME_PLACE * baseline] * len(views))
+    near, far = DISTANT
+    return agreed_depth(views, nearest, [(near * baseline, far * baseline)] * len(views), DISTANT_STEP)
 
 
 def _share_known(depths: Sequence[Float[Tensor, "_h _w"]]) -> float:

@@ -143,6 +143,14 @@ def test_there_is_nothing_to_find_without_a_baseline() -> None:
     assert len(match(make_cameras([CENTRES[0]] * 3), images)) == 0
 
 
+def test_from_cameras_close_together_it_is_found_roughly_how_far_the_scene_is() -> None:
+    """A sixtieth of its distance apart they see its points move by 1.5 pixels, nearly as at an infinite distance."""
+    centres = [(0.085 * x, 0.085 * y, 0.085 * z) for x, y, z in CENTRES]
+    found = match(make_cameras(centres), [plane_view(c, 4.0, 0.0)[0] for c in centres])
+    assert found.share > stereo.CHANCE
+    assert float(found.depth.median()) == pytest.approx(4.0, rel=0.1)
+
+
 def test_unrelated_images_give_next_to_nothing() -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8) for _ in CENTRES]
