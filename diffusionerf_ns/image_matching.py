@@ -58,8 +58,9 @@ def match_images(
     seconds = time.perf_counter() - started
     if matched.completed is None:
         CONSOLE.print(
-            "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap, texture, or "
-            "cameras too close to one another may be the reason): training goes on without it."
+            "[yellow]Stereo found next to nothing that the training images agree on (poses, overlap or texture may be "
+            "the reason; or the cameras are too close to one another for so distant a scene: then few-view-data "
+            "--scale-factor 0.1 at the end of the command brings it nearer): training goes on without it."
         )
         return None
     near, far = matched.near_far(cameras)
