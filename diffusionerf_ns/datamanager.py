@@ -44,7 +44,7 @@ class DiffusioNeRFDataManagerConfig(VanillaDataManagerConfig):
     _target: type = field(default_factory=lambda: DiffusioNeRFDataManager)
     image_patch_share: float = 0.25
     """Share of patches whose colours come from a training image; the others are rendered from perturbed training poses.
-    The paper's value. None where images have masks or are not perspective, or one is too narrow for a patch."""
+    The paper's value. None where images have masks or are not perspective, or all are too narrow for a patch."""
     center_jitter: float = 0.2
     """Perturbed poses: the camera centre moves by up to this many metres along each axis. The paper's value; turned
     into scene units by the metric scale."""
@@ -111,7 +111,7 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         show_input_errors_plainly()
         self._request: Callable[[], PatchRequest | None] = lambda: None
         self._stereo_request: Callable[[], StereoRequest | None] = lambda: None
-        self._images: list[UInt8[Tensor, "_h _w 3"]] | None = None
+        self._sources: tuple[list[UInt8[Tensor, "_h _w 3"]], list[int]] | None = None
         super().__init__(config, device, test_mode, world_size, local_rank, **kwargs)
         if test_mode == "val":
             self._warn_of_black_masks()
@@ -221,10 +221,13 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             if model.config.score_weight != 0.0 and self.config.image_patch_share > 0.0:
                 spec = model.patch_spec()
                 try:
-                    self.check_image_patches(spec)  # now, not at the first patch, which may come late
+                    fitting = self.images_with_patches(spec)  # now, not at the first patch, which may come late
                 except InputError as error:
                     CONSOLE.print(f"[yellow]No patches of training images: {escape(str(error))}")
                     self.config.image_patch_share = 0.0
+                else:
+                    if len(fitting) < (count := len(self.train_dataset)):
+                        CONSOLE.print(f"{count - len(fitting)} of {count} training images are too small for patches.")
 
         split = self.train_dataset.metadata.get("split")
         if trainer is not None and split is not None:
@@ -262,21 +265,22 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
         masks would show what is not to be trained on."""
         return are_perspective(self.train_dataset.cameras) and not self.train_dataset.has_masks
 
-    def check_image_patches(self, spec: RgbdSpec) -> None:
-        """Raise where the training images have no patches as a prior knows them.
+    def images_with_patches(self, spec: RgbdSpec) -> list[int]:
+        """The training images that have patches as a prior knows them.
 
         Raises:
-            InputError: they are masked, not perspective, or too small.
+            InputError: none has: they are masked, not perspective, or too small.
         """
         if not self._has_image_patches:
             raise InputError(NO_IMAGE_PATCHES)
-        patches.check_image_patches_fit(self.train_dataset.cameras, spec)
+        return patches.images_with_patches(self.train_dataset.cameras, spec)
 
     def _draw(self, request: PatchRequest) -> patches.Patch:
         """On the CPU, where the images are: what is cut is little, and a GPU would be asked for many small numbers."""
         cameras = self.train_dataset.cameras
         if torch.rand(()) < self.config.image_patch_share:
-            return patches.sample_image_patch(cameras, self._train_images(request.spec), request.spec)
+            images, among = self._patch_sources(request.spec)
+            return patches.sample_image_patch(cameras, images, request.spec, among=among)
         return patches.sample_rendered_patch(
             cameras,
             request.spec,
@@ -284,11 +288,11 @@ class DiffusioNeRFDataManager(VanillaDataManager[FewViewDataset]):
             max_angle=self.config.max_rotation,
         )
 
-    def _train_images(self, spec: RgbdSpec) -> list[UInt8[Tensor, "_h _w 3"]]:
-        """All training images in the order of the cameras; checked once that patches fit."""
-        if self._images is None:
-            self.check_image_patches(spec)
+    def _patch_sources(self, spec: RgbdSpec) -> tuple[list[UInt8[Tensor, "_h _w 3"]], list[int]]:
+        """All training images in the order of the cameras, and those of them that have patches; found out once."""
+        if self._sources is None:
+            among = self.images_with_patches(spec)
             # On black, as rays are rendered in training that meet nothing.
             images = (self.train_dataset.image_on(i, None) for i in range(len(self.train_dataset)))
-            self._images = [(255.0 * image).round().to(torch.uint8) for image in images]
-        return self._images
+            self._sources = [(255.0 * image).round().to(torch.uint8) for image in images], among
+        return self._sources

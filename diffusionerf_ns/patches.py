@@ -133,23 +133,32 @@ def image_patch_focal(spec: RgbdSpec, image_focal: float) -> float:
     return min(max(image_focal, spec.focal_range[0]), spec.focal)
 
 
-def check_image_patches_fit(cameras: Cameras, spec: RgbdSpec) -> None:
-    """Raise where a patch of none of the pixel scales that the prior knows lies wholly inside a training image.
+def images_with_patches(cameras: Cameras, spec: RgbdSpec) -> list[int]:
+    """The training images inside which a patch of one of the pixel scales that the prior knows lies wholly.
+
+    Returns:
+        Their indices; at least one.
 
     Raises:
-        InputError: names the image's size, the patch's size in its pixels, and what to do.
+        InputError: there is none; names the first image's size, the patch's size in its pixels, and what to do.
     """
-    for index in range(len(cameras)):
-        side = _window_side(cameras, index, spec)
-        width, height = int(cameras.width[index]), int(cameras.height[index])
-        if side[0] > width * ROUNDING or side[1] > height * ROUNDING:
-            focal = spec.patch_size * float(cameras.fx[index]) / side[0]
-            raise InputError(
-                f"a patch of the prior ({spec.patch_size} pixels at a focal length of {focal:g}) covers "
-                f"{side[0]:.0f} x {side[1]:.0f} pixels of training image {index}, which has only {width} x {height}: "
-                "give a wider field of view, a prior with smaller patches, or switch patches of images off with "
-                "--pipeline.datamanager.image-patch-share 0."
-            )
+    sides = [_window_side(cameras, index, spec) for index in range(len(cameras))]
+    sizes = [(int(width), int(height)) for width, height in zip(cameras.width, cameras.height)]
+    fitting = [
+        index
+        for index, (side, size) in enumerate(zip(sides, sizes))
+        if side[0] <= size[0] * ROUNDING and side[1] <= size[1] * ROUNDING
+    ]
+    if not fitting:
+        (across, down), (width, height) = sides[0], sizes[0]
+        focal = spec.patch_size * float(cameras.fx[0]) / across
+        raise InputError(
+            f"a patch of the prior ({spec.patch_size} pixels at a focal length of {focal:g}) covers {across:.0f} x "
+            f"{down:.0f} pixels of training image 0, which has only {width} x {height}, and no other image has room "
+            "for one: give a wider field of view, a prior with smaller patches, or switch patches of images off with "
+            "--pipeline.datamanager.image-patch-share 0."
+        )
+    return fitting
 
 
 def _window_side(cameras: Cameras, index: int, spec: RgbdSpec) -> tuple[float, float]:
@@ -170,6 +179,7 @@ def sample_image_patch(
     images: Sequence[Colours] | Tensor,
     spec: RgbdSpec,
     *,
+    among: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Patch:
     """A patch of a training image at the prior's pixel scale, wholly inside the image.
@@ -178,9 +188,11 @@ def sample_image_patch(
         cameras: training cameras, in the order of ``images``.
         images: each [h, w, 3] of its camera's size.
         spec: the prior's.
+        among: `images_with_patches`; None: all are.
         generator: on the CPU; torch's global one if None.
     """
-    camera = int(torch.randint(len(cameras), (1,), generator=generator))
+    among = range(len(cameras)) if among is None else among
+    camera = among[int(torch.randint(len(among), (1,), generator=generator))]
     side = torch.tensor(_window_side(cameras, camera, spec))
     size = torch.tensor([float(cameras.width[camera]), float(cameras.height[camera])])
     corner = torch.rand(2, generator=generator) * (size - side).clamp_min(0.0)

@@ -168,7 +168,7 @@ class InspectionPanel(ViewerControl):
             )
 
         def fits() -> bool:
-            return share.value == 0.0 or not self._refused(lambda: data.check_image_patches(self._model.patch_spec()))
+            return share.value == 0.0 or not self._refused(lambda: data.images_with_patches(self._model.patch_spec()))
 
         def set_weight(_: Any) -> None:
             if on.value and slider.value > 0.0 and (self._refused(lambda: self._model.prior) or not fits()):

@@ -280,10 +280,24 @@ def test_patches_larger_than_an_image_are_told_of_and_left_out_before_the_first_
     assert manager.config.image_patch_share == 0.0
     assert manager.next_train(0)[1]["patches"].rgb == [None]
     with pytest.raises(InputError, match="which has only 96 x 72"):  # the viewer asks
-        manager.check_image_patches(large)
+        manager.images_with_patches(large)
     ties(make(stereo_rays_per_batch=0, image_patch_share=0.0), tmp_path, spec=large)
     ties(make(stereo_rays_per_batch=0), tmp_path, spec=large, score_weight=0.0)
     assert not told()
+
+
+def test_patches_are_cut_from_the_images_that_have_room_for_one(make, tmp_path, capsys):
+    manager = make(stereo_rays_per_batch=0, image_patch_share=1.0)
+    cameras = manager.train_dataset.cameras
+    cameras.fx[1], cameras.fy[1] = 5.0 * cameras.fx[1], 5.0 * cameras.fy[1]  # a detail, taken with a long lens
+    narrow = RgbdSpec(patch_size=P, focal=20.0, focal_range=(20.0, 20.0))
+    assert manager.images_with_patches(narrow) == [0, 2, 3]
+    ties(manager, tmp_path, spec=narrow)
+    assert "1 of 4 training images are too small for patches" in " ".join(capsys.readouterr().out.split())
+    torch.manual_seed(0)
+    drawn = [manager.next_train(0)[1]["patches"] for _ in range(20)]
+    assert {batch.cameras[0] for batch in drawn} == {0, 2, 3}
+    assert all(batch.rgb[0] is not None for batch in drawn)
 
 
 @pytest.mark.parametrize("reason", ["fisheye", "masks"])
@@ -301,7 +315,7 @@ def test_images_that_are_not_perspective_or_have_masks_give_no_patches(make, tmp
     assert "have masks or are not perspective" in " ".join(capsys.readouterr().out.split())
     assert manager.next_train(1)[1]["patches"].rgb[0] is None
     with pytest.raises(InputError, match="have masks or are not perspective"):  # the viewer asks
-        manager.check_image_patches(SPEC)
+        manager.images_with_patches(SPEC)
 
 
 @pytest.fixture

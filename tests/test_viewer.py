@@ -125,7 +125,7 @@ class Panel:
             config=SimpleNamespace(image_patch_share=0.25),
             train_dataset=Data(3),
             eval_dataset=Data(2),
-            check_image_patches=lambda spec: None,
+            images_with_patches=lambda spec: None,
         )
         settings = SimpleNamespace(
             websocket_port=server.get_port(), websocket_port_default=7007, camera_frustum_scale=0.1
@@ -267,7 +267,7 @@ def test_image_patches_that_do_not_fit_are_refused(server, tmp_path):
     def refuse(spec: Any) -> None:
         raise InputError("too small")
 
-    panel.data.check_image_patches = refuse
+    panel.data.images_with_patches = refuse
     panel.set(Image_patches=0.5)
     assert eventually(lambda: panel.data.config.image_patch_share == 0.0)
     assert panel.handle("Image patches").value == 0.0
