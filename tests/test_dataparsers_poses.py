@@ -46,6 +46,21 @@ def test_up_vectors_that_cancel_out_but_for_rounding_turn_no_scene(method: Orien
     assert torch.equal(scene.transform[:, :3], torch.eye(3))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_cameras_are_enough_to_tell_what_is_vertical(count: int):
+    """Cameras that look about them and 20 degrees down."""
+    tilt, poses = np.deg2rad(20.0), []
+    for angle in np.deg2rad([10.0, 80.0])[:count]:
+        right = np.array([np.cos(angle), np.sin(angle), 0.0])
+        ahead = np.array([-np.sin(angle), np.cos(angle), 0.0]) * np.cos(tilt) - [0.0, 0.0, np.sin(tilt)]
+        poses.append(np.stack([right, np.cross(right, ahead), -ahead, right], axis=1))
+    scene = normalise(np.stack(poses), orientation_method="vertical")
+    rights, ups = scene.poses[:, :, 0], scene.poses[:, :, 1]
+    torch.testing.assert_close(rights[:, 2], torch.zeros(count), atol=1e-6, rtol=0.0)
+    expected = np.cos(tilt) if count == 2 else 1.0  # one camera knows of no other direction than its own
+    torch.testing.assert_close(ups[:, 2], torch.full((count,), float(expected)), atol=1e-6, rtol=0.0)
+
+
 @pytest.mark.parametrize("method", ["up", "vertical"])
 def test_a_scene_whose_cameras_have_no_mean_up_is_left_as_it_lies(method, tmp_path: Path, capsys):
     """Pairs of cameras at the same height, one of each upside down."""

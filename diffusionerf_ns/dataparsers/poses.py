@@ -100,7 +100,9 @@ def normalise(
     if orientation_method in ("up", "vertical") and np.linalg.norm(poses[:, :3, 1].mean(axis=0)) < LEAST_MEAN_UP:
         orientation_method = "none"  # nerfstudio would divide by it
     # Of "pca" nerfstudio mirrors two cameras where it turns the scene over: its transform is right, its poses are not.
-    _, transform = auto_orient_and_center_poses(square, method=orientation_method, center_method=center_method)
+    # Its "vertical" reads three singular values: of one or two cameras there are as many only if they come again.
+    counted = square if len(square) >= 3 else square.repeat(3, 1, 1)
+    _, transform = auto_orient_and_center_poses(counted, method=orientation_method, center_method=center_method)
     oriented = transform @ square
     scale = float(scale_factor)
     if auto_scale:
