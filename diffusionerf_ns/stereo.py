@@ -148,7 +148,7 @@ def match(
     count = sum(int((view.depth > 0).sum()) for view in matched)
     if count < MIN_MATCHES:
         return MatchedDepth.nothing()
-    share = count / sum(m.depth.numel() if m.mask is None else int(m.mask.sum()) for m in matched)
+    share = _share_inside([m.depth for m in matched], [m.mask for m in matched])
     for _ in range(AGAIN if share >= CHANCE else 0):
         matched = _match_along(guess or complete, matched)
     parts = []
@@ -177,12 +177,14 @@ def _locate_scene(
     distance, step = distance[chosen][:, chosen], STEP
     views = [View.taken_by(cameras, i, images[i], COARSE_WIDTH) for i in chosen]
     depths = _coarse_depth(views, distance)
-    if _share_known(depths) < CHANCE:
+    small = [_small_mask(masks[i], d.shape) for i, d in zip(chosen, depths)]
+    if _share_inside(depths, small) < CHANCE:
         large = [View.taken_by(cameras, i, images[i], WIDTH) for i in chosen]
         distant = _distant_depth(large, distance)
-        if _share_known(distant) >= CHANCE:
-            views, depths, step = large, distant, 0.5 * DISTANT_STEP
-    inside = [_inside(d, _small_mask(masks[i], d.shape)) for i, d in zip(chosen, depths)]
+        small_of_large = [_small_mask(masks[i], d.shape) for i, d in zip(chosen, distant)]
+        if _share_inside(distant, small_of_large) >= CHANCE:
+            views, depths, small, step = large, distant, small_of_large, 0.5 * DISTANT_STEP
+    inside = [_inside(d, mask) for d, mask in zip(depths, small)]
     if sum(int((d > 0).sum()) for d in inside) >= MIN_MATCHES:
         depths = inside
     found = torch.cat([d[d > 0] for d in depths])
@@ -285,6 +287,12 @@ def _distant_depth(views: list[View], distance: Float[Tensor, "n n"]) -> list[Fl
 
 def _share_known(depths: Sequence[Float[Tensor, "_h _w"]]) -> float:
     return sum(int((depth > 0).sum()) for depth in depths) / sum(depth.numel() for depth in depths)
+
+
+def _share_inside(depths: Sequence[Float[Tensor, "_h _w"]], masks: Sequence[Bool[Tensor, "_h _w"] | None]) -> float:
+    """Share of the pixels inside masks whose depth is known."""
+    known = sum(int((_inside(depth, mask) > 0).sum()) for depth, mask in zip(depths, masks))
+    return known / max(sum(d.numel() if m is None else int(m.sum()) for d, m in zip(depths, masks)), 1)
 
 
 def _small_mask(mask: Bool[Tensor, "_h _w"] | None, size: torch.Size) -> Bool[Tensor, "h w"] | None:

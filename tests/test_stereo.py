@@ -178,6 +178,17 @@ def test_a_small_object_within_masks_is_looked_for_where_it_is(monkeypatch: pyte
     assert found.share > 0.3, "of the pixels inside"
 
 
+def test_what_lies_far_away_outside_masks_does_not_hide_a_small_object_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all pixels fewer are matched than by chance, of those inside nearly all: there is no need to look far away."""
+    monkeypatch.setattr(stereo, "MIN_MATCHES", 20)
+    monkeypatch.setattr(stereo, "_distant_depth", lambda *a: pytest.fail("looked far away"))
+    images, masks = zip(*map(square_before_a_wall, CENTRES))
+    plain = [np.where(mask[..., None], image, 128).astype(np.uint8) for image, mask in zip(images, masks)]
+    found = stereo.match(make_cameras(CENTRES), plain, list(map(torch.from_numpy, masks)))
+    assert len(found) < stereo.CHANCE * 3 * HEIGHT * WIDTH
+    assert float(found.depth.median()) == pytest.approx(1.5, rel=0.05)
+
+
 def test_a_small_object_before_everything_else_is_matched_and_depth_begins_with_it() -> None:
     """Fewer pixels show it than the quantiles leave out that say where a scene lies."""
     images, shown = zip(*map(square_before_a_wall, CENTRES))
